@@ -1,0 +1,167 @@
+"""Agent: composes parts, sums the losses of those that train, steps one optimizer, moves the targets, logs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deflow.distributed import rank
+from deflow.errors import NonFiniteLossError, UserError
+from deflow.seeding import torch_generator
+from deflow.types import Batch, Metrics, Spec
+
+Loss = tuple[str, Tensor, Metrics]
+
+
+class Agent(LightningModule, ABC):
+    """The outer LightningModule. An algorithm subclasses it and writes `draw_noise`, `losses` and `act`.
+
+    The losses of all training parts are summed and one optimizer with one parameter group a part steps them:
+    Adam is per parameter, so this equals an Adam for each part as long as no loss reaches another's parameters
+    (which the shared test in `tests/agents` checks).
+
+    Args:
+        spec: sizes of the task.
+        parts: names of the attributes that hold the trainable modules.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+    """
+
+    # Candidates that `act` scores for one action; `act` is given that many noise vectors a state.
+    candidates: int = 1
+
+    def __init__(
+        self, spec: Spec, parts: dict[str, nn.Module], optimizer: Callable[[Any], Optimizer], seed: int
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        for name, part in parts.items():
+            self.add_module(name, part)
+        # Targets and other fixed parameters are never unfrozen, so remember what is trainable at all.
+        self._trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+        self._make_optimizer = optimizer
+        self._seed = seed
+        self.begin_stage("unnamed", tuple(parts), first_step=0)
+
+    # What an algorithm writes.
+
+    @abstractmethod
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> Any:
+        """Every random number that one evaluation of the losses uses."""
+
+    @abstractmethod
+    def losses(self, batch: Batch, noise: Any) -> Iterator[Loss]:
+        """`(part, loss, metrics)` of every part that trains in this stage (see `trains`)."""
+
+    @abstractmethod
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        """Actions in [-1, 1], shape (batch, action_dim).
+
+        Args:
+            observations: shape (batch, observation_dim).
+            z: standard normal noise, shape (batch, candidates, action_dim).
+        """
+
+    # What a stage sets.
+
+    def begin_stage(self, name: str, train: Sequence[str], first_step: int) -> None:
+        """Freeze every part but those of `train`; must precede `Trainer.fit` so that DDP sees the right set.
+
+        Args:
+            name: of the stage; part of the seed of its noise.
+            train: parts that train.
+            first_step: updates of the run before this stage, so that logs go on where they were.
+
+        Raises:
+            UserError: if a part is not one of the agent's.
+        """
+        unknown = sorted(set(train) - set(self._trainable))
+        if unknown or not train:
+            raise UserError(
+                f"stage '{name}' trains {unknown or 'nothing'}: choose among the agent's parts {', '.join(self._trainable)}"
+            )
+        self._stage, self._active, self._first_step = name, tuple(train), first_step
+        for part, parameters in self._trainable.items():
+            for parameter in parameters:
+                parameter.requires_grad_(part in train)
+        self._bad_step: Tensor | None = None
+
+    def trains(self, part: str) -> bool:
+        """Whether `part` trains in the current stage."""
+        return part in self._active
+
+    @property
+    def run_step(self) -> int:
+        """Updates since the start of the run, over all stages."""
+        return self._first_step + self.global_step
+
+    # What Lightning calls.
+
+    def configure_optimizers(self) -> Optimizer:
+        return self._make_optimizer([{"params": self._trainable[part], "name": part} for part in self._active])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        generator = torch_generator(self.device, self._seed, self._stage, "noise", rank(), self.global_step)
+        terms = list(self.losses(batch, self.draw_noise(batch, generator)))
+        self._watch_for_nan(terms)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._check_finite()
+            self.log_dict(_named("train", terms) | {"step": float(self.run_step + 1)})
+            self.log_dict(self.headline(terms), prog_bar=True, logger=False)
+        return torch.stack([loss for _, loss, _ in terms]).sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        generator = torch_generator(self.device, self._seed, "validation", rank(), batch_idx)
+        metrics = _named("val", self.losses(batch, self.draw_noise(batch, generator)))
+        self.log_dict(metrics | {"step": float(self.run_step)}, batch_size=len(batch.rewards), sync_dist=True)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # Before the step: a target moves toward the weights that made this update's losses, as in the original code.
+        by_tau: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for online, target, tau in self.target_pairs():
+            targets, onlines = by_tau.setdefault(tau, ([], []))
+            targets.append(target)
+            onlines.append(online.detach())
+        for tau, (targets, onlines) in by_tau.items():
+            torch._foreach_lerp_(targets, onlines, tau)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_finite()
+
+    # Helpers.
+
+    def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """`(online, target, tau)` of the parts that train."""
+        for part in self._active:
+            pairs = getattr(getattr(self, part), "target_pairs", None)
+            if pairs is not None:
+                yield from pairs()
+
+    def headline(self, terms: Iterable[Loss]) -> Metrics:
+        """The few metrics worth a place on the progress bar: each part's loss, unless an algorithm knows better."""
+        return {part: loss.detach() for part, loss, _ in terms}
+
+    def _watch_for_nan(self, terms: Sequence[Loss]) -> None:
+        """Remember, without waiting for the device, the first step at which each part's loss was not finite."""
+        finite = torch.stack([loss.detach() for _, loss, _ in terms]).isfinite()
+        if self._bad_step is None:
+            self._bad_step = torch.full(finite.shape, -1, device=finite.device)
+        self._bad_step = torch.where(finite | (self._bad_step >= 0), self._bad_step, self.global_step + 1)
+
+    def _check_finite(self) -> None:
+        """Raise `NonFiniteLossError` if a loss has been NaN or infinite; called on the log interval and before saving."""
+        if self._bad_step is None or bool((self._bad_step < 0).all()):
+            return
+        steps = dict(zip(self._active, self._bad_step.tolist(), strict=True))
+        part, step = min(((p, s) for p, s in steps.items() if s >= 0), key=lambda item: item[1])
+        raise NonFiniteLossError(f"the loss of '{part}' is not finite at update {step} of stage '{self._stage}'")
+
+
+def _named(prefix: str, terms: Iterable[Loss]) -> Metrics:
+    return {f"{prefix}/{part}/{key}": value for part, _, metrics in terms for key, value in metrics.items()}

@@ -1,0 +1,135 @@
+"""DeFlow: decouple the flow that models behaviour from the light network that improves on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent, Loss
+from deflow.errors import UserError
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.modules.critic import Critic
+from deflow.modules.refiner import Refiner
+from deflow.types import Batch, Metrics, Spec
+
+
+class DeFlowNoise(NamedTuple):
+    """The draws of one update: standard normal, shape (batch, action_dim), but for `times`."""
+
+    x_0: Tensor  # start of the flow-matching path
+    times: Tensor  # uniform in [0, 1), shape (batch, 1)
+    z: Tensor  # start of the proposal at s
+    z_next: Tensor  # start of the proposal at s'
+
+
+class DeFlow(Agent):
+    r"""DeFlow (arXiv 2601.10471).
+
+    .. math::
+        a_{base} &= sg[\mu_\psi(s, z)], \quad z \sim N(0, I) \\
+        a_\pi &= clip(a_{base} + f_\phi(s, a_{base})) \\
+        \min_\psi &\; E\|v_\psi(s, x_t, t) - (a - x_0)\|^2 \\
+        \min_\theta &\; E(Q_\theta(s, a) - r - \gamma m \bar Q(s', a_\pi'))^2 \\
+        \max_\phi &\; E\,Q(s, a_\pi) / sg[E|Q|] \quad \text{subject to} \quad E\|f_\phi\|^2 \le \delta
+
+    Differences from the released code:
+    1. A fixed alpha multiplies the penalty once (there twice).
+    2. Best-of-N takes the candidate with the highest value (there the lowest).
+    3. The three parts may train in stages; `stages=joint` is the papers' protocol.
+
+    Args:
+        spec: sizes of the task.
+        behavior_flow: makes the BehaviorFlow from `spec`.
+        critic: makes the Critic.
+        refiner: makes the Refiner.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+        best_of_n: policy actions scored by the mean value for each action taken; 1 is the papers' setting.
+        refine_steps: how often the refiner is applied at test time. 1 is the papers' setting; with more, the
+            candidate with the highest mean value is taken, the unrefined proposal included.
+
+    Raises:
+        UserError: if `best_of_n` or `refine_steps` is below 1.
+    """
+
+    behavior_flow: BehaviorFlow
+    critic: Critic
+    refiner: Refiner
+
+    def __init__(
+        self,
+        spec: Spec,
+        behavior_flow: Callable[[Spec], BehaviorFlow],
+        critic: Callable[[Spec], Critic],
+        refiner: Callable[[Spec], Refiner],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+        best_of_n: int = 1,
+        refine_steps: int = 1,
+    ) -> None:
+        if min(best_of_n, refine_steps) < 1:
+            raise UserError(f"best_of_n and refine_steps must be at least 1, got {best_of_n} and {refine_steps}")
+        parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "refiner": refiner(spec)}
+        super().__init__(spec, parts, optimizer, seed)
+        self.candidates = best_of_n
+        self.refine_steps = refine_steps
+
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> DeFlowNoise:
+        shape, device = batch.actions.shape, batch.actions.device
+        x_0, z, z_next = torch.randn(3, *shape, generator=generator, device=device)
+        return DeFlowNoise(x_0, torch.rand(shape[0], 1, generator=generator, device=device), z, z_next)
+
+    def losses(self, batch: Batch, noise: DeFlowNoise) -> Iterator[Loss]:
+        # Behaviour: flow matching on the data's actions.
+        if self.trains("behavior_flow"):
+            yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
+        if not (self.trains("critic") or self.trains("refiner")):
+            return
+
+        base_actions, next_base_actions = self._proposals(batch, noise)
+
+        # Critic: bootstraps from the refined policy at s'.
+        if self.trains("critic"):
+            with torch.no_grad():
+                next_actions = self.refiner.refine(batch.next_observations, next_base_actions)
+            yield "critic", *self.critic.loss(batch, next_actions)
+
+        # Refiner: pathwise through Q into the residual, never into the flow or the critic.
+        if self.trains("refiner"):
+            yield "refiner", *self.refiner.loss(batch.observations, base_actions, self.critic.frozen_values)
+
+    def _proposals(self, batch: Batch, noise: DeFlowNoise) -> tuple[Tensor, Tensor]:
+        """Proposals at `s` and `s'`: the cached ones of a frozen flow, else both in one solve."""
+        if batch.base_actions is not None and batch.next_base_actions is not None:
+            return batch.base_actions, batch.next_base_actions
+        states = torch.cat([batch.observations, batch.next_observations])
+        base_actions, next_base_actions = self.behavior_flow.propose(states, torch.cat([noise.z, noise.z_next])).chunk(2)
+        return base_actions, next_base_actions
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        batch, candidates, action_dim = z.shape
+        states = observations.repeat_interleave(candidates, dim=0)
+        actions = self.behavior_flow.propose(states, z.reshape(-1, action_dim))
+        if self.refine_steps == 1 and candidates == 1:
+            return self.refiner.refine(states, actions)
+
+        # Axis 1 of the choice: the candidates, or with several refinements every stage of each of them.
+        chain = [actions]
+        for _ in range(self.refine_steps):
+            chain.append(self.refiner.refine(states, chain[-1]))
+        choice = torch.stack(chain[1:] if self.refine_steps == 1 else chain, dim=1)
+        values = self.critic.values(
+            states.repeat_interleave(choice.shape[1], dim=0), choice.reshape(-1, action_dim)
+        ).mean(0)
+        best = values.reshape(batch, -1).argmax(dim=1)
+        return choice.reshape(batch, -1, action_dim)[torch.arange(batch, device=best.device), best]
+
+    def headline(self, terms: Any) -> Metrics:
+        metrics = {part: values for part, _, values in terms}
+        shown = {"flow_loss": ("behavior_flow", "loss"), "q": ("refiner", "q"), "alpha": ("refiner", "alpha")}
+        return {name: metrics[part][key] for name, (part, key) in shown.items() if part in metrics}

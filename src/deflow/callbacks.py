@@ -1,0 +1,105 @@
+"""What happens beside the updates: evaluation, atomic checkpoints, the stage's clock, the progress bar."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from deflow.agents.base import Agent
+from deflow.evaluation.rollout import Episode, Evaluator
+from deflow.evaluation.statistics import summarise
+
+LAST = "last.ckpt"
+FINAL = "final.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, then renames: a kill leaves the old checkpoint or the new one, never half."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+
+
+class StageCheckpoint(ModelCheckpoint):
+    """`last.ckpt` every `every` updates of a stage; `card` (plain values) goes into each checkpoint."""
+
+    def __init__(self, folder: Path, every: int, card: dict[str, Any]) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename=LAST.removesuffix(".ckpt"),
+            every_n_train_steps=every,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.card = card
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["deflow"] = self.card
+
+
+class PeriodicEvaluation(Callback):
+    """Plays the evaluation episodes every `every` updates of a stage and at its end.
+
+    Runs before checkpoints are written, so that a checkpoint never lacks the evaluation of its step.
+    """
+
+    def __init__(self, evaluator: Evaluator, every: int, on_result: Callable[[list[Episode]], None]) -> None:
+        self.evaluator, self.every, self.on_result = evaluator, every, on_result
+        self.seconds = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Agent)
+        if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
+            return
+        started = time.perf_counter()
+        episodes = self.evaluator.run(pl_module)
+        metrics = {f"eval/{key}": value for key, value in summarise(episodes).items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=pl_module.run_step)
+        self.on_result(episodes)
+        self.seconds += time.perf_counter() - started
+
+
+class StageClock(Callback):
+    """Seconds spent on updates, validation left out; updates done in this process."""
+
+    def __init__(self) -> None:
+        self.seconds, self.updates = 0.0, 0
+        self._since: float | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.updates += 1
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+            self._since = None

@@ -1,0 +1,111 @@
+"""Hydra's side of the house: resolvers, one-line errors, checks that need the whole configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deflow.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONFIG_DIR = str(Path(__file__).resolve().parents[2] / "configs")
+
+
+def new_run_folder(root: str, name: str, resume: str | None) -> str:
+    """`root/name/date_time`, with a number behind it if two runs start in the same second; or the run to resume."""
+    if resume is not None:
+        return resume
+    folder = Path(root) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    taken, number = folder, 1
+    while taken.exists():
+        number += 1
+        taken = folder.with_name(f"{folder.name}-{number}")
+    return str(taken)
+
+
+OmegaConf.register_new_resolver("run_folder", new_run_folder, use_cache=True, replace=True)
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable[[], None]]:
+    """Turn `main(config, run_folder)` into a command: Hydra composes the configuration, errors become one line.
+
+    Exit status: 2 for an error of the user's, 1 (with a traceback) for one of ours.
+    """
+
+    def decorate(main: Callable[[DictConfig, Path], Any]) -> Callable[[], None]:
+        @hydra.main(version_base=None, config_path=CONFIG_DIR, config_name=config_name)
+        def composed(config: DictConfig) -> None:
+            with _errors_in_one_line():  # here and not only outside, or Hydra prints a line of its own
+                main(config, Path(HydraConfig.get().runtime.output_dir))
+
+        @wraps(main)
+        def command() -> None:
+            # Hydra prints its errors over many lines unless it is told to raise them.
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+            with _errors_in_one_line():
+                composed()
+
+        return command
+
+    return decorate
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):  # Hydra wraps what a component raises
+            cause = cause.__cause__
+        print(f"error: {_one_line(cause or error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"unknown {group} '{name}': choose one of {', '.join(sorted(error.options))}"
+    while not str(error) and error.__cause__ is not None:  # Hydra's wrapper of a grammar error says nothing itself
+        error = error.__cause__
+    return re.sub(r"\s+", " ", str(error)).strip()
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain values, loadable without OmegaConf."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def check(config: DictConfig) -> None:
+    """Checks that no single component can make.
+
+    Raises:
+        UserError: for stages without steps, or intervals below 1.
+    """
+    if not config.stages:
+        raise UserError("no stages: choose stages=joint or stages=staged")
+    for name, stage in config.stages.items():
+        if stage.steps < 1:
+            raise UserError(f"stages.{name}.steps must be at least 1, got {stage.steps}")
+    for key in ("eval.every", "checkpoint_every", "validate_every"):
+        if OmegaConf.select(config, key) < 1:
+            raise UserError(f"{key} must be at least 1, got {OmegaConf.select(config, key)}")

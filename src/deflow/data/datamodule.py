@@ -1,0 +1,138 @@
+"""OfflineDataModule: whole random batches straight from memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from deflow import distributed
+from deflow.data.proposals import ProposalCache
+from deflow.data.transitions import Transitions
+from deflow.errors import UserError
+from deflow.seeding import torch_generator
+from deflow.types import Batch
+
+# A batch is made in 0.1 ms by index_select: worker processes would only add copies.
+warnings.filterwarnings("ignore", ".*does not have many workers.*")
+
+
+class Source(Protocol):
+    """Where transitions come from."""
+
+    @property
+    def task(self) -> str: ...
+    def prepare(self) -> None: ...
+    def load(self) -> tuple[Transitions, Transitions]: ...
+    def provenance(self) -> dict[str, Any]: ...
+
+
+class BatchStream(IterableDataset):
+    """Batches drawn uniformly with replacement; batch number `i` depends on the seed, the rank and `i` alone.
+
+    Args:
+        transitions: the data.
+        batch_size: of this rank.
+        first: number of the first batch (that of a resumed stage is not 0).
+        last: number after the last batch.
+        seed_parts: seed and names that tell this stream's draws from all others.
+        proposals: if given, one cached proposal comes with every `s` and `s'`.
+    """
+
+    def __init__(
+        self,
+        transitions: Transitions,
+        batch_size: int,
+        first: int,
+        last: int,
+        seed_parts: tuple[int | str, ...],
+        proposals: ProposalCache | None = None,
+    ) -> None:
+        self.transitions, self.batch_size = transitions, batch_size
+        self.first, self.last = first, last
+        self.seed_parts, self.proposals = seed_parts, proposals
+
+    def __len__(self) -> int:
+        return self.last
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(self.first, self.last):
+            yield self.batch(number)
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number` of the stream."""
+        generator = torch_generator(torch.device("cpu"), *self.seed_parts, distributed.rank(), number)
+        picks = torch.randint(len(self.transitions), (self.batch_size,), generator=generator)
+        rows = self.transitions.starts[picks]
+        batch = self.transitions.batch(rows)
+        if self.proposals is None:
+            return batch
+        return batch._replace(
+            base_actions=self.proposals.draw(rows, generator),
+            next_base_actions=self.proposals.draw(rows + 1, generator),
+        )
+
+
+class OfflineDataModule(LightningDataModule):
+    """Offline transitions in memory, sampled in whole batches without worker processes.
+
+    Args:
+        source: finds, downloads or generates the data and loads it.
+        batch_size: transitions of one update over all ranks.
+        validation_batches: batches of the validation split on which the losses are evaluated.
+        seed: of the sampling.
+    """
+
+    def __init__(self, source: Source, batch_size: int, validation_batches: int, seed: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
+        self.source, self.batch_size = source, batch_size
+        self.validation_batches, self.seed = validation_batches, seed
+        self.transitions: Transitions | None = None
+        self.validation: Transitions | None = None
+        self.begin_stage("unnamed", steps=1)
+
+    def prepare_data(self) -> None:
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.transitions is not None:
+            return
+        self.transitions, self.validation = self.source.load()
+        if self.batch_size > len(self.transitions):
+            raise UserError(
+                f"data.batch_size={self.batch_size} is larger than the data ({len(self.transitions)} transitions)"
+            )
+
+    def begin_stage(self, name: str, steps: int, proposals: ProposalCache | None = None) -> None:
+        """What the next `fit` draws: `steps` batches, with cached proposals if given."""
+        self._stage, self._steps, self._proposals = name, steps, proposals
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.transitions is not None
+        first = self.trainer.global_step if self.trainer is not None else 0
+        seed_parts = (self.seed, self._stage, "batch")
+        return self._loader(self.transitions, first, self._steps, seed_parts, self._proposals)
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.validation is not None
+        return self._loader(self.validation, 0, self.validation_batches, (self.seed, "validation", "batch"))
+
+    def _loader(
+        self,
+        transitions: Transitions,
+        first: int,
+        last: int,
+        seed_parts: tuple[int | str, ...],
+        proposals: ProposalCache | None = None,
+    ) -> DataLoader:
+        ranks = distributed.world_size()
+        if self.batch_size % ranks:
+            raise UserError(f"data.batch_size={self.batch_size} does not divide by the {ranks} processes")
+        stream = BatchStream(transitions, self.batch_size // ranks, first, last, seed_parts, proposals)
+        return DataLoader(stream, batch_size=None)

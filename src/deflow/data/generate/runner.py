@@ -1,0 +1,174 @@
+"""Generate a data set in parallel processes, the same for a seed whatever their number."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+from rich.progress import Progress, track
+
+from deflow.data.generate.maze import POINT_NOISE, STITCH_STEPS, MazeCollector, follow_direction
+from deflow.envs import ogbench
+from deflow.errors import UserError
+from deflow.seeding import fold_seed
+
+EPISODE_STEPS = 1001
+TYPES = {"pointmaze": ("navigate", "stitch"), "manipulation": ("play", "noisy")}
+MANIPULATION = ("cube", "scene", "puzzle")
+DTYPES = {"terminals": np.bool_, "button_states": np.int64}
+
+
+class Collector(Protocol):
+    """Plays one episode: what differs between mazes and manipulation."""
+
+    env: gymnasium.Env
+
+    def reset(self, rng: np.random.Generator, seed: int) -> tuple[np.ndarray, dict[str, Any]]: ...
+    def act(self, observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator) -> np.ndarray: ...
+    def after_step(self, info: dict[str, Any], rng: np.random.Generator) -> None: ...
+    def healthy(self, episode: dict[str, np.ndarray]) -> bool: ...
+
+
+def generate_dataset(
+    name: str, episodes: int, out: Path, seed: int = 0, workers: int = 2, steps: int | None = None
+) -> Path:
+    """Write `name.npz`, `name-val.npz` (a tenth of the episodes, at least one) and a card `name.json` into `out`.
+
+    Args:
+        name: OGBench's name, such as `pointmaze-medium-navigate-v0`.
+        episodes: of the training file.
+        out: folder, made if missing.
+        seed: every episode's randomness follows from it and the episode's number alone.
+        workers: processes.
+        steps: states an episode; OGBench's own number (1001, for stitch 201) unless given.
+
+    Returns:
+        The training file's path.
+
+    Raises:
+        UserError: for a data set without a recipe here, a bad number, or too little disk.
+    """
+    env, dataset = _recipe(name)
+    if episodes < 1 or workers < 1:
+        raise UserError(f"episodes and workers must be at least 1, got {episodes} and {workers}")
+    steps = steps or (STITCH_STEPS if dataset == "stitch" else EPISODE_STEPS)
+    out = out.expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    _check_disk(out, episodes * steps)
+    jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
+    seeds = [fold_seed(seed, name, split, i) for split, i in jobs]
+    results = _collect_all(name, steps, seeds, min(workers, len(seeds)))
+    card = {
+        "generated_by": f"deflow {version('deflow')}",
+        "episodes": episodes,
+        "steps_an_episode": steps,
+        "seed": seed,
+        "ogbench": version("ogbench"),
+        "mujoco": version("mujoco"),
+    }
+    path = out / f"{name}.npz"
+    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+    _write(path.with_name(f"{name}-val.npz"), results[episodes:])
+    _write(path, results[:episodes])
+    return path
+
+
+def _recipe(name: str) -> tuple[str, str]:
+    """Environment and data-set type of a name; `UserError` if there is no recipe."""
+    env, _, rest = name.removesuffix("-v0").rpartition("-")
+    family = "pointmaze" if env.startswith("pointmaze-") else "manipulation" if env.startswith(MANIPULATION) else ""
+    if not name.endswith("-v0") or rest not in TYPES.get(family, ()):
+        raise UserError(
+            f"cannot generate '{name}': choose pointmaze-SIZE-{{navigate,stitch}}-v0 or "
+            "{cube-N,scene,puzzle-RxC}-{play,noisy}-v0"
+        )
+    return env, rest
+
+
+def _collect_all(name: str, steps: int, seeds: Sequence[int], workers: int) -> list[dict[str, np.ndarray]]:
+    play = partial(_play, name, steps)
+    if workers == 1:
+        return list(track(map(play, seeds), total=len(seeds), description=f"generating {name}"))
+    # `spawn`: a forked process would inherit locks and rendering contexts of this one.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, Progress() as progress:
+        task = progress.add_task(f"generating {name}", total=len(seeds))
+        results = []
+        for episode in pool.imap(play, seeds):
+            results.append(episode)
+            progress.advance(task)
+        return results
+
+
+# One collector a process: making a manipulation environment costs as much as hundreds of its steps.
+_collectors: dict[tuple[str, int], Collector] = {}
+
+
+def _play(name: str, steps: int, seed: int) -> dict[str, np.ndarray]:
+    if (name, steps) not in _collectors:
+        _collectors[name, steps] = _make_collector(name, steps)
+    return collect_episode(_collectors[name, steps], seed)
+
+
+def _make_collector(name: str, steps: int) -> Collector:
+    env_name, dataset = _recipe(name)
+    if env_name.startswith("pointmaze"):
+        env = ogbench.make_env(name, terminate_at_goal=False, max_episode_steps=steps)
+        return MazeCollector(env, dataset, follow_direction, POINT_NOISE)
+    from deflow.data.generate.manipulation import ManipulationCollector
+
+    env = ogbench.make_env(name, terminate_at_goal=False, mode="data_collection", max_episode_steps=steps)
+    return ManipulationCollector(env, dataset)
+
+
+def collect_episode(collector: Collector, seed: int) -> dict[str, np.ndarray]:
+    """One episode in OGBench's format; unhealthy ones are collected again with the next seed that follows."""
+    attempt = 0
+    while True:
+        episode = _collect_once(collector, fold_seed(seed, attempt))
+        if collector.healthy(episode):
+            return episode
+        attempt += 1
+
+
+def _collect_once(collector: Collector, seed: int) -> dict[str, np.ndarray]:
+    # OGBench's oracles and mazes draw from NumPy's global generator and from the action space's.
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    collector.env.unwrapped.action_space.seed(seed)
+    rng = np.random.default_rng(seed)
+    rows: dict[str, list[Any]] = {}
+    observation, info = collector.reset(rng, seed % 2**31)
+    done = False
+    while not done:
+        action = collector.act(observation, info, rng)
+        next_observation, _, terminated, truncated, info = collector.env.step(action)
+        done = terminated or truncated
+        collector.after_step(info, rng)
+        row = {"observations": observation, "actions": action, "terminals": done}
+        row |= {key: info[f"prev_{key}"] for key in ("qpos", "qvel", "button_states") if f"prev_{key}" in info}
+        for key, value in row.items():
+            rows.setdefault(key, []).append(value)
+        observation = next_observation
+    return {key: np.asarray(values, DTYPES.get(key, np.float32)) for key, values in rows.items()}
+
+
+def _check_disk(out: Path, rows: int) -> None:
+    needed = rows * 600  # bytes a row, more than any of these data sets takes
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise UserError(f"no space for {rows} rows in {out}: about {needed >> 20} MiB needed, {free >> 20} MiB free")
+
+
+def _write(path: Path, episodes: Sequence[dict[str, np.ndarray]]) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, **{key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]})  # type: ignore[arg-type]
+    os.replace(part, path)

@@ -1,0 +1,179 @@
+"""OGBench data sets: found on disk, downloaded, or generated with OGBench's own recipes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from deflow.data.download import download_npz
+from deflow.data.generate.runner import generate_dataset
+from deflow.data.transitions import Transitions
+from deflow.envs import ogbench
+from deflow.errors import UserError
+
+log = logging.getLogger(__name__)
+
+KEYS = ("observations", "actions", "terminals", "qpos", "qvel")
+
+
+@dataclass
+class OGBenchSource:
+    """A single-task OGBench data set.
+
+    The file is looked for at `path` or in `dir`; if it is missing it is downloaded, and if that is off or fails,
+    generated. Generated data lives in a folder of its own, so that it never passes for the published set.
+
+    Args:
+        env: environment, such as `cube-single`.
+        dataset: data-set type, such as `play`.
+        task_id: 1 to 5, or None for OGBench's default task.
+        dir: folder of the downloaded `.npz` files.
+        path: one `.npz` file (its `-val.npz` beside it) to use instead.
+        url: where the files are downloaded from.
+        download: whether to download a missing file.
+        generate_if_missing: whether to generate a file that is neither there nor downloaded.
+        generate_episodes: episodes to generate for training; a tenth of it for validation.
+        generate_seed: seed of the generated data.
+        generate_workers: processes that generate.
+    """
+
+    env: str
+    dataset: str
+    task_id: int | None
+    dir: str
+    path: str | None
+    url: str
+    download: bool
+    generate_if_missing: bool
+    generate_episodes: int
+    generate_seed: int
+    generate_workers: int
+
+    @property
+    def name(self) -> str:
+        """OGBench's name of the data set."""
+        return ogbench.dataset_name(self.env, self.dataset)
+
+    @property
+    def task(self) -> str:
+        """OGBench's name of the single task."""
+        return ogbench.task_name(self.env, self.dataset, self.task_id)
+
+    def prepare(self) -> None:
+        """See to it that the files are on disk; the processes of a machine take turns, so one does the work.
+
+        Raises:
+            UserError: if they are not there and cannot be had.
+        """
+        if self._find() is not None:
+            return
+        if self.path is not None:
+            raise UserError(f"data.source.path: no file {self.path} (with its -val.npz beside it)")
+        self._downloaded.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._downloaded.with_suffix(".lock")):
+            if self._find() is None:
+                self._fetch()
+
+    def load(self) -> tuple[Transitions, Transitions]:
+        """Training and validation transitions, with the task's rewards and masks.
+
+        Raises:
+            UserError: if a file is broken, not OGBench's or of another environment.
+        """
+        path = self._find()
+        assert path is not None, "prepare() first"
+        env = ogbench.make_env(self.task)
+        try:
+            for file in _files(path):
+                _check_file(file, env)
+            try:
+                splits = ogbench.load_arrays(self.task, str(path), env)
+            except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError, IndexError) as error:
+                raise UserError(f"cannot read {path}: {error}; make or download it again") from error
+        finally:
+            env.close()
+        train, validation = (
+            Transitions.from_compact(arrays, file.name) for arrays, file in zip(splits, _files(path), strict=True)
+        )
+        return train, validation
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the data came from, for the run's summary; generated data says so."""
+        path = self._find()
+        assert path is not None
+        card = path.with_suffix(".json")
+        made: dict[str, Any] = json.loads(card.read_text()) if card.exists() else {}
+        return {"name": self.name, "path": str(path), "bytes": path.stat().st_size, "generated": bool(made), **made}
+
+    def _fetch(self) -> None:
+        if self.download:
+            try:
+                for file in _files(self._downloaded):
+                    if not file.exists():
+                        download_npz(f"{self.url.rstrip('/')}/{file.name}", file)
+                return
+            except UserError as error:
+                if not self.generate_if_missing:
+                    raise UserError(
+                        f"{error}. Put {self.name}.npz and {self.name}-val.npz into {self._downloaded.parent}, "
+                        "or set data.generate_if_missing=true"
+                    ) from error
+                log.warning("%s", error)
+        if not self.generate_if_missing:
+            raise UserError(
+                f"no {self.name}.npz in {self._downloaded.parent}: set data.dir, data.download=true or "
+                "data.generate_if_missing=true"
+            )
+        log.warning("generating %s: NOT the published data set, do not compare with published numbers", self.name)
+        generate_dataset(
+            self.name, self.generate_episodes, self._generated.parent, self.generate_seed, self.generate_workers
+        )
+
+    @property
+    def _downloaded(self) -> Path:
+        return Path(self.dir).expanduser() / f"{self.name}.npz"
+
+    @property
+    def _generated(self) -> Path:
+        folder = f"{self.name}-{self.generate_episodes}ep-seed{self.generate_seed}"
+        return Path(self.dir).expanduser() / "generated" / folder / f"{self.name}.npz"
+
+    def _find(self) -> Path | None:
+        candidates = [Path(self.path).expanduser()] if self.path is not None else [self._downloaded, self._generated]
+        if self.path is None and not self.download and self.generate_if_missing:
+            candidates.reverse()  # data asked to be generated comes before whatever else lies there
+        return next((path for path in candidates if all(file.exists() for file in _files(path))), None)
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    return path, path.with_name(path.stem + "-val.npz")
+
+
+def _check_file(path: Path, env: Any) -> None:
+    """Raise `UserError` unless `path` looks like OGBench's data of the environment `env`."""
+    try:
+        with np.load(path) as file:
+            keys = set(file.files)
+            missing = [key for key in KEYS if key not in keys]
+            if missing:
+                raise UserError(f"{path} is not an OGBench data set: it lacks {', '.join(missing)}")
+            shapes = file["actions"].shape[1:], file["observations"].shape[1:], file["qpos"].shape[1:]
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise UserError(f"cannot read {path}: it is truncated or not an .npz file; make or download it again") from error
+    spec = ogbench.spec_of(env)
+    data = getattr(env.unwrapped, "data", None)  # mazes; manipulation environments keep it private
+    data = env.unwrapped._data if data is None else data
+    expected = (spec.action_dim,), (spec.observation_dim,), (len(data.qpos),)
+    if shapes != expected:
+        raise UserError(
+            f"{path} is of another environment than {env.spec.id}: (action, observation, qpos) sizes "
+            f"{[s[0] for s in shapes]}, expected {[s[0] for s in expected]}"
+        )

@@ -1,0 +1,84 @@
+"""Proposals of a frozen BehaviorFlow, computed once for every state instead of solving the ODE at every update."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from deflow import distributed
+from deflow.data.transitions import Transitions
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.seeding import torch_generator
+
+# Rows of one solve: large enough for full matrix-product speed, small enough to stay in cache.
+SOLVE_ROWS = 8192
+
+
+class ProposalCache:
+    """`count` proposals for every state of a data set, drawn at random for `s` and for `s'`.
+
+    Args:
+        proposals: float16, shape (rows, count, action_dim); half precision is 5e-4 of an action's range.
+    """
+
+    def __init__(self, proposals: Tensor) -> None:
+        self._count = proposals.shape[1]
+        self._flat = proposals.flatten(0, 1)
+
+    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """One proposal for each of `rows`, float32, shape (batch, action_dim)."""
+        picks = torch.randint(self._count, rows.shape, generator=generator)
+        return self._flat.index_select(0, rows * self._count + picks).float()
+
+    @classmethod
+    def load_or_compute(
+        cls, flow: BehaviorFlow, transitions: Transitions, count: int, seed: int, path: Path
+    ) -> ProposalCache:
+        """The cache in `path` if it is of this flow, data, count and seed; otherwise computed and written there.
+
+        Args:
+            flow: the frozen flow.
+            transitions: the data; every state gets proposals.
+            count: proposals for each state.
+            seed: of the noise.
+            path: `.npy` file; its key lies beside it, so that a stale cache is never used.
+        """
+        key = _key(flow, transitions, count, seed)
+        key_path = path.with_suffix(".key")
+        if distributed.rank() == 0 and not (path.exists() and key_path.exists() and key_path.read_text() == key):
+            key_path.unlink(missing_ok=True)
+            part = path.with_suffix(".part")
+            with part.open("wb") as file:
+                np.save(file, _compute(flow, transitions.states, count, seed).numpy())
+            os.replace(part, path)
+            key_path.write_text(key)
+        distributed.barrier()
+        return cls(torch.from_numpy(np.load(path)))
+
+
+@torch.no_grad()
+def _compute(flow: BehaviorFlow, states: Tensor, count: int, seed: int) -> Tensor:
+    action_dim = flow.spec.action_dim
+    proposals = torch.empty(len(states), count, action_dim, dtype=torch.float16)
+    chunk = max(1, SOLVE_ROWS // count)
+    for start in track(range(0, len(states), chunk), description=f"{count} proposals a state"):
+        observations = states[start : start + chunk].to(flow.device).repeat_interleave(count, dim=0)
+        generator = torch_generator(flow.device, seed, "proposals", start)
+        z = torch.randn(len(observations), action_dim, generator=generator, device=flow.device)
+        solved = flow.propose(observations, z)
+        proposals[start : start + chunk] = solved.reshape(-1, count, action_dim).half().cpu()
+    return proposals
+
+
+def _key(flow: BehaviorFlow, transitions: Transitions, count: int, seed: int) -> str:
+    digest = hashlib.sha256(json.dumps([count, seed, str(flow.solver)]).encode())
+    for tensor in (transitions.states, *flow.state_dict().values()):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

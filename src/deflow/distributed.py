@@ -1,0 +1,42 @@
+"""The little that losses and evaluation need to know about other ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 outside DDP."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of a detached statistic over all ranks; the value itself outside DDP."""
+    if world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / world_size()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in order of rank; `[value]` outside DDP."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing outside DDP."""
+    if world_size() > 1:
+        dist.barrier()

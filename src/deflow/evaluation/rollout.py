@@ -1,0 +1,120 @@
+"""Episodes of a policy in many environments at once, equal to playing them one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+
+from deflow import distributed
+from deflow.agents.base import Agent
+from deflow.envs.ogbench import seeded_reset
+from deflow.errors import UserError
+from deflow.seeding import fold_seed
+
+
+@dataclass
+class Episode:
+    """What an episode came to. `success` is `info["success"]` at its end; `path` the agent's x, y in a maze."""
+
+    index: int
+    success: float = 0.0
+    episode_return: float = 0.0
+    length: int = 0
+    path: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Seat:
+    """An environment and the episode that is being played in it."""
+
+    env: gymnasium.Env
+    episode: Episode
+    observation: np.ndarray
+    rng: np.random.Generator
+
+
+class Evaluator:
+    """Plays exactly `episodes` episodes and keeps its environments for the next time.
+
+    Episode `i` is a function of the policy and of `(seed, i)` alone: its reset and its noise have generators of
+    their own. An environment that finishes takes the next episode not yet begun; none is cut short and none is
+    repeated, so that short episodes are not over-represented. Under DDP the episodes are split over the ranks.
+
+    Args:
+        make_env: makes one environment.
+        episodes: to play, in all.
+        num_envs: environments stepped side by side, one batched policy call for all.
+        seed: of resets and policy noise.
+    """
+
+    def __init__(self, make_env: Callable[[], gymnasium.Env], episodes: int, num_envs: int, seed: int) -> None:
+        if episodes < 1 or num_envs < 1:
+            raise UserError(f"episodes and num_envs must be at least 1, got {episodes} and {num_envs}")
+        self._make_env = make_env
+        self.episodes, self.num_envs, self.seed = episodes, num_envs, seed
+        self._envs: list[gymnasium.Env] = []
+
+    def run(self, agent: Agent) -> list[Episode]:
+        """All episodes in order of their index, on every rank."""
+        mine = range(distributed.rank(), self.episodes, distributed.world_size())
+        played = self._play(agent, mine)
+        everyone = [episode for episodes in distributed.gather_objects(played) for episode in episodes]
+        return sorted(everyone, key=lambda episode: episode.index)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self._envs:
+            env.close()
+        self._envs = []
+
+    def _play(self, agent: Agent, indices: Sequence[int]) -> list[Episode]:
+        was_training = agent.training
+        agent.eval()
+        waiting = iter(indices)
+        while len(self._envs) < min(self.num_envs, len(indices)):
+            self._envs.append(self._make_env())
+        # The environments come first in the zip: exhausted first, they leave the next index waiting.
+        seats = [self._seat(env, index) for env, index in zip(self._envs, waiting, strict=False)]
+        finished = []
+        while seats:
+            for seat, action in zip(tuple(seats), self._actions(agent, seats), strict=True):
+                if self._step(seat, action):
+                    finished.append(seat.episode)
+                    seats.remove(seat)
+                    seats.extend(self._seat(seat.env, index) for index in [next(waiting, None)] if index is not None)
+        agent.train(was_training)
+        return finished
+
+    def _seat(self, env: gymnasium.Env, index: int) -> _Seat:
+        seed = fold_seed(self.seed, "episode", index)
+        observation, _ = seeded_reset(env, seed % 2**31)
+        return _Seat(env, Episode(index), observation, np.random.default_rng(seed))
+
+    @staticmethod
+    def _actions(agent: Agent, seats: Sequence[_Seat]) -> np.ndarray:
+        shape = (agent.candidates, agent.spec.action_dim)
+        z = np.stack([seat.rng.standard_normal(shape, dtype=np.float32) for seat in seats])
+        observations = np.stack([seat.observation for seat in seats]).astype(np.float32)
+        with torch.no_grad():
+            actions: Tensor = agent.act(
+                torch.from_numpy(observations).to(agent.device), torch.from_numpy(z).to(agent.device)
+            )
+        return actions.float().cpu().numpy()
+
+    @staticmethod
+    def _step(seat: _Seat, action: np.ndarray) -> bool:
+        """Step one environment; whether its episode is over."""
+        episode, maze = seat.episode, seat.env.unwrapped
+        if hasattr(maze, "get_xy"):
+            episode.path.append(tuple(float(x) for x in maze.get_xy()))
+        seat.observation, reward, terminated, truncated, info = seat.env.step(action)
+        episode.episode_return += float(reward)
+        episode.length += 1
+        if terminated or truncated:
+            episode.success = float(info["success"])
+        return terminated or truncated

@@ -1,0 +1,62 @@
+"""BehaviorFlow: the data set's action distribution as a flow-matching model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from deflow.flow.ode import Solver
+from deflow.flow.path import straight_path
+from deflow.nets.mlp import Activation
+from deflow.nets.vector_field import VectorField
+from deflow.types import Batch, Metrics, Spec
+
+
+class BehaviorFlow(LightningModule):
+    r"""Flow matching on actions, conditioned on the observation; trained alone it is flow behaviour cloning.
+
+    .. math:: L(\psi) = E_{(s, a), x_0, t} \| v_\psi(s, (1 - t) x_0 + t a, t) - (a - x_0) \|^2
+
+    averaged over the batch and the action dimensions. Source: DeFlow (arXiv 2601.10471), FQL (arXiv 2502.02538).
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        activation: Activation = "gelu",
+        solver: Solver = Solver(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.field = VectorField(spec.observation_dim, spec.action_dim, hidden, activation)
+        self.solver = solver
+
+    def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
+        """The flow-matching loss.
+
+        Args:
+            batch: transitions; only observations and actions are read.
+            x_0: standard normal noise, shape (batch, action_dim).
+            times: in [0, 1], shape (batch, 1).
+        """
+        x_t, velocity = straight_path(x_0, batch.actions, times)
+        loss = (self.field(batch.observations, x_t, times) - velocity).square().mean()
+        return loss, {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def propose(self, observations: Tensor, z: Tensor) -> Tensor:
+        r"""Proposals :math:`\mu_\psi(s, z)`: the ODE's solution from `z`, clipped to [-1, 1]; no gradient.
+
+        Args:
+            observations: shape (batch, observation_dim).
+            z: standard normal noise, shape (batch, action_dim).
+        """
+
+        def velocity(t: Tensor, x: Tensor) -> Tensor:
+            return self.field(observations, x, t.expand(len(x), 1))
+
+        return self.solver.integrate(velocity, z).clamp(-1.0, 1.0)

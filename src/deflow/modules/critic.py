@@ -1,0 +1,90 @@
+"""Critic: an ensemble of action values with a slowly moving copy of itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.func import functional_call
+
+from deflow.errors import UserError
+from deflow.nets.mlp import Activation, EnsembleMLP
+from deflow.types import Batch, Metrics, Spec
+
+Aggregate = Literal["mean", "min"]
+
+
+class Critic(LightningModule):
+    r"""Action values :math:`Q_k(s, a)` with targets :math:`\bar Q_k` that follow by Polyak averaging.
+
+    .. math:: L(\theta) = E \, \tfrac1K \sum_k (Q_k(s, a) - y)^2, \quad
+              y = r + \gamma m \, \mathrm{agg}_k \bar Q_k(s', a')
+
+    Args:
+        spec: sizes of the task.
+        hidden: widths of the hidden layers.
+        activation: `gelu` (exact) or `gelu_tanh`.
+        members: size of the ensemble.
+        aggregate: `mean` or `min` over the ensemble, in the target only.
+        discount: gamma, in [0, 1).
+        tau: share of the online weights that the targets take at every update, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        activation: Activation = "gelu",
+        members: int = 2,
+        aggregate: Aggregate = "mean",
+        discount: float = 0.99,
+        tau: float = 0.005,
+    ) -> None:
+        super().__init__()
+        if aggregate not in ("mean", "min"):
+            raise UserError(f"unknown agent.critic.aggregate '{aggregate}': choose mean or min")
+        if not 0 <= discount < 1:
+            raise UserError(f"the discount must be in [0, 1), got {discount}")
+        self.online = EnsembleMLP(members, spec.observation_dim + spec.action_dim, hidden, 1, activation)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.aggregate: Aggregate = aggregate
+        self.discount = discount
+        self.tau = tau
+
+    def loss(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, Metrics]:
+        """The temporal-difference loss.
+
+        Args:
+            batch: transitions.
+            next_actions: the policy's actions at `s'`, shape (batch, action_dim); no gradient flows into them.
+        """
+        with torch.no_grad():
+            next_values = self._values(self.target, batch.next_observations, next_actions)
+            next_value = next_values.mean(0) if self.aggregate == "mean" else next_values.amin(0)
+            target = batch.rewards + self.discount * batch.masks * next_value
+        values = self._values(self.online, batch.observations, batch.actions)
+        loss = (values - target).square().mean()
+        q = values.detach()
+        return loss, {"loss": loss.detach(), "q_mean": q.mean(), "q_min": q.amin(), "q_max": q.amax()}
+
+    def values(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Action values of every member, shape (members, batch)."""
+        return self._values(self.online, observations, actions)
+
+    def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """As `values`, with a gradient into the actions but none into the critic's own parameters."""
+        frozen = {name: parameter.detach() for name, parameter in self.online.named_parameters()}
+        return functional_call(self.online, frozen, (torch.cat([observations, actions], dim=-1),)).squeeze(-1)
+
+    def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Pairs `(online, target, tau)` for the agent's Polyak step."""
+        for online, target in zip(self.online.parameters(), self.target.parameters(), strict=True):
+            yield online, target, self.tau
+
+    @staticmethod
+    def _values(network: EnsembleMLP, observations: Tensor, actions: Tensor) -> Tensor:
+        return network(torch.cat([observations, actions], dim=-1)).squeeze(-1)

@@ -1,0 +1,265 @@
+"""The way through the house: data, agent, environment; one `Trainer.fit` a stage; evaluation; report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from deflow import report
+from deflow.agents.base import Agent
+from deflow.callbacks import FINAL, LAST, AtomicCheckpointIO, PeriodicEvaluation, StageCheckpoint, StageClock
+from deflow.config import check, plain
+from deflow.data.datamodule import OfflineDataModule
+from deflow.data.proposals import ProposalCache
+from deflow.envs import ogbench
+from deflow.errors import NonFiniteLossError, UserError
+from deflow.evaluation.rollout import Episode, Evaluator
+from deflow.evaluation import video
+from deflow.evaluation.statistics import summarise
+from deflow.loggers import CsvMetrics
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass
+class Run:
+    """One training run: its folder, its components and what is known of it so far."""
+
+    folder: Path
+    config: DictConfig
+    resume: bool
+    agent: Agent
+    data: OfflineDataModule
+    evaluator: Evaluator
+    loggers: list[Any]
+    metrics: CsvMetrics
+    stage_speed: dict[str, float] = field(default_factory=dict)
+    episodes: list[Episode] = field(default_factory=list)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What a checkpoint says of itself, in plain values."""
+        return {"config": plain(self.config), "task": self.data.source.task, "spec": list(self.agent.spec)}
+
+
+def train(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """Train every stage that is not done yet, evaluate, and leave the report in `folder`.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        UserError: for whatever the user can mend; a new run that fails before its first update leaves no folder.
+    """
+    started = time.perf_counter()
+    resume = config.resume is not None
+    if resume:
+        config = load_config(folder)
+    try:
+        run = prepare(config, folder, resume)
+    except UserError:
+        if not resume and rank_zero_only.rank == 0:
+            _discard(folder)
+        raise
+    first_step = 0
+    for number, (name, stage) in enumerate(config.stages.items()):
+        run_stage(run, str(name), stage, folder / "checkpoints" / f"{number}_{name}", first_step)
+        first_step += stage.steps
+    run.evaluator.close()
+    return finish(run, time.perf_counter() - started)
+
+
+def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
+    """Build every component; whatever is wrong with the configuration, the data or the tracker is said here."""
+    check(config)
+    seed_everything(config.seed, verbose=False)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+    data = instantiate(config.data)
+    task = data.source.task
+    env = ogbench.make_env(task)
+    agent = instantiate(config.agent, _partial_=True)(spec=ogbench.spec_of(env))
+    env.close()
+    for name, stage in config.stages.items():
+        agent.begin_stage(name, tuple(stage.train), first_step=0)
+    if config.ckpt is not None:
+        load_weights(agent, Path(config.ckpt), task)
+    data.prepare_data()  # before anything is tracked: a missing file is the commonest error
+    data.setup()
+    evaluator = Evaluator(lambda: ogbench.make_env(task), config.eval.episodes, config.eval.num_envs, config.eval.seed)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = CsvMetrics(folder / "metrics.csv", last_step=_saved_step(config, folder) if resume else 0)
+    tracker = instantiate(config.logger, _partial_=True)(run_dir=str(folder))
+    if not resume and rank_zero_only.rank == 0:
+        part = folder / f"{CONFIG_FILE}.part"
+        part.write_text(OmegaConf.to_yaml(config, resolve=True))
+        part.replace(folder / CONFIG_FILE)
+    loggers = [metrics] if tracker is None else [metrics, tracker]
+    return Run(folder, config, resume, agent, data, evaluator, loggers, metrics)
+
+
+def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:
+    """Train one stage, or load its result if it is done."""
+    final = checkpoints / FINAL
+    if run.resume and final.exists():
+        card = load_checkpoint(final)
+        run.agent.load_state_dict(card["state_dict"])
+        run.stage_speed[name] = card["deflow"]["updates_per_second"]
+        return
+    run.agent.begin_stage(name, tuple(stage.train), first_step)
+    proposals = None
+    if stage.get("proposals"):
+        assert run.data.transitions is not None
+        proposals = ProposalCache.load_or_compute(
+            run.agent.behavior_flow, run.data.transitions, stage.proposals, run.config.seed, run.folder / "proposals.npy"
+        )
+    run.data.begin_stage(name, stage.steps, proposals)
+    clock = StageClock()
+    evaluation = PeriodicEvaluation(run.evaluator, run.config.eval.every, lambda episodes: _keep(run, episodes))
+    checkpoint = StageCheckpoint(checkpoints, run.config.checkpoint_every, run.card)
+    trainer: Trainer = instantiate(run.config.trainer, _partial_=True)(
+        max_steps=stage.steps,
+        logger=run.loggers,
+        callbacks=[clock, *([evaluation] if stage.get("evaluate", True) else []), RichProgressBar(refresh_rate=50), checkpoint],
+        plugins=[AtomicCheckpointIO()],
+        val_check_interval=min(run.config.validate_every, stage.steps),
+    )
+    last = checkpoints / LAST
+    resuming = run.resume and last.exists()
+    try:
+        trainer.fit(run.agent, run.data, ckpt_path=str(last) if resuming else None)
+    except NonFiniteLossError as error:
+        kept = f"last good checkpoint: {last}" if last.exists() else "no checkpoint had been written yet"
+        raise NonFiniteLossError(f"{error}; {kept}") from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    run.stage_speed[name] = clock.updates / max(clock.seconds - evaluation.seconds, 1e-9)
+    checkpoint.card = run.card | {"updates_per_second": run.stage_speed[name]}
+    trainer.save_checkpoint(final)
+
+
+def finish(run: Run, seconds: float) -> dict[str, Any]:
+    """Write `summary.json` and `report.png`, record the video, show the table, hand all of it to the tracker."""
+    summary = report.summarise_run(
+        run.metrics.rows,
+        config=plain(run.config),
+        data=run.data.source.provenance(),
+        task=run.data.source.task,
+        stage_speed=run.stage_speed,
+        seconds=seconds,
+    )
+    if rank_zero_only.rank != 0:
+        return summary
+    report.write_json(run.folder / "summary.json", summary)
+    report.draw(run.metrics.rows, run.episodes, run.folder / "report.png", title=f"{run.data.source.task}")
+    if run.config.video.episodes:
+        _record(run)
+    for logger in run.loggers:
+        if isinstance(logger, MLFlowLogger):
+            for name in (CONFIG_FILE, "summary.json", "report.png"):
+                logger.experiment.log_artifact(logger.run_id, str(run.folder / name))
+    report.print_table(summary, run.folder)
+    return summary
+
+
+def _record(run: Run) -> None:
+    """The video is a courtesy: a machine that cannot render still has its result."""
+    try:
+        env = ogbench.make_env(run.data.source.task, render_mode="rgb_array", width=video.SIZE, height=video.SIZE)
+        video.record_video(env, run.agent, run.folder / "video.mp4", run.config.video.episodes, run.config.eval.seed)
+        env.close()
+    except UserError as error:
+        log.warning("%s", error)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's plain contents.
+
+    Raises:
+        UserError: if it is missing or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a file that is not a checkpoint
+        raise UserError(f"cannot read {path}: it is not a whole checkpoint") from error
+    if "deflow" not in checkpoint:
+        raise UserError(f"{path} is a checkpoint of something else: it lacks the entry 'deflow'")
+    return checkpoint
+
+
+def load_weights(agent: Agent, path: Path, task: str) -> None:
+    """Load the weights of a checkpoint of the same task and the same networks into `agent`.
+
+    Raises:
+        UserError: if it is of another task or its networks have other shapes.
+    """
+    checkpoint = load_checkpoint(path)
+    of = checkpoint["deflow"]["task"]
+    if of != task:
+        raise UserError(f"{path} is a checkpoint of {of}, not of {task}")
+    try:
+        agent.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"the networks of {path} differ from the configured ones: {error}") from error
+
+
+def load_config(folder: Path) -> DictConfig:
+    """The resolved configuration of an earlier run.
+
+    Raises:
+        UserError: if `folder` is not a run.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run to resume: it has no {CONFIG_FILE}")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _keep(run: Run, episodes: list[Episode]) -> None:
+    run.episodes = episodes
+    result = summarise(episodes)
+    log.info("update %d: success %.2f over %d episodes", run.agent.run_step, result["success"], len(episodes))
+
+
+def _saved_step(config: DictConfig, folder: Path) -> int:
+    """Updates of the whole run at its newest checkpoint."""
+    step = 0
+    for number, (name, stage) in enumerate(config.stages.items()):
+        checkpoints = folder / "checkpoints" / f"{number}_{name}"
+        if (checkpoints / FINAL).exists():
+            step += stage.steps
+        elif (checkpoints / LAST).exists():
+            return step + int(load_checkpoint(checkpoints / LAST)["global_step"])
+        else:
+            break
+    return step
+
+
+def _discard(folder: Path) -> None:
+    """Remove a run's folder that holds nothing but Hydra's empty log."""
+    if folder.is_dir() and not (folder / "checkpoints").exists():
+        for file in folder.iterdir():
+            if file.is_file():
+                file.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()

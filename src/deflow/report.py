@@ -1,0 +1,166 @@
+"""What a run leaves behind: `summary.json`, `report.png` and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from deflow.envs.ogbench import make_env
+from deflow.evaluation.rollout import Episode
+from deflow.loggers import Row
+
+matplotlib.use("agg")
+
+# The papers report the mean over the last three evaluations.
+LAST_EVALUATIONS = 3
+
+
+def summarise_run(
+    rows: Sequence[Row],
+    config: dict[str, Any],
+    data: dict[str, Any],
+    task: str,
+    stage_speed: dict[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    """The run in one dictionary of plain values.
+
+    `eval/success` and friends come as `last`, `mean_of_last_three` (the papers' number on OGBench) and `best`
+    (for curiosity only: it is selected by evaluation and never to be reported as the result).
+    """
+    evaluations = [row for row in rows if "eval/success" in row]
+    summary: dict[str, Any] = {
+        "task": task,
+        "agent": config["agent"]["_target_"].rsplit(".", 1)[-1],
+        "seed": config["seed"],
+        "stages": {name: stage["steps"] for name, stage in config["stages"].items()},
+    }
+    for key in ("success", "return", "length"):
+        values = [row[f"eval/{key}"] for row in evaluations]
+        if values:
+            summary[f"eval/{key}"] = {
+                "last": values[-1],
+                "mean_of_last_three": float(np.mean(values[-LAST_EVALUATIONS:])),
+                "best": min(values) if key == "length" else max(values),
+                "last_interval_95": [evaluations[-1][f"eval/{key}_low"], evaluations[-1][f"eval/{key}_high"]],
+            }
+    env = make_env(task)
+    success_timing = getattr(env.unwrapped, "_success_timing", "unknown")
+    env.close()
+    return summary | {
+        "evaluations": len(evaluations),
+        "eval_episodes": config["eval"]["episodes"],
+        "updates": int(max((row["step"] for row in rows), default=0)),
+        "updates_per_second": stage_speed,
+        "seconds": seconds,
+        "peak_memory_mib": _peak_memory_mib(),
+        "success_timing": success_timing,
+        "protocol": "OGBench single-task, one-step returns, no action chunking",
+        "data": data,
+        "versions": {name: version(name) for name in ("deflow", "torch", "lightning", "ogbench", "mujoco", "numpy")},
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` at once: beside the target, then renamed."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
+
+
+def print_table(summary: dict[str, Any], folder: Path) -> None:
+    """The result as a table on the terminal."""
+    table = Table(title=f"{summary['agent']} on {summary['task']}, seed {summary['seed']}", show_header=True)
+    for column in ("", "last", "95% interval", f"mean of last {LAST_EVALUATIONS}", "best"):
+        table.add_column(column, justify="right" if column else "left")
+    for key in ("success", "return", "length"):
+        result = summary.get(f"eval/{key}")
+        if result:
+            low, high = result["last_interval_95"]
+            numbers = (result["last"], result["mean_of_last_three"], result["best"])
+            last, mean, best = (f"{number:.2f}" for number in numbers)
+            table.add_row(key, last, f"{low:.2f} to {high:.2f}", mean, best)
+    console = Console()
+    console.print(table)
+    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in summary["updates_per_second"].items())
+    data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
+    console.print(f"data: {summary['data']['name']} ({data}), success timing '{summary['success_timing']}'")
+    console.print(f"updates/s: {speeds}; {summary['seconds'] / 60:.1f} min; {summary['peak_memory_mib']:.0f} MiB at peak")
+    console.print(f"report: {folder / 'report.png'}", soft_wrap=True)
+
+
+def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, title: str) -> None:
+    """Losses, the multiplier and its constraint, values, success and, in mazes, the visited paths, in one picture."""
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2, 3)
+    _curves(axes[0, 0], rows, "behaviour flow", {"train/behavior_flow/loss": "train", "val/behavior_flow/loss": "validation"})
+    _curves(axes[0, 1], rows, "critic loss", {"train/critic/loss": "train", "val/critic/loss": "validation"}, log=True)
+    _curves(
+        axes[0, 2],
+        rows,
+        "value",
+        {"train/critic/q_mean": "Q(s, a)", "train/refiner/q": "Q(s, policy)", "train/critic/q_min": "min Q"},
+    )
+    _curves(axes[1, 0], rows, "multiplier", {"train/refiner/alpha": "alpha"})
+    _curves(axes[1, 1], rows, "trust region", {"train/refiner/squared_residual": "mean squared residual"}, log=True)
+    if any(episode.path for episode in episodes):
+        _success(axes[0, 1].twinx(), rows)
+        _paths(axes[1, 2], episodes)
+    else:
+        _success(axes[1, 2], rows)
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, dpi=80)
+    part.replace(path)
+
+
+def _curves(axis: Axes, rows: Sequence[Row], title: str, curves: dict[str, str], log: bool = False) -> None:
+    for key, label in curves.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, lw=1)
+    axis.set(title=title, xlabel="updates")
+    if log and axis.lines:
+        axis.set_yscale("log")
+    if axis.lines:
+        axis.legend(fontsize=8)
+
+
+def _success(axis: Axes, rows: Sequence[Row]) -> None:
+    points = [
+        (row["step"], row["eval/success"], row["eval/success_low"], row["eval/success_high"])
+        for row in rows
+        if "eval/success" in row
+    ]
+    axis.set(title="success, 95% interval", xlabel="updates", ylim=(-0.02, 1.02))
+    if points:
+        steps, success, low, high = (np.array(column) for column in zip(*points, strict=True))
+        axis.fill_between(steps, low, high, alpha=0.25, color="tab:green")
+        axis.plot(steps, success, "o-", color="tab:green")
+
+
+def _paths(axis: Axes, episodes: Sequence[Episode]) -> None:
+    for episode in episodes:
+        x, y = np.array(episode.path).T
+        axis.plot(x, y, lw=0.7, alpha=0.7, color="tab:green" if episode.success else "tab:red")
+        axis.plot(x[-1], y[-1], "k.", ms=3)
+    axis.set(title="paths of the last evaluation (green: success)", aspect="equal")
+
+
+def _peak_memory_mib() -> float:
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return peak + (torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0)

@@ -1,0 +1,32 @@
+"""The two values that every layer of the package shares: a `Batch` of transitions and the `Spec` of a task."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+Metrics = dict[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """Transitions `(s, a, r, m, s')`, all float32.
+
+    `masks` says whether to bootstrap: 0 where the task truly ended. It is not the end of a trajectory
+    (a time limit ends a trajectory without ending the task), which a one-step update never needs.
+    """
+
+    observations: Tensor  # (batch, observation_dim)
+    actions: Tensor  # (batch, action_dim), in [-1, 1]
+    rewards: Tensor  # (batch,)
+    masks: Tensor  # (batch,), 0 or 1
+    next_observations: Tensor  # (batch, observation_dim)
+    base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s
+    next_base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s'
+
+
+class Spec(NamedTuple):
+    """Sizes of a task's observations and actions: all that networks need to know of it."""
+
+    observation_dim: int
+    action_dim: int

@@ -1,0 +1,18 @@
+"""python train.py experiment=NAME [overrides]: train, evaluate and report a policy."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from deflow.config import entry_point
+
+
+@entry_point("train")
+def main(config: DictConfig, folder: Path) -> None:
+    from deflow.pipeline import train
+
+    train(config, folder)
+
+
+if __name__ == "__main__":
+    main()
