@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from deflow.agents.base import Agent
 from deflow.evaluation.rollout import Episode, Evaluator
@@ -103,3 +105,46 @@ class StageClock(Callback):
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
             self._since = None
+
+
+class SystemMetrics(Callback):
+    """CPU, memory, disk and network use of this process's machine, as MLflow records them beside a run's metrics."""
+
+    def __init__(self, logger: MLFlowLogger) -> None:
+        self._logger = logger
+        self._monitor: Any = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(
+            self._logger.run_id, resume_logging=True, tracking_uri=self._logger._tracking_uri
+        )
+        self._monitor.start()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+
+
+class StageProgress(RichProgressBar):
+    """Rich's bar with the stage's name, updates/s and the agent's headline metrics."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(refresh_rate=50)
+        self.stage = stage
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.stage
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Any]:  # type: ignore[override]
+        metrics = super().get_metrics(trainer, pl_module)
+        return {key: value for key, value in metrics.items() if key != "v_num"}

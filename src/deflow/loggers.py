@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import logging
 import os
 import re
 from pathlib import Path
@@ -94,18 +95,19 @@ def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> MLFlowLog
         UserError: if a server does not answer.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    artifacts = None
     if tracking_uri.startswith("http"):
         _check_server(tracking_uri)
+        _create_experiment(tracking_uri, experiment, artifacts=None)
     else:
-        artifacts = _initialise_database(tracking_uri)
+        path = _database_path(tracking_uri)
+        with FileLock(f"{path}.lock"):  # two processes that create the tables at once would both fail
+            _create_experiment(tracking_uri, experiment, (path.parent / "mlartifacts").as_uri())
     remembered = Path(run_dir) / "mlflow_run_id"
     run_id = remembered.read_text() if remembered.exists() else None
     logger = MLFlowLogger(
         experiment_name=experiment,
         run_name=Path(run_dir).name,
         tracking_uri=tracking_uri,
-        artifact_location=artifacts,
         run_id=run_id,
     )
     if rank_zero_only.rank == 0:
@@ -143,14 +145,19 @@ def _check_server(uri: str) -> None:
         ) from error
 
 
-def _initialise_database(uri: str) -> str:
-    """Create the sqlite data base once, whatever the number of processes; where its artifacts go."""
-    from mlflow.tracking import MlflowClient
-
-    path = Path(re.sub(r"^sqlite:/{3}", "", uri)).absolute()
+def _database_path(uri: str) -> Path:
     if urlparse(uri).scheme != "sqlite":
         raise UserError(f"logger.tracking_uri must start with sqlite:/// or http, got {uri}")
+    path = Path(re.sub(r"^sqlite:/{3}", "", uri)).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        MlflowClient(uri).search_experiments(max_results=1)
-    return (path.parent / "mlartifacts").as_uri()
+    return path
+
+
+def _create_experiment(uri: str, name: str, artifacts: str | None) -> None:
+    from mlflow.tracking import MlflowClient
+
+    for name_of_logger in ("mlflow.store.db.utils", "alembic"):  # a line a table
+        logging.getLogger(name_of_logger).setLevel(logging.WARNING)
+    client = MlflowClient(uri)
+    if client.get_experiment_by_name(name) is None:
+        client.create_experiment(name, artifact_location=artifacts)

@@ -11,14 +11,22 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from deflow import report
 from deflow.agents.base import Agent
-from deflow.callbacks import FINAL, LAST, AtomicCheckpointIO, PeriodicEvaluation, StageCheckpoint, StageClock
+from deflow.callbacks import (
+    FINAL,
+    LAST,
+    AtomicCheckpointIO,
+    PeriodicEvaluation,
+    StageCheckpoint,
+    StageClock,
+    StageProgress,
+    SystemMetrics,
+)
 from deflow.config import check, plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.proposals import ProposalCache
@@ -28,8 +36,10 @@ from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation import video
 from deflow.evaluation.statistics import summarise
 from deflow.loggers import CsvMetrics
+from deflow.types import Spec
 
 log = logging.getLogger(__name__)
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
 
 CONFIG_FILE = "config.yaml"
 
@@ -111,6 +121,9 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         part.write_text(OmegaConf.to_yaml(config, resolve=True))
         part.replace(folder / CONFIG_FILE)
     loggers = [metrics] if tracker is None else [metrics, tracker]
+    if not resume:
+        for logger in loggers:
+            logger.log_hyperparams(plain(config))
     return Run(folder, config, resume, agent, data, evaluator, loggers, metrics)
 
 
@@ -133,10 +146,12 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     clock = StageClock()
     evaluation = PeriodicEvaluation(run.evaluator, run.config.eval.every, lambda episodes: _keep(run, episodes))
     checkpoint = StageCheckpoint(checkpoints, run.config.checkpoint_every, run.card)
+    callbacks = [clock, *([evaluation] if stage.get("evaluate", True) else []), StageProgress(name), checkpoint]
+    callbacks += [SystemMetrics(logger) for logger in run.loggers if isinstance(logger, MLFlowLogger)]
     trainer: Trainer = instantiate(run.config.trainer, _partial_=True)(
         max_steps=stage.steps,
         logger=run.loggers,
-        callbacks=[clock, *([evaluation] if stage.get("evaluate", True) else []), RichProgressBar(refresh_rate=50), checkpoint],
+        callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         val_check_interval=min(run.config.validate_every, stage.steps),
     )
@@ -178,12 +193,36 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
     return summary
 
 
+def evaluate(config: DictConfig) -> dict[str, Any]:
+    """Play a checkpoint's policy; the result goes to the terminal and into `evaluation.json` beside the checkpoint.
+
+    Raises:
+        UserError: if the checkpoint is broken or of another task than `config.task`.
+    """
+    path = Path(config.ckpt)
+    checkpoint = load_checkpoint(path)
+    card = checkpoint["deflow"]
+    if config.task is not None and config.task != card["task"]:
+        raise UserError(f"{path} is a checkpoint of {card['task']}, not of {config.task}")
+    settings = card["config"]["agent"] | {
+        key: config[key] for key in ("best_of_n", "refine_steps") if config[key] is not None
+    }
+    agent = instantiate(settings, _partial_=True)(spec=Spec(*card["spec"]))
+    agent.load_state_dict(checkpoint["state_dict"])
+    evaluator = Evaluator(lambda: ogbench.make_env(card["task"]), config.episodes, config.num_envs, config.seed)
+    result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | summarise(evaluator.run(agent))
+    evaluator.close()
+    result |= {key: settings[key] for key in ("best_of_n", "refine_steps") if key in settings}
+    report.write_json(path.with_name("evaluation.json"), result)
+    report.print_evaluation(result)
+    return result
+
+
 def _record(run: Run) -> None:
     """The video is a courtesy: a machine that cannot render still has its result."""
     try:
-        env = ogbench.make_env(run.data.source.task, render_mode="rgb_array", width=video.SIZE, height=video.SIZE)
-        video.record_video(env, run.agent, run.folder / "video.mp4", run.config.video.episodes, run.config.eval.seed)
-        env.close()
+        path = run.folder / "video.mp4"
+        video.record_video(run.data.source.task, run.agent, path, run.config.video.episodes, run.config.eval.seed)
     except UserError as error:
         log.warning("%s", error)
 

@@ -102,6 +102,16 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     console.print(f"report: {folder / 'report.png'}", soft_wrap=True)
 
 
+def print_evaluation(result: dict[str, Any]) -> None:
+    """The result of `evaluate.py` as a table on the terminal."""
+    table = Table(title=f"{result['task']}, {result['episodes']:.0f} episodes")
+    for column in ("", "mean", "95% interval"):
+        table.add_column(column, justify="right" if column else "left")
+    for key in ("success", "return", "length"):
+        table.add_row(key, f"{result[key]:.2f}", f"{result[f'{key}_low']:.2f} to {result[f'{key}_high']:.2f}")
+    Console().print(table)
+
+
 def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, title: str) -> None:
     """Losses, the multiplier and its constraint, values, success and, in mazes, the visited paths, in one picture."""
     figure = Figure(figsize=(15, 8), layout="constrained")

@@ -19,6 +19,8 @@ from deflow.types import Batch
 
 # A batch is made in 0.1 ms by index_select: worker processes would only add copies.
 warnings.filterwarnings("ignore", ".*does not have many workers.*")
+# The length is that of the whole stage; a resumed stage begins further on.
+warnings.filterwarnings("ignore", ".*Your `IterableDataset` has `__len__` defined.*")
 
 
 class Source(Protocol):

@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+# torch first and alone: resolved together with the rest, pip may fetch a build for GPUs of several gigabytes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: $(VENV)/.installed ## Install, then run the quickstart: data, training, evaluation, report
+	$(BIN)/python train.py experiment=quickstart
+
+test: $(VENV)/.installed ## Install, then run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed ## Check style, types and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+ui: $(VENV)/.installed ## Show the runs in MLflow at http://127.0.0.1:5000
+	$(BIN)/mlflow server --backend-store-uri sqlite:///logs/mlflow.db --artifacts-destination logs/mlartifacts --host 127.0.0.1 --port 5000
+
+.PHONY: help train test lint ui

@@ -1,0 +1,18 @@
+"""python evaluate.py ckpt=PATH [overrides]: play a checkpoint's policy again."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from deflow.config import entry_point
+
+
+@entry_point("evaluate")
+def main(config: DictConfig, folder: Path) -> None:
+    from deflow.pipeline import evaluate
+
+    evaluate(config)
+
+
+if __name__ == "__main__":
+    main()

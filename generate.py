@@ -1,0 +1,21 @@
+"""python generate.py dataset=NAME out=DIR [overrides]: make a data set with OGBench's own recipe."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from deflow.config import entry_point
+
+
+@entry_point("generate")
+def main(config: DictConfig, folder: Path) -> None:
+    from deflow.data.generate.runner import generate_dataset
+
+    path = generate_dataset(
+        config.dataset, config.episodes, Path(config.out), config.seed, config.workers, config.steps
+    )
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
