@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
 
 CONFIG_FILE = "config.yaml"
+
+# Lightning's advice that does not apply: `BatchStream` needs no workers, has the length of the whole stage, and goes on
+# at any batch by itself; a resumed stage's folder holds its checkpoint. The last is from inside Lightning.
+LIGHTNING_WARNINGS = (
+    ".*does not have many workers",
+    ".*Your `IterableDataset` has `__len__` defined",
+    ".*your dataloader is not resumable",
+    ".*exists and is not empty",
+    r".*isinstance\(treespec, LeafSpec\)",
+)
 
 
 @dataclass
@@ -158,7 +169,10 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     last = checkpoints / LAST
     resuming = run.resume and last.exists()
     try:
-        trainer.fit(run.agent, run.data, ckpt_path=str(last) if resuming else None)
+        with warnings.catch_warnings():
+            for message in LIGHTNING_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            trainer.fit(run.agent, run.data, ckpt_path=str(last) if resuming else None)
     except NonFiniteLossError as error:
         kept = f"last good checkpoint: {last}" if last.exists() else "no checkpoint had been written yet"
         raise NonFiniteLossError(f"{error}; {kept}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -18,9 +17,6 @@ from deflow.seeding import torch_generator
 from deflow.types import Batch, Metrics, Spec
 
 Loss = tuple[str, Tensor, Metrics]
-
-# Lightning's own, from inside its handling of batches.
-warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
 
 
 class Agent(LightningModule, ABC):

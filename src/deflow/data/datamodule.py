@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -16,12 +15,6 @@ from deflow.data.transitions import Transitions
 from deflow.errors import UserError
 from deflow.seeding import torch_generator
 from deflow.types import Batch
-
-# A batch is made in 0.1 ms by index_select: worker processes would only add copies.
-warnings.filterwarnings("ignore", ".*does not have many workers.*")
-# The length is that of the whole stage; a resumed stage begins further on.
-warnings.filterwarnings("ignore", ".*Your `IterableDataset` has `__len__` defined.*")
-
 
 class Source(Protocol):
     """Where transitions come from."""
@@ -81,6 +74,8 @@ class BatchStream(IterableDataset):
 
 class OfflineDataModule(LightningDataModule):
     """Offline transitions in memory, sampled in whole batches without worker processes.
+
+    A batch is made in 0.1 ms by `index_select`: workers would only add copies.
 
     Args:
         source: finds, downloads or generates the data and loads it.

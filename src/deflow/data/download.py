@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from deflow.errors import UserError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 16  # bytes; what a broken connection loses at most
 ATTEMPTS = 3
 TIMEOUT_SECONDS = 15
 

@@ -124,13 +124,13 @@ class OGBenchSource:
                 if not self.generate_if_missing:
                     raise UserError(
                         f"{error}. Put {self.name}.npz and {self.name}-val.npz into {self._downloaded.parent}, "
-                        "or set data.generate_if_missing=true"
+                        "or set data.source.generate_if_missing=true"
                     ) from error
                 log.warning("%s", error)
         if not self.generate_if_missing:
             raise UserError(
-                f"no {self.name}.npz in {self._downloaded.parent}: set data.dir, data.download=true or "
-                "data.generate_if_missing=true"
+                f"no {self.name}.npz in {self._downloaded.parent}: set paths.data, data.source.download=true or "
+                "data.source.generate_if_missing=true"
             )
         log.warning("generating %s: NOT the published data set, do not compare with published numbers", self.name)
         generate_dataset(

@@ -1,0 +1,98 @@
+"""Sampling: reproducible from any point, different on every rank, with proposals that belong to their states."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deflow import distributed
+from deflow.data.datamodule import BatchStream, OfflineDataModule
+from deflow.data.proposals import ProposalCache
+from deflow.data.transitions import Transitions
+from deflow.errors import UserError
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.seeding import torch_generator
+from deflow.types import Spec
+
+
+@pytest.fixture
+def transitions() -> Transitions:
+    rows = 101
+    arrays = {
+        "observations": np.arange(rows, dtype=np.float32)[:, None].repeat(2, 1),
+        "actions": np.zeros((rows, 3)),
+        "rewards": np.zeros(rows),
+        "masks": np.ones(rows),
+        "valids": np.append(np.ones(rows - 1), 0),
+    }
+    return Transitions.from_compact(arrays, "test")
+
+
+def test_shapes_and_successors(transitions: Transitions) -> None:
+    batch = BatchStream(transitions, 16, 0, 1, (0, "test")).batch(0)
+    assert batch.observations.shape == batch.next_observations.shape == (16, 2)
+    assert batch.rewards.shape == batch.masks.shape == (16,)
+    assert torch.equal(batch.next_observations, batch.observations + 1)
+
+
+def test_a_stream_goes_on_where_it_was(transitions: Transitions) -> None:
+    whole = list(BatchStream(transitions, 8, 0, 6, (0, "test")))
+    rest = list(BatchStream(transitions, 8, 4, 6, (0, "test")))
+    assert all(torch.equal(a.observations, b.observations) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_seeds_stages_and_ranks_sample_differently(transitions: Transitions, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = [BatchStream(transitions, 32, 0, 1, parts).batch(0) for parts in ((0, "a"), (1, "a"), (0, "b"))]
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    draws.append(BatchStream(transitions, 32, 0, 1, (0, "a")).batch(0))
+    seen = {tuple(batch.observations[:, 0].tolist()) for batch in draws}
+    assert len(seen) == 4
+
+
+def test_every_transition_is_drawn_equally_often(transitions: Transitions) -> None:
+    stream = BatchStream(transitions, 1000, 0, 40, (0, "test"))
+    counts = torch.bincount(torch.cat([b.observations[:, 0].long() for b in stream]), minlength=100)
+    assert counts.sum() == 40_000
+    # 400 expected for each, standard deviation 20.
+    assert (counts - 400).abs().max() < 100
+
+
+def test_batch_larger_than_the_data(transitions: Transitions) -> None:
+    source = type("Source", (), {"load": lambda self: (transitions, transitions)})()
+    with pytest.raises(UserError, match="larger than the data"):
+        OfflineDataModule(source, batch_size=1000, validation_batches=1, seed=0).setup()
+
+
+@pytest.fixture
+def flow() -> BehaviorFlow:
+    torch.manual_seed(0)
+    return BehaviorFlow(Spec(2, 3), hidden=(16,))
+
+
+def test_proposals_are_those_of_the_flow(transitions: Transitions, flow: BehaviorFlow, tmp_path: Path) -> None:
+    make = partial(ProposalCache.load_or_compute, flow, transitions, 4, 0, tmp_path / "proposals.npy")
+    cache, again = make(), make()
+    rows = torch.arange(50)
+    drawn = [c.draw(rows, torch.Generator().manual_seed(0)) for c in (cache, again)]
+    assert torch.equal(*drawn)
+    assert drawn[0].shape == (50, 3)
+    z = torch.randn(len(transitions.states) * 4, 3, generator=torch_generator(torch.device("cpu"), 0, "proposals", 0))
+    solved = flow.propose(transitions.states.repeat_interleave(4, dim=0), z).reshape(-1, 4, 3)[:50]
+    nearest = (solved - drawn[0][:, None]).abs().amax(-1).amin(-1)
+    assert nearest.max() < 1e-3  # float16
+    other_states = (solved[1:] - drawn[0][:-1, None]).abs().amax(-1).amin(-1)
+    assert other_states.max() > 1e-2
+
+
+def test_a_stale_cache_is_never_used(transitions: Transitions, flow: BehaviorFlow, tmp_path: Path) -> None:
+    path = tmp_path / "proposals.npy"
+    ProposalCache.load_or_compute(flow, transitions, 4, 0, path)
+    first = path.read_bytes()
+    with torch.no_grad():
+        next(flow.parameters()).add_(0.1)
+    ProposalCache.load_or_compute(flow, transitions, 4, 0, path)
+    assert path.read_bytes() != first

@@ -1,0 +1,79 @@
+"""Generated data: OGBench's format, the same whatever the number of processes, and OGBench can read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import ogbench
+import pytest
+
+from deflow.data.generate.runner import generate_dataset
+from deflow.errors import UserError
+
+SIZES = {  # observation, action, qpos, qvel
+    "pointmaze-medium-navigate-v0": (2, 2, 2, 2),
+    "pointmaze-large-stitch-v0": (2, 2, 2, 2),
+    "cube-single-play-v0": (28, 5, 21, 20),
+    "cube-double-noisy-v0": (37, 5, 28, 26),
+    "scene-play-v0": (40, 5, 25, 24),
+    "puzzle-3x3-noisy-v0": (55, 5, 23, 23),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_format(name: str, tmp_path: Path) -> None:
+    path = generate_dataset(name, 2, tmp_path, seed=0, workers=1, steps=60)
+    train, val = (dict(np.load(file)) for file in (path, tmp_path / f"{name}-val.npz"))
+    keys = ["observations", "actions", "qpos", "qvel"]
+    extra = ["button_states"] if name.startswith(("scene", "puzzle")) else []
+    for arrays, episodes in ((train, 2), (val, 1)):
+        assert set(arrays) == {*keys, "terminals", *extra}
+        assert tuple(arrays[key].shape[1] for key in keys) == SIZES[name]
+        assert all(arrays[key].dtype == np.float32 for key in keys)
+        assert arrays["terminals"].dtype == bool
+        assert list(np.flatnonzero(arrays["terminals"])) == [60 * i + 59 for i in range(episodes)]
+        assert np.abs(arrays["actions"]).max() <= 1
+    if extra:
+        assert train["button_states"].dtype == np.int64
+    env = name.removesuffix("-v0")
+    _, theirs, _ = ogbench.make_env_and_datasets(f"{env}-singletask-v0", dataset_path=str(path))
+    assert len(theirs["rewards"]) == 2 * 59
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
+    files = [
+        generate_dataset("cube-single-play-v0", 3, tmp_path / str(workers), seed=5, workers=workers, steps=80)
+        for workers in (1, 2)
+    ]
+    one, two = (dict(np.load(file)) for file in files)
+    for key in one:
+        assert np.array_equal(one[key], two[key]), key
+
+
+def test_the_seed_changes_everything(tmp_path: Path) -> None:
+    name = "pointmaze-medium-navigate-v0"
+    actions = [np.load(generate_dataset(name, 1, tmp_path / str(s), s, 1, 50))["actions"] for s in (0, 1)]
+    assert not np.array_equal(*actions)
+
+
+def test_pointmaze_statistics(tmp_path: Path) -> None:
+    # The expert's unit direction (mean square 1/2 a dimension) plus noise 0.5, clipped: the reference sets have 0.70.
+    path = generate_dataset("pointmaze-medium-navigate-v0", 2, tmp_path, seed=0, workers=1)
+    actions = np.load(path)["actions"]
+    assert actions.shape == (2002, 2)
+    assert actions.std(0) == pytest.approx([0.70, 0.70], abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["antmaze-medium-navigate-v0", "cube-single-navigate-v0", "nonsense", "cube-single-play"])
+def test_no_recipe(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot generate"):
+        generate_dataset(name, 1, tmp_path)
+
+
+def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr("deflow.data.generate.runner.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="no space"):
+        generate_dataset("pointmaze-medium-navigate-v0", 1, tmp_path)
+    assert not list(tmp_path.glob("*.npz*"))

@@ -1,0 +1,150 @@
+"""OGBench data: semantics of terminals, masks and rewards; every kind of wrong file is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import ogbench
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from deflow.data.ogbench import OGBenchSource
+from deflow.data.transitions import ACTION_BOUND
+from deflow.errors import UserError
+from tests.conftest import EPISODES, STEPS, tiny_config
+
+ENVIRONMENTS = [
+    ("pointmaze-medium", "navigate"),
+    ("antmaze-medium", "navigate"),
+    ("humanoidmaze-medium", "navigate"),
+    ("antsoccer-arena", "navigate"),
+    ("cube-single", "play"),
+    ("cube-double", "play"),
+    ("scene", "play"),
+    ("puzzle-3x3", "play"),
+]
+
+
+def source(folder: Path, *overrides: str) -> OGBenchSource:
+    config = tiny_config(folder, "experiment=pointmaze", "data.source.download=false", *overrides)
+    return instantiate(config.data.source)
+
+
+@pytest.fixture
+def copied(point_data: Path, tmp_path: Path) -> Path:
+    for file in point_data.glob("pointmaze-medium-navigate-v0*.npz"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def change(folder: Path, **arrays: np.ndarray | None) -> None:
+    path = folder / "pointmaze-medium-navigate-v0.npz"
+    content = dict(np.load(path)) | arrays
+    np.savez(path, **{key: value for key, value in content.items() if value is not None})
+
+
+@pytest.mark.parametrize("env,dataset", ENVIRONMENTS)
+def test_equals_plain_ogbench(env: str, dataset: str, tiny_data: Callable[[str, str], Path]) -> None:
+    folder = tiny_data(env, dataset)
+    ours, _ = source(folder, f"task.env={env}", f"task.dataset={dataset}").load()
+    name = f"{env}-{dataset}-singletask-v0"
+    _, theirs, _ = ogbench.make_env_and_datasets(name, dataset_path=str(folder / f"{env}-{dataset}-v0.npz"))
+    batch = ours.batch(ours.starts)
+    assert len(ours) == EPISODES * (STEPS - 1)
+    for key in ("observations", "rewards", "masks", "next_observations"):
+        assert torch.equal(getattr(batch, key), torch.from_numpy(theirs[key])), key
+    torch.testing.assert_close(batch.actions, torch.from_numpy(theirs["actions"]).clamp(-ACTION_BOUND, ACTION_BOUND))
+
+
+def test_no_transition_crosses_the_end_of_a_trajectory(point_data: Path) -> None:
+    transitions, _ = source(point_data).load()
+    terminals = np.load(point_data / "pointmaze-medium-navigate-v0.npz")["terminals"]
+    assert not terminals[transitions.starts.numpy()].any()
+
+
+def test_a_time_limit_is_no_end_of_the_task(point_data: Path) -> None:
+    # Random walks of 40 steps never reach the goal: every trajectory ends, no mask is 0.
+    transitions, _ = source(point_data).load()
+    assert transitions.masks.min() == 1
+    assert transitions.rewards.max() == -1
+
+
+def test_masks_are_zero_where_the_goal_is_reached(copied: Path) -> None:
+    task = source(copied)
+    env = ogbench.make_env_and_datasets("pointmaze-medium-navigate-singletask-v0", env_only=True)
+    env.reset()
+    qpos = np.load(copied / "pointmaze-medium-navigate-v0.npz")["qpos"].copy()
+    qpos[5] = env.unwrapped.cur_goal_xy
+    change(copied, qpos=qpos)
+    transitions, _ = task.load()
+    assert transitions.masks[5] == 0
+    assert transitions.rewards[5] == 0
+    assert transitions.masks.sum() == len(transitions.masks) - 1
+
+
+def test_truncated(copied: Path) -> None:
+    path = copied / "pointmaze-medium-navigate-v0.npz"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="truncated"):
+        source(copied).load()
+
+
+def test_not_ogbench(copied: Path) -> None:
+    change(copied, qpos=None, terminals=None)
+    with pytest.raises(UserError, match="lacks terminals, qpos"):
+        source(copied).load()
+
+
+def test_other_environment(copied: Path) -> None:
+    with pytest.raises(UserError, match="another environment than cube-single"):
+        source(
+            copied, "task.env=cube-single", "task.dataset=play", f"data.source.path={copied}/pointmaze-medium-navigate-v0.npz"
+        ).load()
+
+
+def test_nan(copied: Path) -> None:
+    observations = np.load(copied / "pointmaze-medium-navigate-v0.npz")["observations"].copy()
+    observations[3, 0] = np.nan
+    change(copied, observations=observations)
+    with pytest.raises(UserError, match="'observations' has NaN or infinite values in 1 rows"):
+        source(copied).load()
+
+
+def test_actions_outside_are_clipped_with_a_warning(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    actions = np.load(copied / "pointmaze-medium-navigate-v0.npz")["actions"].copy()
+    actions[7] = 3.0
+    change(copied, actions=actions)
+    transitions, _ = source(copied).load()
+    assert transitions.actions.abs().max() <= ACTION_BOUND
+    assert "1 rows have actions outside [-1, 1]" in caplog.text
+
+
+def test_missing_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="generate_if_missing=true"):
+        source(tmp_path).prepare()
+    with pytest.raises(UserError, match="no file"):
+        source(tmp_path, "data.source.path=nowhere.npz").prepare()
+
+
+def test_no_network_says_where_to_put_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deflow.data.download.time.sleep", lambda _: None)
+    offline = source(tmp_path, "data.source.download=true", "data.source.url=http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"no connection to the server\. Put pointmaze-medium-navigate-v0.npz"):
+        offline.prepare()
+
+
+def test_generated_data_says_so_and_keeps_apart(tmp_path: Path) -> None:
+    made = source(tmp_path, "data.source.generate_if_missing=true", "data.source.generate_episodes=1")
+    made.prepare()
+    assert made.provenance()["generated"]
+    assert not list(tmp_path.glob("*.npz"))
+    transitions, _ = made.load()
+    assert len(transitions) == 1000
+
+
+def test_wrong_task_id() -> None:
+    with pytest.raises(UserError, match="1 to 5"):
+        _ = source(Path("."), "task_id=6").task

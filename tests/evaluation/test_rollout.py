@@ -1,0 +1,81 @@
+"""Batched evaluation: exactly the episodes that playing them one by one would give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from deflow.agents.base import Agent
+from deflow.envs import ogbench
+from deflow.errors import UserError
+from deflow.evaluation.rollout import Episode, Evaluator
+from deflow.evaluation.statistics import bootstrap_interval, summarise
+from tests.conftest import compose_config
+
+TASK = "pointmaze-medium-navigate-singletask-task1-v0"
+
+
+def make_env():
+    return ogbench.make_env(TASK, max_episode_steps=60)
+
+
+@pytest.fixture
+def agent() -> Agent:
+    torch.manual_seed(0)
+    config = compose_config("experiment=pointmaze", "networks.hidden=[16,16]", "agent.best_of_n=2")
+    return instantiate(config.agent, _partial_=True)(spec=ogbench.spec_of(make_env()))
+
+
+def test_equals_the_sequential_loop(agent: Agent) -> None:
+    batched = Evaluator(make_env, episodes=7, num_envs=3, seed=5).run(agent)
+    one_by_one = Evaluator(make_env, episodes=7, num_envs=1, seed=5).run(agent)
+    assert [e.index for e in batched] == list(range(7))
+    for a, b in zip(batched, one_by_one, strict=True):
+        assert (a.success, a.length, a.episode_return) == (b.success, b.length, b.episode_return)
+        # A matrix product rounds differently in a batch of another size.
+        assert np.allclose(a.path, b.path, atol=1e-4)
+
+
+def test_a_second_evaluation_repeats_the_first(agent: Agent) -> None:
+    evaluator = Evaluator(make_env, episodes=4, num_envs=2, seed=0)
+    assert evaluator.run(agent) == evaluator.run(agent)
+
+
+def test_the_seed_matters(agent: Agent) -> None:
+    paths = [Evaluator(make_env, 1, 1, seed).run(agent)[0].path for seed in (0, 1)]
+    assert paths[0] != paths[1]
+
+
+def test_environments_of_different_lengths_give_every_episode_once(agent: Agent, monkeypatch) -> None:
+    lengths = iter([5, 60, 60, 5, 5, 5, 5])
+    step = Evaluator._step
+
+    def cut(seat, action):  # each environment's episodes end after their own number of steps
+        seat.limit = getattr(seat, "limit", None) or next(lengths)
+        return step(seat, action) or seat.episode.length >= seat.limit
+
+    monkeypatch.setattr(Evaluator, "_step", staticmethod(cut))
+    episodes = Evaluator(make_env, episodes=7, num_envs=3, seed=0).run(agent)
+    assert [e.index for e in episodes] == list(range(7))
+    assert sorted(e.length for e in episodes) == [5, 5, 5, 5, 5, 60, 60]
+
+
+@pytest.mark.parametrize("episodes,num_envs", [(0, 1), (1, 0)])
+def test_counts_must_be_positive(episodes: int, num_envs: int) -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        Evaluator(make_env, episodes, num_envs, seed=0)
+
+
+def test_bootstrap_covers_the_mean() -> None:
+    low, high = bootstrap_interval([0.0] * 25 + [1.0] * 25)
+    # Normal approximation: 0.5 +- 1.96 * sqrt(0.25 / 50) = 0.36 to 0.64.
+    assert low == pytest.approx(0.36, abs=0.03)
+    assert high == pytest.approx(0.64, abs=0.03)
+    assert bootstrap_interval([1.0] * 10) == (1.0, 1.0)
+
+
+def test_summary() -> None:
+    summary = summarise([Episode(0, 1.0, -3.0, 4), Episode(1, 0.0, -7.0, 8)])
+    assert (summary["success"], summary["return"], summary["length"], summary["episodes"]) == (0.5, -5.0, 6.0, 2)

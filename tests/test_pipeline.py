@@ -1,0 +1,194 @@
+"""A run as a whole: what it leaves, how it goes on, how it stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from deflow import pipeline
+from deflow.errors import NonFiniteLossError, UserError
+from deflow.loggers import read_metrics
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.pipeline import load_checkpoint, train
+from tests.conftest import compose_config, tiny_config
+
+pytestmark = pytest.mark.usefixtures("short_episodes")
+
+STAGES = {"joint": ["0_joint"], "staged": ["0_behavior", "1_extraction"]}
+
+
+def run(folder: Path, data: Path, *overrides: str) -> dict:
+    return train(tiny_config(data, "experiment=pointmaze", *overrides), folder)
+
+
+def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "checkpoints" / stage / "final.ckpt")["state_dict"]
+
+
+def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_what_a_run_leaves(stages: str, point_data: Path, tmp_path: Path) -> None:
+    summary = run(tmp_path, point_data, f"stages={stages}")
+    assert {"config.yaml", "summary.json", "metrics.csv", "report.png", "checkpoints"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert not list(tmp_path.rglob("*.part"))
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["updates"] == 6 * len(STAGES[stages])
+    assert summary["evaluations"] == 2
+    assert set(summary["eval/success"]) == {"last", "mean_of_last_three", "best", "last_interval_95"}
+    assert set(summary["updates_per_second"]) == {stage[2:] for stage in STAGES[stages]}
+    assert summary["success_timing"] == "pre"
+    assert {"torch", "ogbench", "mujoco"} <= set(summary["versions"])
+    rows = read_metrics(tmp_path / "metrics.csv")
+    steps = [row["step"] for row in rows if "train/behavior_flow/loss" in row]
+    assert steps == [2, 4, 6]
+    assert any("val/behavior_flow/loss" in row for row in rows)
+    for stage in STAGES[stages]:
+        checkpoint = torch.load(tmp_path / "checkpoints" / stage / "final.ckpt", weights_only=True)
+        assert checkpoint["deflow"]["task"] == "pointmaze-medium-navigate-singletask-v0"
+
+
+def test_stages_train_only_their_parts(point_data: Path, tmp_path: Path) -> None:
+    run(tmp_path, point_data, "stages=staged", "stages.extraction.proposals=2")
+    behavior, extraction = (weights(tmp_path, stage) for stage in STAGES["staged"])
+    for name in behavior:
+        moved = not torch.equal(behavior[name], extraction[name])
+        assert moved == (not name.startswith("behavior_flow")), name
+
+
+def test_the_same_seed_gives_the_same_weights(point_data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / name, point_data, f"seed={seed}")
+    a, b, c = (weights(tmp_path / name, "0_joint") for name in "abc")
+    assert_equal_weights(a, b)
+    assert not torch.equal(a["critic.online.layers.0.weight"], c["critic.online.layers.0.weight"])
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("stages,at", [("joint", 4), ("staged", 3), ("staged", 6), ("staged", 9), ("staged", 11)])
+def test_resume_is_bit_for_bit(
+    stages: str, at: int, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", point_data, f"stages={stages}")
+    updates = 0
+    draw_noise = pipeline.Agent.training_step
+
+    def dies(agent, batch, batch_idx):
+        nonlocal updates
+        updates += 1
+        if updates > at:
+            raise Killed
+        return draw_noise(agent, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline.Agent, "training_step", dies)
+        run(tmp_path / "killed", point_data, f"stages={stages}")
+    resumed = compose_config(f"resume={tmp_path / 'killed'}")
+    train(resumed, tmp_path / "killed")
+    for stage in STAGES[stages]:
+        assert_equal_weights(weights(tmp_path / "whole", stage), weights(tmp_path / "killed", stage))
+    whole, killed = (read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "killed"))
+    evaluations = [[row for row in rows if "eval/success" in row] for rows in (whole, killed)]
+    assert evaluations[0] == evaluations[1]
+    training = [[row for row in rows if "train/critic/loss" in row] for rows in (whole, killed)]
+    assert training[0] == training[1]
+
+
+def test_a_finished_run_is_not_repeated(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(tmp_path, point_data)
+    monkeypatch.setattr(pipeline.Agent, "training_step", lambda *_: pytest.fail("trained again"))
+    again = train(compose_config(f"resume={tmp_path}"), tmp_path)
+    assert again["eval/success"] == summary["eval/success"]
+    assert again["updates_per_second"] == summary["updates_per_second"]
+
+
+def test_nan_stops_with_part_step_and_checkpoint(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = BehaviorFlow.loss, 0
+
+    def turns_nan(self, batch, x_0, times):
+        nonlocal calls
+        calls += 1
+        value, metrics = loss(self, batch, x_0, times)
+        return (value * float("nan") if calls == 5 else value), metrics
+
+    monkeypatch.setattr(BehaviorFlow, "loss", turns_nan)
+    expected = r"'behavior_flow' is not finite at update 5 of stage 'behavior'; last good checkpoint: .*last.ckpt"
+    with pytest.raises(NonFiniteLossError, match=expected):
+        run(tmp_path, point_data, "stages=staged", "validate_every=6")
+    good = load_checkpoint(tmp_path / "checkpoints" / "0_behavior" / "last.ckpt")
+    assert good["global_step"] == 4
+    assert all(tensor.isfinite().all() for tensor in good["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    "override,says",
+    [
+        ("updates=0", "stages.joint.steps must be at least 1"),
+        ("updates=-5", "stages.joint.steps must be at least 1"),
+        ("checkpoint_every=0", "checkpoint_every must be at least 1"),
+        ("eval.every=0", "eval.every must be at least 1"),
+        ("eval.episodes=0", "episodes and num_envs must be at least 1"),
+        ("data.batch_size=100000", "larger than the data"),
+        ("stages.joint.train=[actor]", "choose among the agent's parts"),
+        ("task.env=nonsense", "OGBench has no environment"),
+        ("ckpt=nowhere.ckpt", "no checkpoint"),
+        ("logger=mlflow logger.tracking_uri=http://127.0.0.1:9", "no MLflow server answers"),
+        ("logger=mlflow logger.tracking_uri=ftp://x", "must start with sqlite"),
+    ],
+)
+def test_bad_settings_leave_no_folder(override: str, says: str, point_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "train.log").touch()  # as Hydra does
+    with pytest.raises(UserError, match=says):
+        run(folder, point_data, *override.split())
+    assert not folder.exists()
+
+
+def test_weights_of_another_run(point_data: Path, tmp_path: Path) -> None:
+    run(tmp_path / "first", point_data)
+    final = tmp_path / "first" / "checkpoints" / "0_joint" / "final.ckpt"
+    run(tmp_path / "second", point_data, f"ckpt={final}")
+    with pytest.raises(UserError, match=r"is a checkpoint of pointmaze-medium-navigate-singletask-v0, not of"):
+        run(tmp_path / "third", point_data, f"ckpt={final}", "task_id=2")
+    with pytest.raises(UserError, match="differ from the configured ones"):
+        run(tmp_path / "fourth", point_data, f"ckpt={final}", "networks.hidden=[8]")
+    final.write_bytes(final.read_bytes()[:-500])
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        run(tmp_path / "fifth", point_data, f"ckpt={final}")
+
+
+def test_evaluate_a_checkpoint(point_data: Path, tmp_path: Path) -> None:
+    run(tmp_path, point_data)
+    final = tmp_path / "checkpoints" / "0_joint" / "final.ckpt"
+    config = compose_config(f"ckpt={final}", "episodes=3", "best_of_n=4", "refine_steps=2", config_name="evaluate")
+    result = pipeline.evaluate(config)
+    assert (result["episodes"], result["best_of_n"], result["refine_steps"]) == (3, 4, 2)
+    assert json.loads(final.with_name("evaluation.json").read_text()) == result
+    config.task = "cube-single-play-singletask-v0"
+    with pytest.raises(UserError, match="not of cube-single"):
+        pipeline.evaluate(config)
+    config.ckpt = str(tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        pipeline.evaluate(config)
+
+
+def test_resume_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run to resume"):
+        train(compose_config(f"resume={tmp_path}"), tmp_path)
