@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from deflow.config import CONFIG_DIR
 from deflow.envs import ogbench
@@ -19,7 +19,6 @@ EPISODES, STEPS = 4, 40
 # Everything that costs time, made small.
 TINY = (
     "networks.hidden=[16,16]",
-    "solver.steps=2",
     "updates=6",
     "eval.every=3",
     "eval.episodes=2",
@@ -29,7 +28,6 @@ TINY = (
     "data.batch_size=8",
     "data.validation_batches=2",
     "trainer.log_every_n_steps=2",
-    "+trainer.enable_progress_bar=false",
     "logger=csv",
     "video.episodes=0",
     "threads=1",
@@ -46,10 +44,7 @@ def compose_config(*overrides: str, config_name: str = "train") -> DictConfig:
 
 def tiny_config(data_dir: Path, *overrides: str) -> DictConfig:
     """A training configuration that runs in seconds on the data in `data_dir`."""
-    config = compose_config(*TINY, f"paths.data={data_dir}", *overrides)
-    with open_dict(config):
-        config.trainer.pop("enable_progress_bar")
-    return config
+    return compose_config(*TINY, f"paths.data={data_dir}", *overrides)
 
 
 def write_tiny_data(env_name: str, dataset: str, folder: Path) -> Path:

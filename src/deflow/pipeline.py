@@ -290,6 +290,8 @@ def load_config(folder: Path) -> DictConfig:
 
 def _keep(run: Run, episodes: list[Episode]) -> None:
     run.episodes = episodes
+    if rank_zero_only.rank != 0:
+        return
     result = summarise(episodes)
     log.info("update %d: success %.2f over %d episodes", run.agent.run_step, result["success"], len(episodes))
 

@@ -1,0 +1,76 @@
+"""The commands themselves: one line for every error, and a kill -9 that costs nothing but time."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from deflow.loggers import read_metrics
+from deflow.pipeline import load_checkpoint
+from tests.commands import run, start, tiny_overrides
+
+
+@pytest.mark.parametrize(
+    "script,arguments,says",
+    [
+        ("train.py", ["experiment=nonsense"], "unknown experiment 'nonsense': choose one of antmaze, "),
+        ("train.py", ["agent=nonsense"], "unknown agent 'nonsense': choose one of deflow"),
+        ("train.py", ["solver=nonsense"], "unknown solver 'nonsense': choose one of dopri5, euler, heun, midpoint, rk4"),
+        ("train.py", ["experiment=pointmaze", "agent.refiner.delta=-1"], "agent.refiner.delta must be > 0, got -1"),
+        ("train.py", ["experiment=pointmaze", "agent.nonsense=1"], "Could not override 'agent.nonsense'"),
+        ("evaluate.py", [], "Missing mandatory value: ckpt"),
+        ("generate.py", ["dataset=nonsense", "out=/tmp"], "cannot generate 'nonsense'"),
+    ],
+)
+def test_errors_are_one_line(script: str, arguments: list[str], says: str, tmp_path: Path) -> None:
+    folder = [f"hydra.run.dir={tmp_path / 'run'}"] if script == "train.py" else []
+    result = run(script, *arguments, *folder)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if "DISPLAY" not in line and "warnings.warn" not in line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_kill_and_resume(point_data: Path, tmp_path: Path) -> None:
+    settings = ["updates=300", "eval.every=100", "checkpoint_every=10", "stages=staged", "validate_every=100"]
+    whole = run("train.py", *tiny_overrides(point_data, tmp_path / "whole", *settings))
+    assert whole.returncode == 0, whole.stderr
+
+    process = start("train.py", *tiny_overrides(point_data, tmp_path / "killed", *settings))
+    last = tmp_path / "killed" / "checkpoints" / "1_extraction" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert last.exists()
+    assert not last.with_name("final.ckpt").exists(), "killed too late to show anything"
+
+    resumed = run("train.py", f"resume={tmp_path / 'killed'}")
+    assert resumed.returncode == 0, resumed.stderr
+    finals = [
+        load_checkpoint(tmp_path / name / "checkpoints" / "1_extraction" / "final.ckpt") for name in ("whole", "killed")
+    ]
+    for name, tensor in finals[0]["state_dict"].items():
+        assert torch.equal(tensor, finals[1]["state_dict"][name]), name
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "killed")]
+    evaluations = [[row for row in each if "eval/success" in row] for each in rows]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_generate_and_train_on_it(tmp_path: Path) -> None:
+    made = run("generate.py", "dataset=pointmaze-medium-navigate-v0", "episodes=2", f"out={tmp_path}", "steps=50")
+    assert made.returncode == 0, made.stderr
+    trained = run("train.py", *tiny_overrides(tmp_path, tmp_path / "run"))
+    assert trained.returncode == 0, trained.stderr
+    assert "GENERATED here" in trained.stdout.replace("\n", " ")
+    checkpoint = tmp_path / "run" / "checkpoints" / "0_joint" / "final.ckpt"
+    evaluated = run("evaluate.py", f"ckpt={checkpoint}", "episodes=1")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "success" in evaluated.stdout

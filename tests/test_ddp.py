@@ -1,0 +1,90 @@
+"""Two processes train as one: the same gradient, the same weights, different data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from hydra.utils import instantiate
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deflow.agents.deflow import DeFlow
+from deflow.loggers import read_metrics
+from deflow.types import Spec
+from tests.agents.tester import random_batch
+from tests.commands import run, tiny_overrides
+from tests.conftest import compose_config
+
+BATCH = 256
+
+
+class SummedLoss(nn.Module):
+    def __init__(self, agent: DeFlow) -> None:
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, batch: Any, noise: Any) -> torch.Tensor:
+        return torch.stack([loss for _, loss, _ in self.agent.losses(batch, noise)]).sum()
+
+
+def make_agent() -> DeFlow:
+    torch.manual_seed(0)
+    config = compose_config("networks.hidden=[16,16]")
+    return instantiate(config.agent, _partial_=True)(spec=Spec(5, 3))
+
+
+def update(agent: DeFlow, module: nn.Module, batch: Any, noise: Any) -> dict[str, torch.Tensor]:
+    """One backward, one Polyak step, one optimizer step; gradients and weights."""
+    optimizer = agent.configure_optimizers()
+    module(batch, noise).backward()
+    agent.on_before_optimizer_step(optimizer)
+    optimizer.step()
+    found = {f"grad/{n}": p.grad for n, p in agent.named_parameters() if p.grad is not None}
+    return found | {f"weight/{n}": p.detach() for n, p in agent.named_parameters()}
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    agent = make_agent()
+    batch = random_batch(agent, BATCH)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    mine = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+    batch = batch._replace(**{k: v[mine] for k, v in batch._asdict().items() if v is not None})
+    noise = type(noise)(*(draw[mine] for draw in noise))
+    torch.save(update(agent, DistributedDataParallel(SummedLoss(agent)), batch, noise), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_halves_make_the_whole(tmp_path: Path) -> None:
+    # Every loss is a mean over the batch: with g_i the gradient of one sample, rank r computes the mean over its 128,
+    # DDP averages the ranks: (1/2) (1/128 sum_{i<128} g_i + 1/128 sum_{i>=128} g_i) = 1/256 sum g_i.
+    # The value term is -mean(Q) / scale with scale = mean |Q| over all 256: were it each rank's own mean, the two
+    # halves would be weighted differently. The multiplier's gradient is -(mean da^2 - delta), again a mean.
+    multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    agent = make_agent()
+    batch = random_batch(agent, BATCH)
+    whole = update(agent, SummedLoss(agent), batch, agent.draw_noise(batch, torch.Generator().manual_seed(0)))
+    assert "grad/refiner.log_alpha" in whole
+    for name, expected in whole.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        tolerance = {"rtol": 1e-4, "atol": 1e-6} if name.startswith("grad") else {"rtol": 0, "atol": 1e-5}
+        torch.testing.assert_close(ranks[0][name], expected, **tolerance, msg=name)
+
+
+@pytest.mark.parametrize("stages,updates", [("joint", 6), ("staged", 12)])
+def test_ddp_sim_trains(stages: str, updates: int, point_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = run("train.py", *tiny_overrides(point_data, folder, "trainer=ddp_sim", f"stages={stages}", "eval.episodes=3"))
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["updates"] == updates
+    rows = [row for row in read_metrics(folder / "metrics.csv") if "eval/success" in row]
+    assert [row["eval/episodes"] for row in rows] == [3, 3]  # split over the ranks, each played once

@@ -1,0 +1,68 @@
+"""Every experiment and every choice of a component, composed from the real files and run once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deflow.config import CONFIG_DIR
+from deflow.pipeline import train
+from tests.conftest import compose_config, tiny_config
+
+CONFIGS = Path(CONFIG_DIR)
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+# tasks.md of the papers: discount, aggregate, delta.
+PAPER = {
+    "antmaze": (0.99, "min", 0.01),
+    "antmaze_giant": (0.995, "min", 0.01),
+    "humanoidmaze_medium": (0.995, "mean", 0.001),
+    "humanoidmaze_large": (0.995, "mean", 0.001),
+    "antsoccer_arena": (0.995, "mean", 0.01),
+    "cube_single": (0.99, "mean", 0.001),
+    "cube_double": (0.99, "mean", 0.001),
+    "scene": (0.99, "mean", 0.001),
+    "puzzle_3x3": (0.99, "mean", 0.005),
+    "puzzle_4x4": (0.99, "mean", 0.005),
+}
+
+
+@pytest.mark.parametrize("experiment", PAPER)
+def test_the_papers_settings(experiment: str) -> None:
+    config = compose_config(f"experiment={experiment}")
+    critic, refiner = config.agent.critic, config.agent.refiner
+    assert (critic.discount, critic.aggregate, refiner.delta) == PAPER[experiment]
+    assert list(config.networks.hidden) == [512] * 4
+    assert (config.data.batch_size, config.agent.optimizer.lr, critic.tau) == (256, 3e-4, 0.005)
+    assert (config.updates, config.eval.every, config.eval.episodes) == (1_000_000, 100_000, 50)
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs(experiment: str, tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
+    task = compose_config(f"experiment={experiment}").task
+    data = tiny_data(task.env, task.dataset)
+    overrides = (f"experiment={experiment}", "data.source.path=null", "data.source.download=true")
+    config = tiny_config(data, *overrides, "+trainer.fast_dev_run=true", "updates=1", "eval.episodes=1")
+    train(config, tmp_path)
+    assert (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"solver={path.stem}" for path in (CONFIGS / "solver").glob("*.yaml")),
+        "stages=staged",
+        "stages.joint.train=[behavior_flow]",
+        "task_id=3",
+        "agent.critic.aggregate=min",
+        "agent.refiner.lagrange=false",
+        "networks.activation=gelu_tanh",
+    ],
+)
+def test_every_component_swaps_by_an_override(override: str, point_data: Path, tmp_path: Path) -> None:
+    summary = train(tiny_config(point_data, "experiment=pointmaze", override), tmp_path)
+    assert summary["evaluations"] >= 1
