@@ -19,7 +19,11 @@ from tests.commands import run, start, tiny_overrides
     [
         ("train.py", ["experiment=nonsense"], "unknown experiment 'nonsense': choose one of antmaze, "),
         ("train.py", ["agent=nonsense"], "unknown agent 'nonsense': choose one of deflow"),
-        ("train.py", ["solver=nonsense"], "unknown solver 'nonsense': choose one of dopri5, euler, heun, midpoint, rk4"),
+        (
+            "train.py",
+            ["solver=nonsense"],
+            "unknown solver 'nonsense': choose one of dopri5, euler, heun, midpoint, rk4",
+        ),
         ("train.py", ["experiment=pointmaze", "agent.refiner.delta=-1"], "agent.refiner.delta must be > 0, got -1"),
         ("train.py", ["experiment=pointmaze", "agent.nonsense=1"], "Could not override 'agent.nonsense'"),
         ("evaluate.py", [], "Missing mandatory value: ckpt"),

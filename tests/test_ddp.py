@@ -82,7 +82,9 @@ def test_two_halves_make_the_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stages,updates", [("joint", 6), ("staged", 12)])
 def test_ddp_sim_trains(stages: str, updates: int, point_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    result = run("train.py", *tiny_overrides(point_data, folder, "trainer=ddp_sim", f"stages={stages}", "eval.episodes=3"))
+    result = run(
+        "train.py", *tiny_overrides(point_data, folder, "trainer=ddp_sim", f"stages={stages}", "eval.episodes=3")
+    )
     assert result.returncode == 0, result.stderr
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["updates"] == updates

@@ -56,7 +56,11 @@ def test_metrics_reach_a_server(server: str, point_data: Path, tmp_path: Path) -
     summary = train(tiny_config(point_data, "experiment=pointmaze", *overrides), folder)
     client, run = run_of(server)
     history = client.get_metric_history(run.info.run_id, "train/critic/loss")
-    csv = [(row["step"], row["train/critic/loss"]) for row in read_metrics(folder / "metrics.csv") if "train/critic/loss" in row]
+    csv = [
+        (row["step"], row["train/critic/loss"])
+        for row in read_metrics(folder / "metrics.csv")
+        if "train/critic/loss" in row
+    ]
     assert [(point.step, pytest.approx(point.value)) for point in history] == csv
     assert [step for step, _ in csv] == [8, 10, 12]  # one axis over both stages
     assert run.data.metrics["eval/success"] == summary["eval/success"]["last"]

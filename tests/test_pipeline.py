@@ -83,18 +83,19 @@ def test_resume_is_bit_for_bit(
 ) -> None:
     run(tmp_path / "whole", point_data, f"stages={stages}")
     updates = 0
-    draw_noise = pipeline.Agent.training_step
+    training_step = pipeline.Agent.training_step
 
     def dies(agent, batch, batch_idx):
         nonlocal updates
         updates += 1
         if updates > at:
             raise Killed
-        return draw_noise(agent, batch, batch_idx)
+        return training_step(agent, batch, batch_idx)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(pipeline.Agent, "training_step", dies)
-        run(tmp_path / "killed", point_data, f"stages={stages}")
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", point_data, f"stages={stages}")
     resumed = compose_config(f"resume={tmp_path / 'killed'}")
     train(resumed, tmp_path / "killed")
     for stage in STAGES[stages]:
@@ -106,9 +107,7 @@ def test_resume_is_bit_for_bit(
     assert training[0] == training[1]
 
 
-def test_a_finished_run_is_not_repeated(
-    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_not_repeated(point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = run(tmp_path, point_data)
     monkeypatch.setattr(pipeline.Agent, "training_step", lambda *_: pytest.fail("trained again"))
     again = train(compose_config(f"resume={tmp_path}"), tmp_path)
@@ -159,6 +158,25 @@ def test_bad_settings_leave_no_folder(override: str, says: str, point_data: Path
     with pytest.raises(UserError, match=says):
         run(folder, point_data, *override.split())
     assert not folder.exists()
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, 0
+
+    def fills_up(content, file):
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", fills_up)
+    with pytest.raises(UserError, match=r"last.ckpt: No space left on device"):
+        run(tmp_path, point_data)
+    assert load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "last.ckpt")["global_step"] == 2
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_weights_of_another_run(point_data: Path, tmp_path: Path) -> None:

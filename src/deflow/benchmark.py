@@ -42,9 +42,13 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     agent = instantiate(config.agent, _partial_=True)(spec=Spec(config.observation_dim, config.action_dim))
-    stream = BatchStream(_random_transitions(agent.spec), config.batch_size, 0, config.updates, (config.seed, "benchmark"))
+    stream = BatchStream(
+        _random_transitions(agent.spec), config.batch_size, 0, config.updates, (config.seed, "benchmark")
+    )
     bare_seconds(agent, stream)  # warm-up
-    rounds = [(bare_seconds(agent, stream), lightning_seconds(agent, stream, config.log_every)) for _ in range(config.rounds)]
+    rounds = [
+        (bare_seconds(agent, stream), lightning_seconds(agent, stream, config.log_every)) for _ in range(config.rounds)
+    ]
     bare, lightning = (median(seconds) / config.updates for seconds in zip(*rounds, strict=True))
     result = {
         "agent": type(agent).__name__,
@@ -93,6 +97,7 @@ def lightning_seconds(agent: Agent, stream: BatchStream, log_every: int) -> floa
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        limit_val_batches=0,
     )
     with warnings.catch_warnings():
         for message in LIGHTNING_WARNINGS:

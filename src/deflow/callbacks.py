@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from deflow.agents.base import Agent
+from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import summarise
 
@@ -30,10 +32,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise UserError(f"cannot write {target}: {error.strerror}; the checkpoint before it is whole") from error
         os.replace(part, target)
 
 
@@ -118,6 +124,7 @@ class SystemMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
         self._monitor = SystemMetricsMonitor(
             self._logger.run_id, resume_logging=True, tracking_uri=self._logger._tracking_uri
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
@@ -16,6 +17,11 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number among them, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, also before the ranks have met, as the launcher's environment tells."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from filelock import FileLock
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from deflow.distributed import is_main_process
 from deflow.errors import UserError
 
 Row = dict[str, float]
@@ -110,7 +111,7 @@ def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> MLFlowLog
         tracking_uri=tracking_uri,
         run_id=run_id,
     )
-    if rank_zero_only.rank == 0:
+    if is_main_process():
         remembered.write_text(str(logger.run_id))
     return logger
 

@@ -7,13 +7,12 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import MLFlowLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from deflow import report
@@ -31,12 +30,14 @@ from deflow.callbacks import (
 from deflow.config import check, plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.proposals import ProposalCache
+from deflow.distributed import is_main_process
 from deflow.envs import ogbench
 from deflow.errors import NonFiniteLossError, UserError
-from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation import video
+from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import summarise
 from deflow.loggers import CsvMetrics
+from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
     try:
         run = prepare(config, folder, resume)
     except UserError:
-        if not resume and rank_zero_only.rank == 0:
+        if not resume and is_main_process():
             _discard(folder)
         raise
     first_step = 0
@@ -127,7 +128,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = CsvMetrics(folder / "metrics.csv", last_step=_saved_step(config, folder) if resume else 0)
     tracker = instantiate(config.logger, _partial_=True)(run_dir=str(folder))
-    if not resume and rank_zero_only.rank == 0:
+    if not resume and is_main_process():
         part = folder / f"{CONFIG_FILE}.part"
         part.write_text(OmegaConf.to_yaml(config, resolve=True))
         part.replace(folder / CONFIG_FILE)
@@ -151,7 +152,11 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     if stage.get("proposals"):
         assert run.data.transitions is not None
         proposals = ProposalCache.load_or_compute(
-            run.agent.behavior_flow, run.data.transitions, stage.proposals, run.config.seed, run.folder / "proposals.npy"
+            cast(BehaviorFlow, run.agent.behavior_flow),
+            run.data.transitions,
+            stage.proposals,
+            run.config.seed,
+            run.folder / "proposals.npy",
         )
     run.data.begin_stage(name, stage.steps, proposals)
     clock = StageClock()
@@ -193,10 +198,10 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
         stage_speed=run.stage_speed,
         seconds=seconds,
     )
-    if rank_zero_only.rank != 0:
+    if not is_main_process():
         return summary
     report.write_json(run.folder / "summary.json", summary)
-    report.draw(run.metrics.rows, run.episodes, run.folder / "report.png", title=f"{run.data.source.task}")
+    report.draw(run.metrics.rows, run.episodes, run.folder / "report.png", plain(run.config), run.data.source.task)
     if run.config.video.episodes:
         _record(run)
     for logger in run.loggers:
@@ -290,7 +295,7 @@ def load_config(folder: Path) -> DictConfig:
 
 def _keep(run: Run, episodes: list[Episode]) -> None:
     run.episodes = episodes
-    if rank_zero_only.rank != 0:
+    if not is_main_process():
         return
     result = summarise(episodes)
     log.info("update %d: success %.2f over %d episodes", run.agent.run_step, result["success"], len(episodes))

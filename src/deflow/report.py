@@ -44,7 +44,7 @@ def summarise_run(
     evaluations = [row for row in rows if "eval/success" in row]
     summary: dict[str, Any] = {
         "task": task,
-        "agent": config["agent"]["_target_"].rsplit(".", 1)[-1],
+        "agent": _agent_name(config),
         "seed": config["seed"],
         "stages": {name: stage["steps"] for name, stage in config["stages"].items()},
     }
@@ -98,7 +98,9 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in summary["updates_per_second"].items())
     data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
     console.print(f"data: {summary['data']['name']} ({data}), success timing '{summary['success_timing']}'")
-    console.print(f"updates/s: {speeds}; {summary['seconds'] / 60:.1f} min; {summary['peak_memory_mib']:.0f} MiB at peak")
+    console.print(
+        f"updates/s: {speeds}; {summary['seconds'] / 60:.1f} min; {summary['peak_memory_mib']:.0f} MiB at peak"
+    )
     console.print(f"report: {folder / 'report.png'}", soft_wrap=True)
 
 
@@ -112,41 +114,49 @@ def print_evaluation(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, title: str) -> None:
+def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: dict[str, Any], task: str) -> None:
     """Losses, the multiplier and its constraint, values, success and, in mazes, the visited paths, in one picture."""
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(2, 3)
-    _curves(axes[0, 0], rows, "behaviour flow", {"train/behavior_flow/loss": "train", "val/behavior_flow/loss": "validation"})
-    _curves(axes[0, 1], rows, "critic loss", {"train/critic/loss": "train", "val/critic/loss": "validation"}, log=True)
-    _curves(
-        axes[0, 2],
-        rows,
-        "value",
-        {"train/critic/q_mean": "Q(s, a)", "train/refiner/q": "Q(s, policy)", "train/critic/q_min": "min Q"},
-    )
+    maze = any(episode.path for episode in episodes)
+    figure = Figure(figsize=(20 if maze else 15, 8), layout="constrained")
+    figure.suptitle(f"{_agent_name(config)} on {task}, seed {config['seed']}")
+    axes = figure.subplots(2, 4 if maze else 3)
+    flow = {"train/behavior_flow/loss": "train", "val/behavior_flow/loss": "validation"}
+    critic = {"train/critic/loss": "train", "val/critic/loss": "validation"}
+    value = {"train/critic/q_mean": "Q(s, a)", "train/refiner/q": "Q(s, policy)", "train/critic/q_min": "min Q"}
+    residual = {"train/refiner/squared_residual": "mean squared residual"}
+    _curves(axes[0, 0], rows, "behaviour flow loss", flow)
+    _curves(axes[0, 1], rows, "critic loss", critic, log=True)
+    _curves(axes[0, 2], rows, "value", value)
     _curves(axes[1, 0], rows, "multiplier", {"train/refiner/alpha": "alpha"})
-    _curves(axes[1, 1], rows, "trust region", {"train/refiner/squared_residual": "mean squared residual"}, log=True)
-    if any(episode.path for episode in episodes):
-        _success(axes[0, 1].twinx(), rows)
-        _paths(axes[1, 2], episodes)
-    else:
-        _success(axes[1, 2], rows)
+    _curves(axes[1, 1], rows, "trust region", residual, log=True, limit=config["agent"].get("refiner", {}).get("delta"))
+    _success(axes[1, 2], rows)
+    for axis in axes[:, :3].flat:
+        axis.set(xlabel="updates", xlim=(0, max((row["step"] for row in rows), default=1.0)))
+    if maze:
+        _paths(axes[0, 3], episodes)
+        axes[1, 3].set_axis_off()
     part = path.with_name(f".{path.name}")
     figure.savefig(part, dpi=80)
     part.replace(path)
 
 
-def _curves(axis: Axes, rows: Sequence[Row], title: str, curves: dict[str, str], log: bool = False) -> None:
+def _agent_name(config: dict[str, Any]) -> str:
+    return str(config["agent"]["_target_"]).rsplit(".", 1)[-1]
+
+
+def _curves(
+    axis: Axes, rows: Sequence[Row], title: str, curves: dict[str, str], log: bool = False, limit: float | None = None
+) -> None:
     for key, label in curves.items():
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, lw=1)
-    axis.set(title=title, xlabel="updates")
-    if log and axis.lines:
-        axis.set_yscale("log")
+    if limit is not None:
+        axis.axhline(limit, color="k", ls="--", lw=1, label="delta")
+    axis.set(title=title)
     if axis.lines:
         axis.legend(fontsize=8)
+        axis.set_yscale("log" if log else "linear")
 
 
 def _success(axis: Axes, rows: Sequence[Row]) -> None:
@@ -155,7 +165,7 @@ def _success(axis: Axes, rows: Sequence[Row]) -> None:
         for row in rows
         if "eval/success" in row
     ]
-    axis.set(title="success, 95% interval", xlabel="updates", ylim=(-0.02, 1.02))
+    axis.set(title="success, 95% interval", ylim=(-0.02, 1.02))
     if points:
         steps, success, low, high = (np.array(column) for column in zip(*points, strict=True))
         axis.fill_between(steps, low, high, alpha=0.25, color="tab:green")

@@ -65,7 +65,9 @@ def test_pointmaze_statistics(tmp_path: Path) -> None:
     assert actions.std(0) == pytest.approx([0.70, 0.70], abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["antmaze-medium-navigate-v0", "cube-single-navigate-v0", "nonsense", "cube-single-play"])
+@pytest.mark.parametrize(
+    "name", ["antmaze-medium-navigate-v0", "cube-single-navigate-v0", "nonsense", "cube-single-play"]
+)
 def test_no_recipe(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot generate"):
         generate_dataset(name, 1, tmp_path)

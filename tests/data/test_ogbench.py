@@ -101,7 +101,10 @@ def test_not_ogbench(copied: Path) -> None:
 def test_other_environment(copied: Path) -> None:
     with pytest.raises(UserError, match="another environment than cube-single"):
         source(
-            copied, "task.env=cube-single", "task.dataset=play", f"data.source.path={copied}/pointmaze-medium-navigate-v0.npz"
+            copied,
+            "task.env=cube-single",
+            "task.dataset=play",
+            f"data.source.path={copied}/pointmaze-medium-navigate-v0.npz",
         ).load()
 
 

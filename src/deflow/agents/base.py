@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Agent(LightningModule, ABC):
     candidates: int = 1
 
     def __init__(
-        self, spec: Spec, parts: dict[str, nn.Module], optimizer: Callable[[Any], Optimizer], seed: int
+        self, spec: Spec, parts: Mapping[str, nn.Module], optimizer: Callable[[Any], Optimizer], seed: int
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -83,9 +83,8 @@ class Agent(LightningModule, ABC):
         """
         unknown = sorted(set(train) - set(self._trainable))
         if unknown or not train:
-            raise UserError(
-                f"stage '{name}' trains {unknown or 'nothing'}: choose among the agent's parts {', '.join(self._trainable)}"
-            )
+            known = ", ".join(self._trainable)
+            raise UserError(f"stage '{name}' trains {unknown or 'nothing'}: choose among the agent's parts {known}")
         self._stage, self._active, self._first_step = name, tuple(train), first_step
         for part, parameters in self._trainable.items():
             for parameter in parameters:
@@ -110,7 +109,7 @@ class Agent(LightningModule, ABC):
         generator = torch_generator(self.device, self._seed, self._stage, "noise", rank(), self.global_step)
         terms = list(self.losses(batch, self.draw_noise(batch, generator)))
         self._watch_for_nan(terms)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_finite()
             self.log_dict(_named("train", terms) | {"step": float(self.run_step + 1)})
             self.log_dict(self.headline(terms), prog_bar=True, logger=False)
@@ -155,7 +154,7 @@ class Agent(LightningModule, ABC):
         self._bad_step = torch.where(finite | (self._bad_step >= 0), self._bad_step, self.global_step + 1)
 
     def _check_finite(self) -> None:
-        """Raise `NonFiniteLossError` if a loss has been NaN or infinite; called on the log interval and before saving."""
+        """Raise `NonFiniteLossError` if a loss was NaN or infinite; called on the log interval and before saving."""
         if self._bad_step is None or bool((self._bad_step < 0).all()):
             return
         steps = dict(zip(self._active, self._bad_step.tolist(), strict=True))

@@ -107,7 +107,9 @@ class DeFlow(Agent):
         if batch.base_actions is not None and batch.next_base_actions is not None:
             return batch.base_actions, batch.next_base_actions
         states = torch.cat([batch.observations, batch.next_observations])
-        base_actions, next_base_actions = self.behavior_flow.propose(states, torch.cat([noise.z, noise.z_next])).chunk(2)
+        base_actions, next_base_actions = self.behavior_flow.propose(states, torch.cat([noise.z, noise.z_next])).chunk(
+            2
+        )
         return base_actions, next_base_actions
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from deflow.errors import UserError
 from deflow.seeding import torch_generator
 from deflow.types import Batch
 
+
 class Source(Protocol):
     """Where transitions come from."""
 

@@ -67,7 +67,7 @@ def _fetch(url: str, part: Path) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, requests.HTTPError):
-        return f"the server answered {error.response.status_code}"
+        return f"the server answered {getattr(error.response, 'status_code', 'nothing')}"
     if isinstance(error, requests.ConnectionError | requests.Timeout):
         return "no connection to the server"
     return str(error)

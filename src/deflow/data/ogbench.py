@@ -167,7 +167,9 @@ def _check_file(path: Path, env: Any) -> None:
                 raise UserError(f"{path} is not an OGBench data set: it lacks {', '.join(missing)}")
             shapes = file["actions"].shape[1:], file["observations"].shape[1:], file["qpos"].shape[1:]
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise UserError(f"cannot read {path}: it is truncated or not an .npz file; make or download it again") from error
+        raise UserError(
+            f"cannot read {path}: it is truncated or not an .npz file; make or download it again"
+        ) from error
     spec = ogbench.spec_of(env)
     data = getattr(env.unwrapped, "data", None)  # mazes; manipulation environments keep it private
     data = env.unwrapped._data if data is None else data

@@ -81,4 +81,3 @@ def seeded_reset(env: gymnasium.Env, seed: int, **kwargs: Any) -> tuple[np.ndarr
 
 def _is_state_env(name: str) -> bool:
     return name.startswith(FAMILIES) and "singletask" not in name and "oraclerep" not in name
-

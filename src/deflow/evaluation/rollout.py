@@ -111,7 +111,8 @@ class Evaluator:
         """Step one environment; whether its episode is over."""
         episode, maze = seat.episode, seat.env.unwrapped
         if hasattr(maze, "get_xy"):
-            episode.path.append(tuple(float(x) for x in maze.get_xy()))
+            x, y = maze.get_xy()
+            episode.path.append((float(x), float(y)))
         seat.observation, reward, terminated, truncated, info = seat.env.step(action)
         episode.episode_return += float(reward)
         episode.length += 1

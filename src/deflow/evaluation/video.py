@@ -50,7 +50,12 @@ def record_video(task: str, agent: Agent, path: Path, episodes: int, seed: int) 
             done = terminated or truncated
     env.close()
     part = path.with_name(f".{path.name}")
-    imageio.mimwrite(part, frames, fps=FRAMES_PER_SECOND, macro_block_size=16)
+    imageio.mimwrite(
+        part,
+        frames,  # type: ignore[arg-type]
+        fps=FRAMES_PER_SECOND,
+        macro_block_size=16,
+    )
     part.replace(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -30,11 +31,12 @@ class MLP(nn.Module):
     def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, activation: Activation = "gelu") -> None:
         super().__init__()
         widths = [in_dim, *hidden, out_dim]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
-        self.activation: Activation = activation
-        for layer in self.layers:
+        layers = [nn.Linear(i, o) for i, o in pairwise(widths)]
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
+        self.activation: Activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -86,9 +88,7 @@ class EnsembleMLP(nn.Module):
         widths = [in_dim, *hidden, out_dim]
         self.members = members
         self.activation: Activation = activation
-        self.layers = nn.ModuleList(
-            EnsembleLinear(members, i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(EnsembleLinear(members, i, o) for i, o in pairwise(widths))
         self.norms = nn.ModuleList(
             EnsembleLayerNorm(members, width) if layer_norm else nn.Identity() for width in hidden
         )

@@ -57,7 +57,7 @@ def generate_dataset(
     Raises:
         UserError: for a data set without a recipe here, a bad number, or too little disk.
     """
-    env, dataset = _recipe(name)
+    _, dataset = _recipe(name)
     if episodes < 1 or workers < 1:
         raise UserError(f"episodes and workers must be at least 1, got {episodes} and {workers}")
     steps = steps or (STITCH_STEPS if dataset == "stitch" else EPISODE_STEPS)

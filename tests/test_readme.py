@@ -1,0 +1,60 @@
+"""What the README says is so: its commands compose, its overrides exist, its example agent passes the shared tester."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from deflow.agents.base import Agent
+from deflow.config import CONFIG_DIR
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.types import Spec
+from tests.agents.tester import check_agent
+from tests.commands import ROOT
+from tests.conftest import compose_config
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", README, re.MULTILINE)
+
+
+def test_the_first_commands_are_make() -> None:
+    commands = re.findall(r"^    (make \w+)", README, re.MULTILINE)
+    assert commands[:2] == ["make train", "make test"]
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {command.split()[1] for command in commands} <= targets
+
+
+@pytest.mark.parametrize("script,arguments", COMMANDS)
+def test_commands_compose(script: str, arguments: str) -> None:
+    assert (ROOT / f"{script}.py").exists()
+    compose_config(*arguments.split(), config_name=script)
+
+
+def test_swaps_exist() -> None:
+    for group, choices in re.findall(r"(solver|stages|trainer|logger)=([\w|]+)", README):
+        for choice in choices.split("|"):
+            compose_config(f"{group}={choice}")
+
+
+def test_the_table_names_every_experiment_with_its_settings() -> None:
+    rows = re.findall(r"^\| (`.*) \| .* \| ([\d.]+) \| (\w+) \|$", README, re.MULTILINE)
+    named = {name: (float(delta), agg) for names, delta, agg in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(named) == {path.stem for path in (Path(CONFIG_DIR) / "experiment").glob("*.yaml")} - {
+        "original_comparison"
+    }
+    for name, (delta, aggregate) in named.items():
+        agent = compose_config(f"experiment={name}").agent
+        assert (agent.refiner.delta, agent.critic.aggregate) == (delta, aggregate), name
+
+
+def test_the_example_agent_works() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {"Agent": Agent, "torch": torch}
+    exec(code, names)  # the README's own text
+    flow = partial(BehaviorFlow, hidden=(16,))
+    agent = names["FlowBC"](Spec(5, 3), flow, partial(torch.optim.Adam, lr=3e-4))
+    check_agent(agent)
