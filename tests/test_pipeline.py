@@ -65,6 +65,15 @@ def test_stages_train_only_their_parts(point_data: Path, tmp_path: Path) -> None
         assert moved == (not name.startswith("behavior_flow")), name
 
 
+def test_a_stage_may_have_a_learning_rate_that_decays(point_data: Path, tmp_path: Path) -> None:
+    run(tmp_path, point_data, "stages=staged", "stages.behavior.lr=0.01", "stages.behavior.cosine_decay=true")
+    folder = tmp_path / "checkpoints" / "0_behavior"
+    # Half a cosine over 6 updates: 0.01 at the start, 0 at the end.
+    (scheduler,) = load_checkpoint(folder / "final.ckpt")["lr_schedulers"]
+    assert scheduler["base_lrs"] == [0.01]
+    assert scheduler["_last_lr"] == [pytest.approx(0.0, abs=1e-8)]
+
+
 def test_the_same_seed_gives_the_same_weights(point_data: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / name, point_data, f"seed={seed}")
@@ -81,7 +90,8 @@ class Killed(BaseException):
 def test_resume_is_bit_for_bit(
     stages: str, at: int, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path / "whole", point_data, f"stages={stages}")
+    decay = ("stages.behavior.cosine_decay=true",) if stages == "staged" else ()
+    run(tmp_path / "whole", point_data, f"stages={stages}", *decay)
     updates = 0
     training_step = pipeline.Agent.training_step
 
@@ -95,7 +105,7 @@ def test_resume_is_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.Agent, "training_step", dies)
         with pytest.raises(Killed):
-            run(tmp_path / "killed", point_data, f"stages={stages}")
+            run(tmp_path / "killed", point_data, f"stages={stages}", *decay)
     resumed = compose_config(f"resume={tmp_path / 'killed'}")
     train(resumed, tmp_path / "killed")
     for stage in STAGES[stages]:

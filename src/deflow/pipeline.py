@@ -147,7 +147,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         run.agent.load_state_dict(card["state_dict"])
         run.stage_speed[name] = card["deflow"]["updates_per_second"]
         return
-    run.agent.begin_stage(name, tuple(stage.train), first_step)
+    decay = stage.steps if stage.get("cosine_decay") else None
+    run.agent.begin_stage(name, tuple(stage.train), first_step, stage.get("lr"), decay)
     proposals = None
     if stage.get("proposals"):
         assert run.data.transitions is not None

@@ -70,13 +70,22 @@ class Agent(LightningModule, ABC):
 
     # What a stage sets.
 
-    def begin_stage(self, name: str, train: Sequence[str], first_step: int) -> None:
+    def begin_stage(
+        self,
+        name: str,
+        train: Sequence[str],
+        first_step: int,
+        lr: float | None = None,
+        cosine_decay_steps: int | None = None,
+    ) -> None:
         """Freeze every part but those of `train`; must precede `Trainer.fit` so that DDP sees the right set.
 
         Args:
             name: of the stage; part of the seed of its noise.
             train: parts that train.
             first_step: updates of the run before this stage, so that logs go on where they were.
+            lr: learning rate of this stage instead of the optimizer's own.
+            cosine_decay_steps: if given, the learning rate falls to 0 over so many updates, along half a cosine.
 
         Raises:
             UserError: if a part is not one of the agent's.
@@ -86,6 +95,7 @@ class Agent(LightningModule, ABC):
             known = ", ".join(self._trainable)
             raise UserError(f"stage '{name}' trains {unknown or 'nothing'}: choose among the agent's parts {known}")
         self._stage, self._active, self._first_step = name, tuple(train), first_step
+        self._lr, self._cosine_decay_steps = lr, cosine_decay_steps
         for part, parameters in self._trainable.items():
             for parameter in parameters:
                 parameter.requires_grad_(part in train)
@@ -102,8 +112,14 @@ class Agent(LightningModule, ABC):
 
     # What Lightning calls.
 
-    def configure_optimizers(self) -> Optimizer:
-        return self._make_optimizer([{"params": self._trainable[part], "name": part} for part in self._active])
+    def configure_optimizers(self) -> Any:
+        own_lr = {} if self._lr is None else {"lr": self._lr}
+        groups = [{"params": self._trainable[part], "name": part} | own_lr for part in self._active]
+        optimizer = self._make_optimizer(groups)
+        if self._cosine_decay_steps is None:
+            return optimizer
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._cosine_decay_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch_generator(self.device, self._seed, self._stage, "noise", rank(), self.global_step)
