@@ -4,13 +4,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from deflow.config import entry_point
+from deflow.config import entry_point, refuse_other_overrides
 
 
 @entry_point("train")
 def main(config: DictConfig, folder: Path) -> None:
     from deflow.pipeline import train
 
+    if config.resume is not None:
+        refuse_other_overrides("resume")
     train(config, folder)
 
 

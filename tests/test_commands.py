@@ -11,7 +11,7 @@ import torch
 
 from deflow.loggers import read_metrics
 from deflow.pipeline import load_checkpoint
-from tests.commands import run, start, tiny_overrides
+from tests.commands import ROOT, run, start, tiny_overrides
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,14 @@ from tests.commands import run, start, tiny_overrides
         ),
         ("train.py", ["experiment=pointmaze", "agent.refiner.delta=-1"], "agent.refiner.delta must be > 0, got -1"),
         ("train.py", ["experiment=pointmaze", "agent.nonsense=1"], "Could not override 'agent.nonsense'"),
+        ("train.py", ["resume=nowhere"], "nowhere is not a run to resume"),
         ("evaluate.py", [], "Missing mandatory value: ckpt"),
         ("generate.py", ["dataset=nonsense", "out=/tmp"], "cannot generate 'nonsense'"),
     ],
 )
 def test_errors_are_one_line(script: str, arguments: list[str], says: str, tmp_path: Path) -> None:
-    folder = [f"hydra.run.dir={tmp_path / 'run'}"] if script == "train.py" else []
+    new_run = script == "train.py" and not arguments[0].startswith("resume")
+    folder = [f"hydra.run.dir={tmp_path / 'run'}"] if new_run else []
     result = run(script, *arguments, *folder)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if "DISPLAY" not in line and "warnings.warn" not in line]
@@ -39,6 +41,7 @@ def test_errors_are_one_line(script: str, arguments: list[str], says: str, tmp_p
     assert lines[0].startswith("error: ")
     assert says in lines[0]
     assert not (tmp_path / "run").exists()
+    assert not (ROOT / "nowhere").exists()
 
 
 def test_kill_and_resume(point_data: Path, tmp_path: Path) -> None:
@@ -56,6 +59,9 @@ def test_kill_and_resume(point_data: Path, tmp_path: Path) -> None:
     assert last.exists()
     assert not last.with_name("final.ckpt").exists(), "killed too late to show anything"
 
+    refused = run("train.py", f"resume={tmp_path / 'killed'}", "updates=5")
+    assert refused.returncode == 2
+    assert "resume= keeps the run's own configuration: drop updates=5" in refused.stderr
     resumed = run("train.py", f"resume={tmp_path / 'killed'}")
     assert resumed.returncode == 0, resumed.stderr
     finals = [

@@ -215,8 +215,3 @@ def test_evaluate_a_checkpoint(point_data: Path, tmp_path: Path) -> None:
     config.ckpt = str(tmp_path / "none.ckpt")
     with pytest.raises(UserError, match="no checkpoint"):
         pipeline.evaluate(config)
-
-
-def test_resume_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a run to resume"):
-        train(compose_config(f"resume={tmp_path}"), tmp_path)

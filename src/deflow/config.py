@@ -23,12 +23,19 @@ from deflow.errors import UserError
 
 log = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.yaml"  # the resolved configuration in a run's folder
 CONFIG_DIR = str(Path(__file__).resolve().parents[2] / "configs")
 
 
 def new_run_folder(root: str, name: str, resume: str | None) -> str:
-    """`root/name/date_time`, with a number behind it if two runs start in the same second; or the run to resume."""
+    """`root/name/date_time`, with a number behind it if two runs start in the same second; or the run to resume.
+
+    Raises:
+        UserError: if `resume` is not a run.
+    """
     if resume is not None:
+        if not (Path(resume) / CONFIG_FILE).is_file():  # before Hydra makes a folder of that name
+            raise UserError(f"{resume} is not a run to resume: it has no {CONFIG_FILE}")
         return resume
     folder = Path(root) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     taken, number = folder, 1
@@ -85,7 +92,19 @@ def _one_line(error: BaseException) -> str:
         return f"unknown {group} '{name}': choose one of {', '.join(sorted(error.options))}"
     while not str(error) and error.__cause__ is not None:  # Hydra's wrapper of a grammar error says nothing itself
         error = error.__cause__
-    return re.sub(r"\s+", " ", str(error)).strip()
+    message = str(error).removeprefix("UserError raised while resolving interpolation: ").partition("\n    full_key")[0]
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def refuse_other_overrides(key: str) -> None:
+    """A run that is resumed keeps its own configuration; whatever else is asked for would be silently lost.
+
+    Raises:
+        UserError: if the command line has overrides other than `key`.
+    """
+    others = [override for override in HydraConfig.get().overrides.task if not override.startswith(f"{key}=")]
+    if others:
+        raise UserError(f"{key}= keeps the run's own configuration: drop {' '.join(others)}")
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

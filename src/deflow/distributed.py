@@ -40,9 +40,3 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def barrier() -> None:
-    """Wait for every rank; nothing outside DDP."""
-    if world_size() > 1:
-        dist.barrier()

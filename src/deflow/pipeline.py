@@ -27,7 +27,7 @@ from deflow.callbacks import (
     StageProgress,
     SystemMetrics,
 )
-from deflow.config import check, plain
+from deflow.config import CONFIG_FILE, check, plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.proposals import ProposalCache
 from deflow.distributed import is_main_process
@@ -42,8 +42,6 @@ from deflow.types import Spec
 
 log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
-
-CONFIG_FILE = "config.yaml"
 
 # Lightning's advice that does not apply: `BatchStream` needs no workers, has the length of the whole stage, and goes on
 # at any batch by itself; a resumed stage's folder holds its checkpoint. The last is from inside Lightning.
@@ -89,7 +87,7 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     resume = config.resume is not None
     if resume:
-        config = load_config(folder)
+        config = cast(DictConfig, OmegaConf.load(folder / CONFIG_FILE))
     try:
         run = prepare(config, folder, resume)
     except UserError:
@@ -149,17 +147,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         return
     decay = stage.steps if stage.get("cosine_decay") else None
     run.agent.begin_stage(name, tuple(stage.train), first_step, stage.get("lr"), decay)
-    proposals = None
-    if stage.get("proposals"):
-        assert run.data.transitions is not None
-        proposals = ProposalCache.load_or_compute(
-            cast(BehaviorFlow, run.agent.behavior_flow),
-            run.data.transitions,
-            stage.proposals,
-            run.config.seed,
-            run.folder / "proposals.npy",
-        )
-    run.data.begin_stage(name, stage.steps, proposals)
+    run.data.begin_stage(name, stage.steps, _proposals(run, stage))
     clock = StageClock()
     evaluation = PeriodicEvaluation(run.evaluator, run.config.eval.every, lambda episodes: _keep(run, episodes))
     checkpoint = StageCheckpoint(checkpoints, run.config.checkpoint_every, run.card)
@@ -187,6 +175,16 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     run.stage_speed[name] = clock.updates / max(clock.seconds - evaluation.seconds, 1e-9)
     checkpoint.card = run.card | {"updates_per_second": run.stage_speed[name]}
     trainer.save_checkpoint(final)
+
+
+def _proposals(run: Run, stage: DictConfig) -> ProposalCache | None:
+    """The stage's cached proposals, if it asks for them."""
+    if not stage.get("proposals"):
+        return None
+    assert run.data.transitions is not None
+    flow = cast(BehaviorFlow, run.agent.behavior_flow)
+    path = run.folder / "proposals.npy"
+    return ProposalCache.load_or_compute(flow, run.data.transitions, stage.proposals, run.config.seed, path)
 
 
 def finish(run: Run, seconds: float) -> dict[str, Any]:
@@ -278,20 +276,6 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
         agent.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         raise UserError(f"the networks of {path} differ from the configured ones: {error}") from error
-
-
-def load_config(folder: Path) -> DictConfig:
-    """The resolved configuration of an earlier run.
-
-    Raises:
-        UserError: if `folder` is not a run.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run to resume: it has no {CONFIG_FILE}")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return config
 
 
 def _keep(run: Run, episodes: list[Episode]) -> None:

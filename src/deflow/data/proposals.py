@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.progress import track
 from torch import Tensor
 
-from deflow import distributed
 from deflow.data.transitions import Transitions
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
@@ -52,14 +52,14 @@ class ProposalCache:
         """
         key = _key(flow, transitions, count, seed)
         key_path = path.with_suffix(".key")
-        if distributed.rank() == 0 and not (path.exists() and key_path.exists() and key_path.read_text() == key):
-            key_path.unlink(missing_ok=True)
-            part = path.with_suffix(".part")
-            with part.open("wb") as file:
-                np.save(file, _compute(flow, transitions.states, count, seed).numpy())
-            os.replace(part, path)
-            key_path.write_text(key)
-        distributed.barrier()
+        with FileLock(path.with_suffix(".lock")):  # the first rank computes, the others find the file
+            if not (path.exists() and key_path.exists() and key_path.read_text() == key):
+                key_path.unlink(missing_ok=True)
+                part = path.with_suffix(".part")
+                with part.open("wb") as file:
+                    np.save(file, _compute(flow, transitions.states, count, seed).numpy())
+                os.replace(part, path)
+                key_path.write_text(key)
         return cls(torch.from_numpy(np.load(path)))
 
 
