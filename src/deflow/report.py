@@ -101,7 +101,9 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     console.print(
         f"updates/s: {speeds}; {summary['seconds'] / 60:.1f} min; {summary['peak_memory_mib']:.0f} MiB at peak"
     )
-    console.print(f"report: {folder / 'report.png'}", soft_wrap=True)
+    for name in ("report.png", "video.mp4"):
+        if (folder / name).exists():
+            console.print(f"{folder / name}", soft_wrap=True)
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
