@@ -15,7 +15,7 @@ from tests.conftest import compose_config
 
 def make(*overrides: str) -> DeFlow:
     torch.manual_seed(0)
-    config = compose_config("networks.hidden=[16,16]", *overrides)
+    config = compose_config("experiment=cube_single", "networks.hidden=[16,16]", *overrides)
     return instantiate(config.agent, _partial_=True)(spec=Spec(5, 3))
 
 
