@@ -100,7 +100,7 @@ def lightning_seconds(agent: Agent, stream: BatchStream, log_every: int) -> floa
         limit_val_batches=0,
     )
     with warnings.catch_warnings():
-        for message in LIGHTNING_WARNINGS:
+        for message in (*LIGHTNING_WARNINGS, ".*no `val_dataloader`"):
             warnings.filterwarnings("ignore", message)
         trainer.fit(agent, DataLoader(stream, batch_size=None))
     return clock.seconds
