@@ -40,7 +40,7 @@ def test_what_a_run_leaves(stages: str, point_data: Path, tmp_path: Path) -> Non
     assert {"config.yaml", "summary.json", "metrics.csv", "report.png", "checkpoints"} <= {
         p.name for p in tmp_path.iterdir()
     }
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".part-*"))
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["updates"] == 6 * len(STAGES[stages])
     assert summary["evaluations"] == 2
@@ -186,7 +186,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     with pytest.raises(UserError, match=r"last.ckpt: No space left on device"):
         run(tmp_path, point_data)
     assert load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "last.ckpt")["global_step"] == 2
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".part-*"))
 
 
 def test_weights_of_another_run(point_data: Path, tmp_path: Path) -> None:

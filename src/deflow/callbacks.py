@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import summarise
+from deflow.files import replacing
 
 LAST = "last.ckpt"
 FINAL = "final.ckpt"
@@ -30,17 +30,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.part")
         try:
-            with part.open("wb") as file:
+            with replacing(target) as part, part.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise UserError(f"cannot write {target}: {error.strerror}; the checkpoint before it is whole") from error
-        os.replace(part, target)
 
 
 class StageCheckpoint(ModelCheckpoint):

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from deflow.distributed import is_main_process
 from deflow.errors import UserError
+from deflow.files import replacing
 
 Row = dict[str, float]
 
@@ -65,12 +66,10 @@ class CsvMetrics(Logger):
 
     @rank_zero_only
     def _rewrite(self) -> None:
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
+        with replacing(self.path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(part, self.path)
 
 
 def read_metrics(path: Path) -> list[Row]:

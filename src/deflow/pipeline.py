@@ -36,6 +36,7 @@ from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import summarise
+from deflow.files import replacing
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.types import Spec
@@ -127,9 +128,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     metrics = CsvMetrics(folder / "metrics.csv", last_step=_saved_step(config, folder) if resume else 0)
     tracker = instantiate(config.logger, _partial_=True)(run_dir=str(folder))
     if not resume and is_main_process():
-        part = folder / f"{CONFIG_FILE}.part"
-        part.write_text(OmegaConf.to_yaml(config, resolve=True))
-        part.replace(folder / CONFIG_FILE)
+        with replacing(folder / CONFIG_FILE) as part:
+            part.write_text(OmegaConf.to_yaml(config, resolve=True))
     loggers = [metrics] if tracker is None else [metrics, tracker]
     if not resume:
         for logger in loggers:
@@ -238,9 +238,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 def _record(run: Run) -> None:
     """The video is a courtesy: a machine that cannot render still has its result."""
+    settings = run.config.video.episodes, run.config.eval.seed
     try:
-        path = run.folder / "video.mp4"
-        video.record_video(run.data.source.task, run.agent, path, run.config.video.episodes, run.config.eval.seed)
+        video.record_video(run.data.source.task, run.agent, run.folder / "video.mp4", *settings)
     except UserError as error:
         log.warning("%s", error)
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from deflow.envs.ogbench import make_env
 from deflow.evaluation.rollout import Episode
+from deflow.files import replacing
 from deflow.loggers import Row
 
 matplotlib.use("agg")
@@ -75,10 +76,9 @@ def summarise_run(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` at once: beside the target, then renamed."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
+    """Write `content`, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def print_table(summary: dict[str, Any], folder: Path) -> None:
@@ -137,9 +137,8 @@ def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: d
     if maze:
         _paths(axes[0, 3], episodes)
         axes[1, 3].set_axis_off()
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=80)
-    part.replace(path)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=80)
 
 
 def _agent_name(config: dict[str, Any]) -> str:

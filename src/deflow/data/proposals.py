@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from rich.progress import track
 from torch import Tensor
 
 from deflow.data.transitions import Transitions
+from deflow.files import replacing
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
 
@@ -55,10 +55,8 @@ class ProposalCache:
         with FileLock(path.with_suffix(".lock")):  # the first rank computes, the others find the file
             if not (path.exists() and key_path.exists() and key_path.read_text() == key):
                 key_path.unlink(missing_ok=True)
-                part = path.with_suffix(".part")
-                with part.open("wb") as file:
-                    np.save(file, _compute(flow, transitions.states, count, seed).numpy())
-                os.replace(part, path)
+                with replacing(path) as part:
+                    np.save(part, _compute(flow, transitions.states, count, seed).numpy())
                 key_path.write_text(key)
         return cls(torch.from_numpy(np.load(path)))
 

@@ -72,26 +72,18 @@ class EnsembleLayerNorm(nn.Module):
 class EnsembleMLP(nn.Module):
     """`members` MLPs of one shape over the same input: (batch, in_dim) -> (members, batch, out_dim).
 
-    With `layer_norm` every hidden activation is normalised after the non-linearity, as in the papers' critics.
+    Every hidden activation is normalised after the non-linearity, as in the papers' critics.
     """
 
     def __init__(
-        self,
-        members: int,
-        in_dim: int,
-        hidden: Sequence[int],
-        out_dim: int,
-        activation: Activation = "gelu",
-        layer_norm: bool = True,
+        self, members: int, in_dim: int, hidden: Sequence[int], out_dim: int, activation: Activation = "gelu"
     ) -> None:
         super().__init__()
         widths = [in_dim, *hidden, out_dim]
         self.members = members
         self.activation: Activation = activation
         self.layers = nn.ModuleList(EnsembleLinear(members, i, o) for i, o in pairwise(widths))
-        self.norms = nn.ModuleList(
-            EnsembleLayerNorm(members, width) if layer_norm else nn.Identity() for width in hidden
-        )
+        self.norms = nn.ModuleList(EnsembleLayerNorm(members, width) for width in hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.expand(self.members, *x.shape)
