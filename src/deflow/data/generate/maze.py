@@ -1,4 +1,4 @@
-"""Maze data by OGBench's recipe: follow the shortest path to a goal, with Gaussian action noise (arXiv 2410.20092)."""
+"""Maze data by OGBench's recipe: follow the shortest path to a goal, or a random direction (arXiv 2410.20092)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 Cell = tuple[int, int]
 
-# Standard deviation of the action noise of the published pointmaze sets.
-POINT_NOISE = 0.5
-# `stitch` episodes are short and end this many cells from where they start.
-STITCH_STEPS = 201
-STITCH_DISTANCE = 4
+# Standard deviation of the Gaussian action noise of the published sets.
+NOISE = {"pointmaze": 0.5, "antmaze": 0.2}
+EXPLORE_NOISE = 1.0
+STITCH_DISTANCE = 4  # cells between the start and the goal of a `stitch` episode
+EXPLORE_INTERVAL = 10  # steps for which an `explore` episode keeps its random direction
 
 
 class MazeCollector:
@@ -21,8 +21,9 @@ class MazeCollector:
 
     Args:
         env: made with `terminate_at_goal=False`.
-        dataset: `navigate` (a new goal whenever one is reached) or `stitch` (one goal four cells away).
-        policy: action from the observation and the unit direction to the next cell; noise is added to it.
+        dataset: `navigate` (a new goal whenever one is reached), `stitch` (one goal four cells away) or `explore` (no
+            goal, but a new random direction every ten steps and much noise).
+        policy: action from the observation and a unit direction to walk along; noise is added to it.
         noise: standard deviation of that noise.
     """
 
@@ -30,7 +31,8 @@ class MazeCollector:
         self, env: Any, dataset: str, policy: Callable[[np.ndarray, np.ndarray], np.ndarray], noise: float
     ) -> None:
         self.env, self.maze = env, env.unwrapped
-        self.dataset, self.policy, self.noise = dataset, policy, noise
+        self.dataset, self.policy = dataset, policy
+        self.noise = EXPLORE_NOISE if dataset == "explore" else noise
         free = self.maze.maze_map == 0
         self.cells: list[Cell] = [(int(i), int(j)) for i, j in np.argwhere(free)]
         self.corners = [cell for cell in self.cells if not _is_hallway(free, cell)]
@@ -44,13 +46,17 @@ class MazeCollector:
             goal = near[rng.integers(len(near))] if near else start
         else:
             goal = self._random_corner(rng)
+        self.steps = 0
         return self.env.reset(seed=seed, options={"task_info": {"init_ij": start, "goal_ij": goal}})
 
     def act(self, observation: np.ndarray, info: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
         """The noisy expert action."""
-        direction = self._subgoal() - self.maze.get_xy()
-        direction = direction / (np.linalg.norm(direction) + 1e-6)
-        action = self.policy(observation, direction)
+        if self.dataset != "explore":
+            self.direction = _unit(self._subgoal() - self.maze.get_xy())
+        elif self.steps % EXPLORE_INTERVAL == 0:
+            self.direction = _unit(rng.standard_normal(2))
+        self.steps += 1
+        action = self.policy(observation, self.direction)
         return np.clip(action + rng.normal(0.0, self.noise, action.shape), -1.0, 1.0)
 
     def after_step(self, info: dict[str, Any], rng: np.random.Generator) -> None:
@@ -83,6 +89,10 @@ class MazeCollector:
 def follow_direction(observation: np.ndarray, direction: np.ndarray) -> np.ndarray:
     """The point mass's expert: the direction itself."""
     return direction
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / (np.linalg.norm(vector) + 1e-6)
 
 
 def _is_hallway(free: np.ndarray, cell: Cell) -> bool:

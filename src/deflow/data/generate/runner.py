@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -16,14 +15,21 @@ import gymnasium
 import numpy as np
 from rich.progress import Progress, track
 
-from deflow.data.generate.maze import POINT_NOISE, STITCH_STEPS, MazeCollector, follow_direction
+from deflow.data.generate.ant import AntExpert
+from deflow.data.generate.maze import NOISE, MazeCollector, follow_direction
 from deflow.envs import ogbench
 from deflow.errors import UserError
+from deflow.files import replacing
 from deflow.seeding import fold_seed
 
-EPISODE_STEPS = 1001
-TYPES = {"pointmaze": ("navigate", "stitch"), "manipulation": ("play", "noisy")}
-MANIPULATION = ("cube", "scene", "puzzle")
+EPISODE_STEPS = {"navigate": 1001, "stitch": 201, "explore": 501, "play": 1001, "noisy": 1001}
+TYPES = {
+    "pointmaze": ("navigate", "stitch"),
+    "antmaze": ("navigate", "stitch", "explore"),
+    "cube": ("play", "noisy"),
+    "scene": ("play", "noisy"),
+    "puzzle": ("play", "noisy"),
+}
 DTYPES = {"terminals": np.bool_, "button_states": np.int64}
 
 
@@ -49,7 +55,7 @@ def generate_dataset(
         out: folder, made if missing.
         seed: every episode's randomness follows from it and the episode's number alone.
         workers: processes.
-        steps: states an episode; OGBench's own number (1001, for stitch 201) unless given.
+        steps: states an episode; OGBench's own number (1001, stitch 201, explore 501) unless given.
 
     Returns:
         The training file's path.
@@ -58,9 +64,10 @@ def generate_dataset(
         UserError: for a data set without a recipe here, a bad number, or too little disk.
     """
     _, dataset = _recipe(name)
+    ogbench.make_env(name).close()  # whether there is such an environment, before any process is started
     if episodes < 1 or workers < 1:
         raise UserError(f"episodes and workers must be at least 1, got {episodes} and {workers}")
-    steps = steps or (STITCH_STEPS if dataset == "stitch" else EPISODE_STEPS)
+    steps = steps or EPISODE_STEPS[dataset]
     out = out.expanduser()
     out.mkdir(parents=True, exist_ok=True)
     _check_disk(out, episodes * steps)
@@ -83,15 +90,15 @@ def generate_dataset(
 
 
 def _recipe(name: str) -> tuple[str, str]:
-    """Environment and data-set type of a name; `UserError` if there is no recipe."""
-    env, _, rest = name.removesuffix("-v0").rpartition("-")
-    family = "pointmaze" if env.startswith("pointmaze-") else "manipulation" if env.startswith(MANIPULATION) else ""
-    if not name.endswith("-v0") or rest not in TYPES.get(family, ()):
+    """Family and data-set type of a name; `UserError` if there is no recipe."""
+    family, _, rest = name.removesuffix("-v0").partition("-")
+    dataset = rest.rpartition("-")[2]
+    if not name.endswith("-v0") or dataset not in TYPES.get(family, ()):
         raise UserError(
-            f"cannot generate '{name}': choose pointmaze-SIZE-{{navigate,stitch}}-v0 or "
-            "{cube-N,scene,puzzle-RxC}-{play,noisy}-v0"
+            f"cannot generate '{name}': choose pointmaze-SIZE-{{navigate,stitch}}-v0, "
+            "antmaze-SIZE-{navigate,stitch,explore}-v0 or {cube-N,scene,puzzle-RxC}-{play,noisy}-v0"
         )
-    return env, rest
+    return family, dataset
 
 
 def _collect_all(name: str, steps: int, seeds: Sequence[int], workers: int) -> list[dict[str, np.ndarray]]:
@@ -119,10 +126,10 @@ def _play(name: str, steps: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def _make_collector(name: str, steps: int) -> Collector:
-    env_name, dataset = _recipe(name)
-    if env_name.startswith("pointmaze"):
+    family, dataset = _recipe(name)
+    if family in NOISE:
         env = ogbench.make_env(name, terminate_at_goal=False, max_episode_steps=steps)
-        return MazeCollector(env, dataset, follow_direction, POINT_NOISE)
+        return MazeCollector(env, dataset, AntExpert() if family == "antmaze" else follow_direction, NOISE[family])
     from deflow.data.generate.manipulation import ManipulationCollector
 
     env = ogbench.make_env(name, terminate_at_goal=False, mode="data_collection", max_episode_steps=steps)
@@ -168,7 +175,5 @@ def _check_disk(out: Path, rows: int) -> None:
 
 
 def _write(path: Path, episodes: Sequence[dict[str, np.ndarray]]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **{key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]})  # type: ignore[arg-type]
-    os.replace(part, path)
+    with replacing(path) as part:
+        np.savez_compressed(part, **{key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]})  # type: ignore[arg-type]
