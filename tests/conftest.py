@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from deflow.config import CONFIG_DIR
+from deflow.data.d4rl import SIZES
 from deflow.envs import ogbench
 
 EPISODES, STEPS = 4, 40
@@ -69,6 +71,24 @@ def write_tiny_data(env_name: str, dataset: str, folder: Path) -> Path:
     for suffix in ("", "-val"):
         np.savez_compressed(folder / f"{name}{suffix}.npz", **arrays)
     return folder / f"{name}.npz"
+
+
+def write_d4rl(path: Path, family: str, episodes: int = 4, length: int = 40) -> Path:
+    """Random numbers as D4RL's files have them: trajectories one after the other, each cut by a time-out."""
+    rng = np.random.default_rng(0)
+    observation_dim, action_dim = SIZES[family]
+    rows = episodes * length
+    columns = {
+        "observations": rng.normal(size=(rows, observation_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32),
+        "rewards": (rng.random(rows) < 0.05).astype(np.float32),
+        "timeouts": np.arange(1, rows + 1) % length == 0,
+    }
+    columns["terminals"] = columns["rewards"] == 1
+    with h5py.File(path, "w") as file:
+        for key, column in columns.items():
+            file[key] = column
+    return path
 
 
 @pytest.fixture(scope="session")

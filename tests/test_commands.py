@@ -24,7 +24,7 @@ from tests.commands import ROOT, run, start, tiny_overrides
             ["solver=nonsense"],
             "unknown solver 'nonsense': choose one of dopri5, euler, heun, midpoint, rk4",
         ),
-        ("train.py", ["experiment=pointmaze", "agent.refiner.delta=-1"], "agent.refiner.delta must be > 0, got -1"),
+        ("train.py", ["experiment=pointmaze", "agent.trust_region=-1"], "'trust_region' must be > 0, got -1"),
         ("train.py", ["experiment=pointmaze", "agent.nonsense=1"], "Could not override 'agent.nonsense'"),
         ("train.py", ["resume=nowhere"], "nowhere is not a run to resume"),
         ("evaluate.py", [], "Missing mandatory value: ckpt"),

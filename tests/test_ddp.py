@@ -72,7 +72,7 @@ def test_two_halves_make_the_whole(tmp_path: Path) -> None:
     agent = make_agent()
     batch = random_batch(agent, BATCH)
     whole = update(agent, SummedLoss(agent), batch, agent.draw_noise(batch, torch.Generator().manual_seed(0)))
-    assert "grad/refiner.log_alpha" in whole
+    assert "grad/refiner.constraints.trust_region.log_multiplier" in whole
     for name, expected in whole.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         tolerance = {"rtol": 1e-4, "atol": 1e-6} if name.startswith("grad") else {"rtol": 0, "atol": 1e-5}

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from deflow.config import CONFIG_DIR
+from deflow.data.d4rl import REFERENCE_RETURNS
 from deflow.pipeline import train
-from tests.conftest import compose_config, tiny_config
+from tests.conftest import compose_config, tiny_config, write_d4rl
 
 CONFIGS = Path(CONFIG_DIR)
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+OTHER_DATA = ["own", "minari"]  # tests/data/test_source.py
+D4RL = [name for name in EXPERIMENTS if name.endswith(("-v1", "-v2"))]
 
 # tasks.md of the papers: discount, aggregate, delta.
 PAPER = {
@@ -32,15 +35,15 @@ PAPER = {
 @pytest.mark.parametrize("experiment", PAPER)
 def test_the_papers_settings(experiment: str) -> None:
     config = compose_config(f"experiment={experiment}")
-    critic, refiner = config.agent.critic, config.agent.refiner
-    assert (critic.discount, critic.aggregate, refiner.delta) == PAPER[experiment]
+    critic = config.agent.critic
+    assert (critic.discount, critic.aggregate, config.agent.trust_region) == PAPER[experiment]
     assert list(config.networks.hidden) == [512] * 4
     assert (config.data.batch_size, config.agent.optimizer.lr, critic.tau) == (256, 3e-4, 0.005)
     assert (config.updates, config.eval.every, config.eval.episodes) == (1_000_000, 100_000, 50)
 
 
 @pytest.mark.usefixtures("short_episodes")
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {*D4RL, *OTHER_DATA}))
 def test_every_experiment_runs(experiment: str, tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
     task = compose_config(f"experiment={experiment}").task
     data = tiny_data(task.env, task.dataset)
@@ -48,6 +51,26 @@ def test_every_experiment_runs(experiment: str, tiny_data: Callable[[str, str], 
     config = tiny_config(data, *overrides, "+trainer.fast_dev_run=true", "updates=1", "eval.episodes=1")
     train(config, tmp_path)
     assert (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("experiment", D4RL)
+def test_the_papers_settings_for_d4rl(experiment: str) -> None:
+    config = compose_config(f"experiment={experiment}")
+    robot = experiment.split("-")[0]
+    expected = {"antmaze": ("mean", 0.015), "pen": ("min", 0.01)}.get(robot, ("min", 0.001))
+    assert (config.agent.critic.aggregate, config.agent.trust_region) == expected
+    assert (config.task.dataset, config.updates) == (experiment, 500_000)
+
+
+@pytest.mark.parametrize("experiment", ["antmaze-umaze-v2", "pen-human-v1"])
+def test_d4rl_experiments_run(experiment: str, tmp_path: Path) -> None:
+    path = write_d4rl(tmp_path / f"{experiment}.hdf5", experiment.split("-")[0])
+    overrides = (f"experiment={experiment}", f"data.source.path={path}", "updates=1", "eval.episodes=1")
+    summary = train(tiny_config(tmp_path, *overrides), tmp_path / "run")
+    assert "not D4RL's simulator" in summary["protocol"]
+    low, high = REFERENCE_RETURNS[experiment.split("-")[0]]
+    score = 100 * (summary["eval/return"]["last"] - low) / (high - low)
+    assert summary["eval/score"]["last"] == pytest.approx(score)
 
 
 @pytest.mark.usefixtures("short_episodes")

@@ -64,7 +64,7 @@ def test_metrics_reach_a_server(server: str, point_data: Path, tmp_path: Path) -
     assert [(point.step, pytest.approx(point.value)) for point in history] == csv
     assert [step for step, _ in csv] == [8, 10, 12]  # one axis over both stages
     assert run.data.metrics["eval/success"] == summary["eval/success"]["last"]
-    assert run.data.params["agent/refiner/delta"] == "0.01"
+    assert run.data.params["agent/trust_region"] == "0.01"
     assert {"config.yaml", "report.png", "summary.json"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 

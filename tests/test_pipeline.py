@@ -57,6 +57,19 @@ def test_what_a_run_leaves(stages: str, point_data: Path, tmp_path: Path) -> Non
         assert checkpoint["deflow"]["task"] == "pointmaze-medium-navigate-singletask-v0"
 
 
+@pytest.mark.parametrize("per_dimension", [False, True])
+def test_a_trust_region_from_the_data(per_dimension: bool, point_data: Path, tmp_path: Path) -> None:
+    overrides = ("agent.trust_region=auto", "iav.factor=0.5", f"iav.per_dimension={per_dimension}")
+    summary = run(tmp_path, point_data, *overrides)
+    delta, iav = summary["trust_region"]["delta"], summary["trust_region"]["iav"]
+    expected = [0.5 * v for v in iav["per_dimension"]] if per_dimension else 0.5 * iav["mean"]
+    assert delta == pytest.approx(expected)
+    card = load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "final.ckpt")["deflow"]
+    assert card["config"]["agent"]["trust_region"] == delta
+    resumed = train(tiny_config(point_data, "experiment=pointmaze", f"resume={tmp_path}"), tmp_path)
+    assert resumed["trust_region"] == summary["trust_region"]
+
+
 def test_stages_train_only_their_parts(point_data: Path, tmp_path: Path) -> None:
     run(tmp_path, point_data, "stages=staged", "stages.extraction.proposals=2")
     behavior, extraction = (weights(tmp_path, stage) for stage in STAGES["staged"])

@@ -48,7 +48,7 @@ def test_the_table_names_every_experiment_with_its_settings() -> None:
     }
     for name, (delta, aggregate) in named.items():
         agent = compose_config(f"experiment={name}").agent
-        assert (agent.refiner.delta, agent.critic.aggregate) == (delta, aggregate), name
+        assert (agent.trust_region, agent.critic.aggregate) == (delta, aggregate), name
 
 
 def test_the_example_agent_works() -> None:

@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Evaluator
-from deflow.evaluation.statistics import summarise
 from deflow.files import replacing
 
 LAST = "last.ckpt"
@@ -57,10 +56,13 @@ class StageCheckpoint(ModelCheckpoint):
 class PeriodicEvaluation(Callback):
     """Plays the evaluation episodes every `every` updates of a stage and at its end.
 
-    Runs before checkpoints are written, so that a checkpoint never lacks the evaluation of its step.
+    `on_result` says what is logged of them. Runs before checkpoints are written, so that a checkpoint never lacks the
+    evaluation of its step.
     """
 
-    def __init__(self, evaluator: Evaluator, every: int, on_result: Callable[[list[Episode]], None]) -> None:
+    def __init__(
+        self, evaluator: Evaluator, every: int, on_result: Callable[[list[Episode]], dict[str, float]]
+    ) -> None:
         self.evaluator, self.every, self.on_result = evaluator, every, on_result
         self.seconds = 0.0
 
@@ -71,11 +73,10 @@ class PeriodicEvaluation(Callback):
         if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
             return
         started = time.perf_counter()
-        episodes = self.evaluator.run(pl_module)
-        metrics = {f"eval/{key}": value for key, value in summarise(episodes).items()}
+        result = self.on_result(self.evaluator.run(pl_module))
+        metrics = {f"eval/{key}": value for key, value in result.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=pl_module.run_step)
-        self.on_result(episodes)
         self.seconds += time.perf_counter() - started
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,9 +29,11 @@ from deflow.callbacks import (
 )
 from deflow.config import CONFIG_FILE, check, plain
 from deflow.data.datamodule import OfflineDataModule
+from deflow.data.iav import intrinsic_action_variance
 from deflow.data.proposals import ProposalCache
+from deflow.data.source import Source
+from deflow.data.transitions import Transitions
 from deflow.distributed import is_main_process
-from deflow.envs import ogbench
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
 from deflow.evaluation.rollout import Episode, Evaluator
@@ -55,6 +57,9 @@ LIGHTNING_WARNINGS = (
 )
 
 
+AUTO = "auto"  # agent.trust_region, until the data have said what it is
+
+
 @dataclass
 class Run:
     """One training run: its folder, its components and what is known of it so far."""
@@ -64,7 +69,7 @@ class Run:
     resume: bool
     agent: Agent
     data: OfflineDataModule
-    evaluator: Evaluator
+    evaluator: Evaluator | None  # None: the data have no environment
     loggers: list[Any]
     metrics: CsvMetrics
     stage_speed: dict[str, float] = field(default_factory=dict)
@@ -99,7 +104,8 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
     for number, (name, stage) in enumerate(config.stages.items()):
         run_stage(run, str(name), stage, folder / "checkpoints" / f"{number}_{name}", first_step)
         first_step += stage.steps
-    run.evaluator.close()
+    if run.evaluator is not None:
+        run.evaluator.close()
     return finish(run, time.perf_counter() - started)
 
 
@@ -112,17 +118,21 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         torch.set_num_threads(config.threads)
 
     data = instantiate(config.data)
-    task = data.source.task
-    env = ogbench.make_env(task)
-    agent = instantiate(config.agent, _partial_=True)(spec=ogbench.spec_of(env))
-    env.close()
+    source = data.source
+    spec = source.spec()
+    agent = build_agent(config, spec)  # before the data, which may take an hour to come
     for name, stage in config.stages.items():
         agent.begin_stage(name, tuple(stage.train), first_step=0)
-    if config.ckpt is not None:
-        load_weights(agent, Path(config.ckpt), task)
     data.prepare_data()  # before anything is tracked: a missing file is the commonest error
     data.setup()
-    evaluator = Evaluator(lambda: ogbench.make_env(task), config.eval.episodes, config.eval.num_envs, config.eval.seed)
+    if config.agent.get("trust_region") == AUTO:
+        set_trust_region(config, data.transitions)
+        agent = build_agent(config, spec)
+    if config.ckpt is not None:
+        load_weights(agent, Path(config.ckpt), source.task)
+    evaluator = None
+    if source.has_env:
+        evaluator = Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed)
 
     folder.mkdir(parents=True, exist_ok=True)
     metrics = CsvMetrics(folder / "metrics.csv", last_step=_saved_step(config, folder) if resume else 0)
@@ -137,6 +147,30 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     return Run(folder, config, resume, agent, data, evaluator, loggers, metrics)
 
 
+def build_agent(config: DictConfig, spec: Spec) -> Agent:
+    """The configured agent with its initial weights; a trust region still to be read from the data stands at 1."""
+    settings = plain(config)["agent"]
+    if settings.get("trust_region") == AUTO:
+        settings["trust_region"] = 1.0
+    torch.manual_seed(config.seed)
+    return instantiate(settings, _partial_=True)(spec=spec)
+
+
+def set_trust_region(config: DictConfig, transitions: Transitions) -> None:
+    """Put what the data say into `config.agent.trust_region`, and why into `config.iav.result`."""
+    rule = plain(config.iav)
+    factor, per_dimension = rule.pop("factor"), rule.pop("per_dimension")
+    rule.pop("result")
+    rows = transitions.starts
+    variance = intrinsic_action_variance(transitions.states[rows].numpy(), transitions.actions[rows].numpy(), **rule)
+    measured = list(variance.per_dimension) if per_dimension else variance.mean
+    delta = [factor * value for value in measured] if isinstance(measured, list) else factor * measured
+    config.agent.trust_region = delta
+    config.iav.result = {"delta": delta} | asdict(variance)
+    shown = ", ".join(f"{value:.2g}" for value in (delta if isinstance(delta, list) else [delta]))
+    log.info("trust region: delta = %s, %g times the data's action variance %.3g", shown, factor, variance.mean)
+
+
 def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:
     """Train one stage, or load its result if it is done."""
     final = checkpoints / FINAL
@@ -149,9 +183,12 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     run.agent.begin_stage(name, tuple(stage.train), first_step, stage.get("lr"), decay)
     run.data.begin_stage(name, stage.steps, _proposals(run, stage))
     clock = StageClock()
-    evaluation = PeriodicEvaluation(run.evaluator, run.config.eval.every, lambda episodes: _keep(run, episodes))
     checkpoint = StageCheckpoint(checkpoints, run.config.checkpoint_every, run.card)
-    callbacks = [clock, *([evaluation] if stage.get("evaluate", True) else []), StageProgress(name), checkpoint]
+    callbacks: list[Callback] = [clock, StageProgress(name), checkpoint]
+    evaluation = None
+    if run.evaluator is not None and stage.get("evaluate", True):
+        evaluation = PeriodicEvaluation(run.evaluator, run.config.eval.every, lambda episodes: _keep(run, episodes))
+        callbacks.insert(1, evaluation)  # before the checkpoint of the same step
     callbacks += [SystemMetrics(logger) for logger in run.loggers if isinstance(logger, MLFlowLogger)]
     trainer: Trainer = instantiate(run.config.trainer, _partial_=True)(
         max_steps=stage.steps,
@@ -172,7 +209,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         raise NonFiniteLossError(f"{error}; {kept}") from error
     if trainer.interrupted:
         raise KeyboardInterrupt
-    run.stage_speed[name] = clock.updates / max(clock.seconds - evaluation.seconds, 1e-9)
+    run.stage_speed[name] = clock.updates / max(clock.seconds - (evaluation.seconds if evaluation else 0), 1e-9)
     checkpoint.card = run.card | {"updates_per_second": run.stage_speed[name]}
     trainer.save_checkpoint(final)
 
@@ -193,6 +230,7 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
         run.metrics.rows,
         config=plain(run.config),
         data=run.data.source.provenance(),
+        protocol=run.data.source.protocol(),
         task=run.data.source.task,
         stage_speed=run.stage_speed,
         seconds=seconds,
@@ -201,7 +239,7 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
         return summary
     report.write_json(run.folder / "summary.json", summary)
     report.draw(run.metrics.rows, run.episodes, run.folder / "report.png", plain(run.config), run.data.source.task)
-    if run.config.video.episodes:
+    if run.config.video.episodes and run.evaluator is not None:
         _record(run)
     for logger in run.loggers:
         if isinstance(logger, MLFlowLogger):
@@ -227,9 +265,14 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     }
     agent = instantiate(settings, _partial_=True)(spec=Spec(*card["spec"]))
     agent.load_state_dict(checkpoint["state_dict"])
-    evaluator = Evaluator(lambda: ogbench.make_env(card["task"]), config.episodes, config.num_envs, config.seed)
-    result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | summarise(evaluator.run(agent))
+    source: Source = instantiate(card["config"]["data"]["source"])
+    if not source.has_env:
+        raise UserError(f"{path}: {card['task']} has no environment to evaluate in")
+    evaluator = Evaluator(source.make_env, config.episodes, config.num_envs, config.seed)
+    episodes = evaluator.run(agent)
     evaluator.close()
+    result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
+    result |= summarise(episodes, source.score)
     result |= {key: settings[key] for key in ("best_of_n", "refine_steps") if key in settings}
     report.write_json(path.with_name("evaluation.json"), result)
     report.print_evaluation(result)
@@ -240,7 +283,7 @@ def _record(run: Run) -> None:
     """The video is a courtesy: a machine that cannot render still has its result."""
     settings = run.config.video.episodes, run.config.eval.seed
     try:
-        video.record_video(run.data.source.task, run.agent, run.folder / "video.mp4", *settings)
+        video.record_video(run.data.source.make_env, run.agent, run.folder / "video.mp4", *settings)
     except UserError as error:
         log.warning("%s", error)
 
@@ -278,12 +321,13 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
         raise UserError(f"the networks of {path} differ from the configured ones: {error}") from error
 
 
-def _keep(run: Run, episodes: list[Episode]) -> None:
+def _keep(run: Run, episodes: list[Episode]) -> dict[str, float]:
+    """Remember the newest episodes for the report; what they came to."""
     run.episodes = episodes
-    if not is_main_process():
-        return
-    result = summarise(episodes)
-    log.info("update %d: success %.2f over %d episodes", run.agent.run_step, result["success"], len(episodes))
+    result = summarise(episodes, run.data.source.score)
+    if is_main_process():
+        log.info("update %d: success %.2f over %d episodes", run.agent.run_step, result["success"], len(episodes))
+    return result
 
 
 def _saved_step(config: DictConfig, folder: Path) -> int:

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from deflow.envs.ogbench import make_env
 from deflow.evaluation.rollout import Episode
 from deflow.files import replacing
 from deflow.loggers import Row
@@ -27,12 +26,14 @@ matplotlib.use("agg")
 
 # The papers report the mean over the last three evaluations.
 LAST_EVALUATIONS = 3
+EVALUATED = ("success", "score", "return", "length")
 
 
 def summarise_run(
     rows: Sequence[Row],
     config: dict[str, Any],
     data: dict[str, Any],
+    protocol: dict[str, Any],
     task: str,
     stage_speed: dict[str, float],
     seconds: float,
@@ -49,8 +50,8 @@ def summarise_run(
         "seed": config["seed"],
         "stages": {name: stage["steps"] for name, stage in config["stages"].items()},
     }
-    for key in ("success", "return", "length"):
-        values = [row[f"eval/{key}"] for row in evaluations]
+    for key in EVALUATED:
+        values = [row[f"eval/{key}"] for row in evaluations if f"eval/{key}" in row]
         if values:
             summary[f"eval/{key}"] = {
                 "last": values[-1],
@@ -58,9 +59,6 @@ def summarise_run(
                 "best": min(values) if key == "length" else max(values),
                 "last_interval_95": [evaluations[-1][f"eval/{key}_low"], evaluations[-1][f"eval/{key}_high"]],
             }
-    env = make_env(task)
-    success_timing = getattr(env.unwrapped, "_success_timing", "unknown")
-    env.close()
     return summary | {
         "evaluations": len(evaluations),
         "eval_episodes": config["eval"]["episodes"],
@@ -68,9 +66,9 @@ def summarise_run(
         "updates_per_second": stage_speed,
         "seconds": seconds,
         "peak_memory_mib": _peak_memory_mib(),
-        "success_timing": success_timing,
-        "protocol": "OGBench single-task, one-step returns, no action chunking",
         "data": data,
+        **protocol,
+        "trust_region": {"delta": config["agent"].get("trust_region"), "iav": config["iav"]["result"]},
         "versions": {name: version(name) for name in ("deflow", "torch", "lightning", "ogbench", "mujoco", "numpy")},
     }
 
@@ -86,7 +84,7 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     table = Table(title=f"{summary['agent']} on {summary['task']}, seed {summary['seed']}", show_header=True)
     for column in ("", "last", "95% interval", f"mean of last {LAST_EVALUATIONS}", "best"):
         table.add_column(column, justify="right" if column else "left")
-    for key in ("success", "return", "length"):
+    for key in EVALUATED:
         result = summary.get(f"eval/{key}")
         if result:
             low, high = result["last_interval_95"]
@@ -97,7 +95,8 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     console.print(table)
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in summary["updates_per_second"].items())
     data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
-    console.print(f"data: {summary['data']['name']} ({data}), success timing '{summary['success_timing']}'")
+    timing = f", success timing '{summary['success_timing']}'" if "success_timing" in summary else ""
+    console.print(f"data: {summary['data']['name']} ({data}); {summary['protocol']}{timing}")
     console.print(
         f"updates/s: {speeds}; {summary['seconds'] / 60:.1f} min; {summary['peak_memory_mib']:.0f} MiB at peak"
     )
@@ -111,7 +110,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['task']}, {result['episodes']:.0f} episodes")
     for column in ("", "mean", "95% interval"):
         table.add_column(column, justify="right" if column else "left")
-    for key in ("success", "return", "length"):
+    for key in (key for key in EVALUATED if key in result):
         table.add_row(key, f"{result[key]:.2f}", f"{result[f'{key}_low']:.2f} to {result[f'{key}_high']:.2f}")
     Console().print(table)
 
@@ -125,12 +124,13 @@ def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: d
     flow = {"train/behavior_flow/loss": "train", "val/behavior_flow/loss": "validation"}
     critic = {"train/critic/loss": "train", "val/critic/loss": "validation"}
     value = {"train/critic/q_mean": "Q(s, a)", "train/refiner/q": "Q(s, policy)", "train/critic/q_min": "min Q"}
-    residual = {"train/refiner/squared_residual": "mean squared residual"}
+    residual = {"train/refiner/trust_region/cost": "mean squared residual"}
+    limit = float(np.mean(config["agent"]["trust_region"])) if "trust_region" in config["agent"] else None
     _curves(axes[0, 0], rows, "behaviour flow loss", flow)
     _curves(axes[0, 1], rows, "critic loss", critic, log=True)
     _curves(axes[0, 2], rows, "value", value)
-    _curves(axes[1, 0], rows, "multiplier", {"train/refiner/alpha": "alpha"})
-    _curves(axes[1, 1], rows, "trust region", residual, log=True, limit=config["agent"].get("refiner", {}).get("delta"))
+    _curves(axes[1, 0], rows, "multiplier", {"train/refiner/trust_region/multiplier": "alpha"})
+    _curves(axes[1, 1], rows, "trust region", residual, log=True, limit=limit)
     _success(axes[1, 2], rows)
     for axis in axes[:, :3].flat:
         axis.set(xlabel="updates", xlim=(0, max((row["step"] for row in rows), default=1.0)))

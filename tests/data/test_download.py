@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deflow.data import download
-from deflow.data.download import download_npz
+from deflow.data import download as module
+from deflow.data.download import download
 from deflow.errors import UserError
 
 
@@ -45,7 +45,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
     np.savez(tmp_path / "served.npz", data=np.arange(100_000))
     Server.content, Server.break_off, Server.ranges = (tmp_path / "served.npz").read_bytes(), 0, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
@@ -56,14 +56,14 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_whole_file(url: str, tmp_path: Path) -> None:
-    download_npz(f"{url}/file.npz", tmp_path / "out" / "file.npz")
+    download(f"{url}/file.npz", tmp_path / "out" / "file.npz")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["file.npz"]
     assert (tmp_path / "out" / "file.npz").read_bytes() == Server.content
 
 
 def test_broken_off_is_resumed_where_it_stopped(url: str, tmp_path: Path) -> None:
     Server.break_off = 1
-    download_npz(f"{url}/file.npz", tmp_path / "file.npz")
+    download(f"{url}/file.npz", tmp_path / "file.npz")
     assert (tmp_path / "file.npz").read_bytes() == Server.content
     assert Server.ranges[0] is None
     assert Server.ranges[1] is not None
@@ -71,26 +71,26 @@ def test_broken_off_is_resumed_where_it_stopped(url: str, tmp_path: Path) -> Non
 
 def test_a_later_call_goes_on_with_the_part(url: str, tmp_path: Path) -> None:
     (tmp_path / "file.npz.part").write_bytes(Server.content[:1000])
-    download_npz(f"{url}/file.npz", tmp_path / "file.npz")
+    download(f"{url}/file.npz", tmp_path / "file.npz")
     assert Server.ranges == ["bytes=1000-"]
     assert (tmp_path / "file.npz").read_bytes() == Server.content
 
 
-@pytest.mark.parametrize("page,says", [("missing.npz", "the server answered 404"), ("page.npz", "not an .npz file")])
+@pytest.mark.parametrize("page,says", [("missing.npz", "the server answered 404"), ("page.npz", "not a .npz file")])
 def test_refusals_are_named_and_leave_no_file(url: str, tmp_path: Path, page: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        download_npz(f"{url}/{page}", tmp_path / "file.npz")
+        download(f"{url}/{page}", tmp_path / "file.npz")
     assert not (tmp_path / "file.npz").exists()
 
 
 def test_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
     with pytest.raises(UserError, match="no connection"):
-        download_npz("http://127.0.0.1:9/file.npz", tmp_path / "file.npz")
+        download("http://127.0.0.1:9/file.npz", tmp_path / "file.npz")
 
 
 def test_no_space(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="no space"):
-        download_npz(f"{url}/file.npz", tmp_path / "file.npz")
+        download(f"{url}/file.npz", tmp_path / "file.npz")

@@ -1,8 +1,6 @@
-"""The trust region: where the multiplier comes to rest."""
+"""The constraints: where each multiplier comes to rest."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import pytest
 import torch
@@ -10,56 +8,101 @@ from torch import Tensor
 
 from deflow.errors import UserError
 from deflow.modules.refiner import Refiner
-from deflow.types import Spec
+from deflow.types import Batch, Spec
 
 SPEC = Spec(observation_dim=2, action_dim=3)
-OBSERVATIONS = torch.zeros(64, 2)
+DATA_ACTION, NEXT_ACTION = -0.2, 0.1
+BATCH = Batch(torch.zeros(64, 2), torch.full((64, 3), DATA_ACTION), torch.zeros(64), torch.ones(64), torch.zeros(64, 2))
 
 
 def linear_value(observations: Tensor, actions: Tensor) -> Tensor:
-    """One member, Q = 1 + 0.01 * sum(a): its gradient is constant, so the best residual is known."""
+    """One member, Q = 1 + 0.01 * sum(a): its gradient is constant, so the best action is known."""
     return (1.0 + 0.01 * actions.sum(-1))[None]
 
 
-def train(refiner: Refiner, steps: int, lr: float = 3e-3) -> dict[str, Tensor]:
+def loss_of(refiner: Refiner) -> tuple[Tensor, dict[str, Tensor]]:
+    return refiner.loss(BATCH, torch.zeros(64, 3), torch.full((64, 3), NEXT_ACTION), linear_value)
+
+
+def train(refiner: Refiner, steps: int = 6000, lr: float = 3e-3) -> dict[str, Tensor]:
     optimizer = torch.optim.Adam(refiner.parameters(), lr=lr)
     metrics: dict[str, Tensor] = {}
     for _ in range(steps):
-        loss, metrics = refiner.loss(OBSERVATIONS, torch.zeros(64, 3), linear_value)
+        loss, metrics = loss_of(refiner)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return metrics
 
 
-def test_multiplier_settles_where_the_constraint_is_tight() -> None:
-    # Maximise 0.01 * sum(da) / |Q| - alpha * mean(da^2) over 3 dimensions, |Q| about 1: da = 0.01 * 3 / (2 alpha).
-    # The constraint mean(da^2) = delta then gives alpha = 0.015 / sqrt(delta).
+# Maximise 0.01 * sum(a) / |Q| - multiplier * mean((a - centre)^2) over 3 dimensions, |Q| about 1: the best distance x
+# from the centre is 0.01 * 3 / (2 * multiplier). The constraint x^2 = limit gives multiplier = 0.015 / sqrt(limit).
+
+
+def test_the_trust_region_settles_where_it_is_tight() -> None:
     torch.manual_seed(0)
-    delta = 1e-4
-    metrics = train(Refiner(SPEC, hidden=(16,), delta=delta), steps=6000)
-    assert float(metrics["squared_residual"]) == pytest.approx(delta, rel=0.1)
-    assert float(metrics["alpha"]) == pytest.approx(0.015 / delta**0.5, rel=0.1)
+    metrics = train(Refiner(SPEC, hidden=(16,), trust_region=1e-4))
+    assert float(metrics["trust_region/cost"]) == pytest.approx(1e-4, rel=0.1)
+    assert float(metrics["trust_region/multiplier"]) == pytest.approx(0.015 / 1e-2, rel=0.1)
 
 
-def test_multiplier_moves_against_the_violation() -> None:
-    refiner = Refiner(SPEC, hidden=(16,), delta=1e-4)
+def test_each_dimension_settles_at_its_own_limit() -> None:
+    torch.manual_seed(0)
+    limits = [1e-4, 4e-4, 9e-4]
+    refiner = Refiner(SPEC, hidden=(16,), trust_region=limits)
+    metrics = train(refiner)
+    residual = refiner.residual(BATCH.observations, torch.zeros(64, 3)).square().mean(0)
+    assert residual.tolist() == pytest.approx(limits, rel=0.1)
+    multipliers = [float(metrics[f"trust_region/multiplier_{i}"]) for i in range(3)]
+    assert multipliers == pytest.approx([0.015 / limit**0.5 for limit in limits], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "centre"), [("action_norm", 0.0), ("action_change", NEXT_ACTION), ("data_distance", DATA_ACTION)]
+)
+def test_every_constraint_settles_at_its_limit(kind: str, centre: float) -> None:
+    torch.manual_seed(0)
+    # A negligible fixed penalty stands in for the trust region, so that the other constraint decides.
+    wide = {"lagrange": False, "alpha": 1e-6, "trust_region": 1.0}
+    refiner = Refiner(SPEC, hidden=(16,), constraints=[{"kind": kind, "limit": 1e-3}], **wide)
+    metrics = train(refiner)
+    assert float(metrics[f"{kind}/cost"]) == pytest.approx(1e-3, rel=0.1)
+    assert float(metrics[f"{kind}/multiplier"]) == pytest.approx(0.015 / 1e-3**0.5, rel=0.1)
+    actions = refiner.refine(BATCH.observations, torch.zeros(64, 3))
+    assert actions.mean().item() == pytest.approx(centre + 1e-3**0.5, abs=0.1 * 1e-3**0.5)
+
+
+def test_the_multiplier_moves_against_the_violation() -> None:
+    refiner = Refiner(SPEC, hidden=(16,), trust_region=1e-4)
     with torch.no_grad():
         refiner.net.layers[-1].bias.fill_(0.5)  # far outside
-    refiner.loss(OBSERVATIONS, torch.zeros(64, 3), linear_value)[0].backward()
-    assert refiner.log_alpha.grad is not None
-    assert refiner.log_alpha.grad < 0  # a descent step raises it
+    loss, metrics = loss_of(refiner)
+    loss.backward()
+    assert metrics["trust_region/violation"] > 0
+    gradient = refiner.constraints["trust_region"].log_multiplier.grad
+    assert gradient is not None
+    assert gradient < 0  # a descent step raises it
 
 
-def test_fixed_alpha_multiplies_the_penalty_once() -> None:
+def test_a_fixed_alpha_multiplies_the_penalty_once() -> None:
     torch.manual_seed(0)
     refiner = Refiner(SPEC, hidden=(16,), lagrange=False, alpha=7.0)
-    loss, metrics = refiner.loss(OBSERVATIONS, torch.zeros(64, 3), linear_value)
-    torch.testing.assert_close(loss, metrics["value_loss"] + 7.0 * metrics["squared_residual"])
-    assert "log_alpha" not in dict(refiner.named_parameters())
+    loss, metrics = loss_of(refiner)
+    torch.testing.assert_close(loss, metrics["value_loss"] + 7.0 * metrics["trust_region/cost"])
+    assert not [name for name, _ in refiner.named_parameters() if "multiplier" in name]
 
 
-@pytest.mark.parametrize("wrong", [{"delta": 0.0}, {"delta": -1.0}, {"alpha": 0.0}])
-def test_limits_must_be_positive(wrong: dict) -> None:
-    with pytest.raises(UserError, match="must be > 0"):
-        partial(Refiner, SPEC)(**wrong)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"trust_region": 0.0}, "limit of the constraint 'trust_region' must be > 0"),
+        ({"trust_region": [0.1, -1.0, 0.1]}, "must be > 0"),
+        ({"trust_region": [0.1, 0.1]}, "needs one limit or 3"),
+        ({"lagrange": False, "alpha": 0.0}, "multiplier of the constraint 'trust_region' must be > 0"),
+        ({"constraints": [{"kind": "speed", "limit": 1}]}, "unknown constraint 'speed': choose one of trust_region"),
+        ({"constraints": [{"kind": "trust_region", "limit": 1}]}, "given twice"),
+    ],
+)
+def test_impossible_constraints_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Refiner(SPEC, **wrong)

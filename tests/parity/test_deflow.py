@@ -42,7 +42,7 @@ class Reference:
             "critic.online.": "critic/value_net",
             "critic.target.": "target_critic/value_net",
         }
-        found = {"refiner.log_alpha": self[f"{group}/log_alpha/value"].squeeze()}
+        found = {"refiner.constraints.trust_region.log_multiplier": self[f"{group}/log_alpha/value"].squeeze()}
         for name, parameter in agent.named_parameters():
             for prefix, net in nets.items():
                 if not name.startswith(prefix):
@@ -70,8 +70,9 @@ def build(reference: Reference, aggregate: str) -> DeFlow:
         spec,
         behavior_flow=partial(BehaviorFlow, **shape),
         critic=partial(Critic, **shape, aggregate=aggregate),
-        refiner=partial(Refiner, **shape, delta=0.01),
+        refiner=partial(Refiner, **shape),
         optimizer=partial(torch.optim.Adam, lr=3e-4),
+        trust_region=0.01,
     )
     weights = reference.of("params", agent)
     assert set(weights) == set(dict(agent.named_parameters()))
@@ -108,9 +109,9 @@ def test_losses_and_diagnostics_agree(case) -> None:
         "actor/bc_flow_loss": losses["behavior_flow"][0],
         "critic/critic_loss": losses["critic"][0],
         "actor/q_loss": refiner["value_loss"],
-        "actor/alpha_loss": refiner["alpha_loss"],
-        "actor/alpha_value": refiner["alpha"],
-        "actor/distill_loss": refiner["squared_residual"],
+        "actor/alpha_loss": refiner["trust_region/multiplier_loss"],
+        "actor/alpha_value": refiner["trust_region/multiplier"],
+        "actor/distill_loss": refiner["trust_region/cost"],
         "actor/q": refiner["q"],
         "critic/q_mean": critic["q_mean"],
         "critic/q_min": critic["q_min"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +45,11 @@ class DeFlow(Agent):
         spec: sizes of the task.
         behavior_flow: makes the BehaviorFlow from `spec`.
         critic: makes the Critic.
-        refiner: makes the Refiner.
+        refiner: makes the Refiner from `spec`, `trust_region` and `constraints`.
         optimizer: makes the optimizer from parameter groups.
+        trust_region: delta, the limit of the mean squared residual in squared action units, > 0; or one limit an
+            action dimension.
+        constraints: further ones, each a mapping with the arguments of `Constraint`.
         seed: of every noise draw.
         best_of_n: policy actions scored by the mean value for each action taken; 1 is the papers' setting.
         refine_steps: how often the refiner is applied at test time. 1 is the papers' setting; with more, the
@@ -65,15 +68,21 @@ class DeFlow(Agent):
         spec: Spec,
         behavior_flow: Callable[[Spec], BehaviorFlow],
         critic: Callable[[Spec], Critic],
-        refiner: Callable[[Spec], Refiner],
+        refiner: Callable[..., Refiner],
         optimizer: Callable[[Any], Optimizer],
+        trust_region: float | Sequence[float] = 0.001,
+        constraints: Sequence[Mapping[str, Any]] = (),
         seed: int = 0,
         best_of_n: int = 1,
         refine_steps: int = 1,
     ) -> None:
         if min(best_of_n, refine_steps) < 1:
             raise UserError(f"best_of_n and refine_steps must be at least 1, got {best_of_n} and {refine_steps}")
-        parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "refiner": refiner(spec)}
+        parts = {
+            "behavior_flow": behavior_flow(spec),
+            "critic": critic(spec),
+            "refiner": refiner(spec, trust_region=trust_region, constraints=constraints),
+        }
         super().__init__(spec, parts, optimizer, seed)
         self.candidates = best_of_n
         self.refine_steps = refine_steps
@@ -93,14 +102,14 @@ class DeFlow(Agent):
         base_actions, next_base_actions = self._proposals(batch, noise)
 
         # Critic: bootstraps from the refined policy at s'.
+        with torch.no_grad():
+            next_actions = self.refiner.refine(batch.next_observations, next_base_actions)
         if self.trains("critic"):
-            with torch.no_grad():
-                next_actions = self.refiner.refine(batch.next_observations, next_base_actions)
             yield "critic", *self.critic.loss(batch, next_actions)
 
         # Refiner: pathwise through Q into the residual, never into the flow or the critic.
         if self.trains("refiner"):
-            yield "refiner", *self.refiner.loss(batch.observations, base_actions, self.critic.frozen_values)
+            yield "refiner", *self.refiner.loss(batch, base_actions, next_actions, self.critic.frozen_values)
 
     def _proposals(self, batch: Batch, noise: DeFlowNoise) -> tuple[Tensor, Tensor]:
         """Proposals at `s` and `s'`: the cached ones of a frozen flow, else both in one solve."""
@@ -133,5 +142,9 @@ class DeFlow(Agent):
 
     def headline(self, terms: Any) -> Metrics:
         metrics = {part: values for part, _, values in terms}
-        shown = {"flow_loss": ("behavior_flow", "loss"), "q": ("refiner", "q"), "alpha": ("refiner", "alpha")}
+        shown = {
+            "flow_loss": ("behavior_flow", "loss"),
+            "q": ("refiner", "q"),
+            "alpha": ("refiner", "trust_region/multiplier"),
+        }
         return {name: metrics[part][key] for name, (part, key) in shown.items() if part in metrics}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 import torch
 from lightning import LightningDataModule
@@ -11,20 +10,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from deflow import distributed
 from deflow.data.proposals import ProposalCache
+from deflow.data.source import Source
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
 from deflow.seeding import torch_generator
 from deflow.types import Batch
-
-
-class Source(Protocol):
-    """Where transitions come from."""
-
-    @property
-    def task(self) -> str: ...
-    def prepare(self) -> None: ...
-    def load(self) -> tuple[Transitions, Transitions]: ...
-    def provenance(self) -> dict[str, Any]: ...
 
 
 class BatchStream(IterableDataset):

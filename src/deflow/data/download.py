@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import requests
@@ -18,11 +19,16 @@ ATTEMPTS = 3
 TIMEOUT_SECONDS = 15
 
 
-def download_npz(url: str, path: Path) -> None:
+def download(url: str, path: Path, is_sound: Callable[[Path], bool] = zipfile.is_zipfile) -> None:
     """Fetch `url` to `path`: into `path.part` first, going on where an earlier attempt broke off, renamed when sound.
 
+    Args:
+        url: http or https.
+        path: to write to.
+        is_sound: whether a file is of the kind that is wanted; an `.npz` file is a zip archive.
+
     Raises:
-        UserError: if the server cannot be reached, says no, sends too little, or what it sent is not an npz file.
+        UserError: if the server cannot be reached, says no, sends too little or something of another kind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -34,9 +40,9 @@ def download_npz(url: str, path: Path) -> None:
             if attempt == ATTEMPTS:
                 raise UserError(f"cannot download {url}: {_reason(error)}") from error
             time.sleep(attempt)
-    if not zipfile.is_zipfile(part):
+    if not is_sound(part):
         part.unlink()
-        raise UserError(f"{url} sent something that is not an .npz file; check data.url")
+        raise UserError(f"{url} sent something that is not a {path.suffix} file; check data.source.url")
     os.replace(part, path)
 
 

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 from filelock import FileLock
 
-from deflow.data.download import download_npz
+from deflow.data.download import download
 from deflow.data.generate.runner import generate_dataset
-from deflow.data.transitions import Transitions
+from deflow.data.source import Arrays, Source
 from deflow.envs import ogbench
 from deflow.errors import UserError
+from deflow.types import Spec
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ KEYS = ("observations", "actions", "terminals", "qpos", "qvel")
 
 
 @dataclass
-class OGBenchSource:
+class OGBenchSource(Source):
     """A single-task OGBench data set.
 
     The file is looked for at `path` or in `dir`; if it is missing it is downloaded, and if that is off or fails,
@@ -68,11 +70,7 @@ class OGBenchSource:
         return ogbench.task_name(self.env, self.dataset, self.task_id)
 
     def prepare(self) -> None:
-        """See to it that the files are on disk; the processes of a machine take turns, so one does the work.
-
-        Raises:
-            UserError: if they are not there and cannot be had.
-        """
+        """See to it that the files are on disk; the processes of a machine take turns, so one does the work."""
         if self._find() is not None:
             return
         if self.path is not None:
@@ -82,31 +80,35 @@ class OGBenchSource:
             if self._find() is None:
                 self._fetch()
 
-    def load(self) -> tuple[Transitions, Transitions]:
-        """Training and validation transitions, with the task's rewards and masks.
-
-        Raises:
-            UserError: if a file is broken, not OGBench's or of another environment.
-        """
+    def arrays(self) -> tuple[Arrays, Arrays]:
         path = self._find()
         assert path is not None, "prepare() first"
-        env = ogbench.make_env(self.task)
+        env = self.make_env()
         try:
             for file in _files(path):
                 _check_file(file, env)
             try:
-                splits = ogbench.load_arrays(self.task, str(path), env)
+                return ogbench.load_arrays(self.task, str(path), env)
             except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError, IndexError) as error:
                 raise UserError(f"cannot read {path}: {error}; make or download it again") from error
         finally:
             env.close()
-        train, validation = (
-            Transitions.from_compact(arrays, file.name) for arrays, file in zip(splits, _files(path), strict=True)
-        )
-        return train, validation
+
+    def spec(self) -> Spec:
+        env = self.make_env()
+        env.close()
+        return ogbench.spec_of(env)
+
+    def make_env(self, **kwargs: Any) -> gymnasium.Env:
+        return ogbench.make_env(self.task, **kwargs)
+
+    def protocol(self) -> dict[str, Any]:
+        env = self.make_env()
+        env.close()
+        timing = getattr(env.unwrapped, "_success_timing", "unknown")
+        return {"protocol": "OGBench single-task, one-step returns, no action chunking", "success_timing": timing}
 
     def provenance(self) -> dict[str, Any]:
-        """Where the data came from, for the run's summary; generated data says so."""
         path = self._find()
         assert path is not None
         card = path.with_suffix(".json")
@@ -118,7 +120,7 @@ class OGBenchSource:
             try:
                 for file in _files(self._downloaded):
                     if not file.exists():
-                        download_npz(f"{self.url.rstrip('/')}/{file.name}", file)
+                        download(f"{self.url.rstrip('/')}/{file.name}", file)
                 return
             except UserError as error:
                 if not self.generate_if_missing:

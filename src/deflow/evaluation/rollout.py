@@ -19,7 +19,10 @@ from deflow.seeding import fold_seed
 
 @dataclass
 class Episode:
-    """What an episode came to. `success` is `info["success"]` at its end; `path` the agent's x, y in a maze."""
+    """What an episode came to: `success` is `info["success"]` at its end (0 where there is none).
+
+    `path` holds the agent's x, y in a maze.
+    """
 
     index: int
     success: float = 0.0
@@ -117,5 +120,5 @@ class Evaluator:
         episode.episode_return += float(reward)
         episode.length += 1
         if terminated or truncated:
-            episode.success = float(info["success"])
+            episode.success = float(info.get("success", 0.0))
         return terminated or truncated

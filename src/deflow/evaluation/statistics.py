@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,13 +21,21 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     return float(low), float(high)
 
 
-def summarise(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Means of success, return and length with the ends of their 95% intervals (`success_low`, `success_high`, ...)."""
+def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None] = lambda _: None) -> dict[str, float]:
+    """Means of success, return and length with the ends of their 95% intervals (`success_low`, `success_high`, ...).
+
+    Args:
+        episodes: at least one.
+        score: the normalised score of a return, or None where there is none; if there is, it is summarised too.
+    """
     columns = {
         "success": [episode.success for episode in episodes],
         "return": [episode.episode_return for episode in episodes],
         "length": [float(episode.length) for episode in episodes],
     }
+    scores = [score(episode.episode_return) for episode in episodes]
+    if None not in scores:
+        columns["score"] = [value for value in scores if value is not None]
     summary: dict[str, float] = {"episodes": float(len(episodes))}
     for name, values in columns.items():
         low, high = bootstrap_interval(values)

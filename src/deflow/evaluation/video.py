@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import imageio.v2 as imageio
 import numpy as np
 
 from deflow.agents.base import Agent
-from deflow.envs.ogbench import make_env
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Evaluator
 from deflow.files import replacing
@@ -20,11 +20,11 @@ FRAMES_PER_SECOND = 20
 SIZE = 256  # pixels; a multiple of 16, which the encoder would otherwise enforce by resizing
 
 
-def record_video(task: str, agent: Agent, path: Path, episodes: int, seed: int) -> None:
+def record_video(make_env: Callable[..., gymnasium.Env], agent: Agent, path: Path, episodes: int, seed: int) -> None:
     """Write an mp4 of the first `episodes` episodes of the evaluation with the same seed, one after the other.
 
     Args:
-        task: OGBench's single-task name.
+        make_env: makes the environment, given Gymnasium's rendering arguments.
         agent: the policy.
         path: of the mp4 file.
         episodes: to show.
@@ -35,7 +35,7 @@ def record_video(task: str, agent: Agent, path: Path, episodes: int, seed: int) 
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # manipulation environments declare no render modes, but have them
-        camera = _Camera(make_env(task, render_mode="rgb_array", width=SIZE, height=SIZE))
+        camera = _Camera(make_env(render_mode="rgb_array", width=SIZE, height=SIZE))
     evaluator = Evaluator(lambda: camera, episodes, num_envs=1, seed=seed)
     evaluator.run(agent)
     evaluator.close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -10,19 +11,19 @@ from torch import Tensor, nn
 
 from deflow.distributed import mean_over_ranks
 from deflow.errors import UserError
+from deflow.modules.constraints import Constraint, Refinement
 from deflow.nets.mlp import MLP, Activation
-from deflow.types import Metrics, Spec
+from deflow.types import Batch, Metrics, Spec
 
 
 class Refiner(LightningModule):
     r"""Residual :math:`f_\phi(s, a_{base})` with :math:`a_\pi = clip(a_{base} + \Delta a)`, :math:`\Delta a = f_\phi`.
 
     .. math::
-        L(\phi) = -\frac{E[\bar Q(s, a_\pi)]}{sg[E|\bar Q|]} + sg[\alpha] \, \|\Delta a\|^2, \qquad
-        L(\alpha) = -\log\alpha \, (sg[\|\Delta a\|^2] - \delta)
+        L(\phi) = -\frac{E[\bar Q(s, a_\pi)]}{sg[E|\bar Q|]} + \sum_i sg[\lambda_i] \, C_i
 
-    with :math:`\bar Q` the mean over the ensemble and :math:`\|\Delta a\|^2` the mean over batch and dimensions.
-    The second loss makes :math:`\alpha` the Lagrange multiplier of :math:`\|\Delta a\|^2 \le \delta`.
+    with :math:`\bar Q` the mean over the ensemble. The first constraint is the trust region
+    :math:`\|\Delta a\|^2 \le \delta`, the mean over batch and dimensions; see `Constraint` for the multipliers.
     Source: DeFlow (arXiv 2601.10471). Difference from the released code: a fixed alpha multiplies the penalty
     once (there it does twice).
 
@@ -30,67 +31,73 @@ class Refiner(LightningModule):
         spec: sizes of the task.
         hidden: widths of the hidden layers.
         activation: `gelu` (exact) or `gelu_tanh`.
-        delta: limit of the mean squared residual, in squared action units, > 0.
-        lagrange: learn the multiplier; otherwise `alpha` stays as given.
+        trust_region: delta, the limit of the mean squared residual in squared action units, > 0; or one limit an
+            action dimension, each with a multiplier of its own.
+        lagrange: learn the trust region's multiplier; otherwise it stays at `alpha`.
         alpha: the fixed multiplier when `lagrange` is off, > 0; a learned one starts at `exp(1)`.
-    """
+        constraints: further ones, each a mapping with the arguments of `Constraint`.
 
-    log_alpha: Tensor
+    Raises:
+        UserError: for an impossible constraint, or two of one kind.
+    """
 
     def __init__(
         self,
         spec: Spec,
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: Activation = "gelu",
-        delta: float = 0.001,
+        trust_region: float | Sequence[float] = 0.001,
         lagrange: bool = True,
         alpha: float = 10.0,
+        constraints: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__()
-        if delta <= 0:
-            raise UserError(f"agent.refiner.delta must be > 0, got {delta}")
-        if alpha <= 0:
-            raise UserError(f"agent.refiner.alpha must be > 0, got {alpha}")
         self.net = MLP(spec.observation_dim + spec.action_dim, hidden, spec.action_dim, activation)
-        if lagrange:
-            self.log_alpha = nn.Parameter(torch.tensor(1.0))
-        else:
-            self.register_buffer("log_alpha", torch.tensor(float(alpha)).log())
-        self.delta = delta
-        self.lagrange = lagrange
+        first = {"kind": "trust_region", "limit": trust_region, "multiplier": None if lagrange else alpha}
+        self.constraints = nn.ModuleDict()
+        for settings in (first, *constraints):
+            constraint = Constraint(**settings)
+            if constraint.limit.ndim and constraint.limit.shape != (spec.action_dim,):
+                raise UserError(
+                    f"the constraint '{settings['kind']}' needs one limit or {spec.action_dim}, one an action "
+                    f"dimension; got {len(constraint.limit)}"
+                )
+            if settings["kind"] in self.constraints:
+                raise UserError(f"the constraint '{settings['kind']}' is given twice")
+            self.constraints[settings["kind"]] = constraint
 
     def loss(
-        self, observations: Tensor, base_actions: Tensor, values: Callable[[Tensor, Tensor], Tensor]
+        self,
+        batch: Batch,
+        base_actions: Tensor,
+        next_actions: Tensor,
+        values: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Metrics]:
-        """The refinement loss plus, if learned, the multiplier's.
+        """The refinement loss plus the multipliers'.
 
         Args:
-            observations: shape (batch, observation_dim).
+            batch: transitions.
             base_actions: proposals, shape (batch, action_dim), in [-1, 1].
+            next_actions: the policy's actions at `s'`, shape (batch, action_dim), without gradient.
             values: `values(s, a)` of shape (members, batch) with a gradient into `a` only.
         """
-        residual = self.residual(observations, base_actions)
-        squared_residual = residual.square().mean()
+        residual = self.residual(batch.observations, base_actions)
+        actions = (base_actions + residual).clamp(-1.0, 1.0)
 
         # Value term, normalised by a statistic of the whole batch (of all ranks).
-        q = values(observations, (base_actions + residual).clamp(-1.0, 1.0)).mean(0)
+        q = values(batch.observations, actions).mean(0)
         q_scale = mean_over_ranks(q.detach().abs().mean())
         value_loss = -q.mean() / q_scale
 
-        # Trust region.
-        alpha = self.log_alpha.detach().exp()
-        penalty = alpha * squared_residual
-        alpha_loss = -self.log_alpha * (squared_residual.detach() - self.delta)
-
-        loss = value_loss + penalty + (alpha_loss if self.lagrange else 0.0)
-        return loss, {
-            "loss": (value_loss + penalty).detach(),
-            "value_loss": value_loss.detach(),
-            "alpha_loss": alpha_loss.detach(),
-            "squared_residual": squared_residual.detach(),
-            "alpha": alpha,
-            "q": q.detach().mean(),
-        }
+        # Trust region and whatever else is constrained.
+        loss = value_loss
+        metrics = {"value_loss": value_loss.detach(), "q": q.detach().mean()}
+        refinement = Refinement(residual, actions, batch.actions, next_actions)
+        for kind, constraint in self.constraints.items():
+            penalty, multiplier_loss, values_of_it = cast(Constraint, constraint).loss(refinement)
+            loss = loss + penalty + multiplier_loss
+            metrics |= {f"{kind}/{name}": value for name, value in values_of_it.items()}
+        return loss, metrics | {"loss": loss.detach()}
 
     def residual(self, observations: Tensor, base_actions: Tensor) -> Tensor:
         """The residual `da`, shape (batch, action_dim)."""

@@ -1,0 +1,175 @@
+"""D4RL's original HDF5 files, read without D4RL, and environments that stand in for its own."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from deflow.data.download import download
+from deflow.data.own import read_columns
+from deflow.data.source import Arrays, Source, compact, split
+from deflow.errors import UserError
+from deflow.types import Spec
+
+KEYS = {key: key for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+
+# Returns of a random and of an expert policy: scores are 0 at the one and 100 at the other (arXiv 2004.07219).
+REFERENCE_RETURNS = {
+    "antmaze": (0.0, 1.0),
+    "pen": (96.262799, 3076.8331017826877),
+    "door": (-56.512833, 2880.5693087298737),
+    "hammer": (-274.856578, 12794.134825156867),
+    "relocate": (-6.425911, 4233.877797728884),
+}
+
+# Sizes of (observations, actions), by which a file of another environment is noticed.
+SIZES = {"antmaze": (29, 8), "pen": (45, 24), "door": (39, 28), "hammer": (46, 26), "relocate": (39, 30)}
+
+# The mazes as D4RL lays them out, rows counted in the direction of y; r: start, g: goal of the evaluation.
+MAZES = {
+    "umaze": ["#####", "#r..#", "###.#", "#g..#", "#####"],
+    "medium": ["########", "#r.##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#.g#", "########"],
+    "large": [
+        "############",
+        "#r...#.....#",
+        "#.##.#.#.#.#",
+        "#......#...#",
+        "#.####.###.#",
+        "#..#.#.....#",
+        "##.#.#.#.###",
+        "#..#...#.g.#",
+        "############",
+    ],
+}
+ROBOTS = {"pen": "AdroitHandPen-v1", "door": "AdroitHandDoor-v1", "hammer": "AdroitHandHammer-v1"}
+ROBOTS |= {"relocate": "AdroitHandRelocate-v1"}
+
+
+@dataclass
+class D4RLSource(Source):
+    """A D4RL data set of the antmaze or adroit family, from its original `.hdf5` file.
+
+    As in the papers, antmaze rewards are reduced by 1, so that every step costs 1 until the goal, and a terminal there
+    does not end the trajectory. D4RL's own simulators do not run any more: policies are evaluated in
+    gymnasium-robotics' counterparts, with D4RL's mazes, starts and goals. Every result says so.
+
+    Args:
+        dataset: D4RL's name, such as `antmaze-medium-play-v2` or `pen-human-v1`.
+        path: of the `.hdf5` file; null looks for (or downloads) it in `dir`.
+        dir: folder of downloaded files.
+        url: where the file is downloaded from; null does not download.
+        seed: of the validation split, a tenth of the trajectories.
+    """
+
+    dataset: str
+    path: str | None
+    dir: str
+    url: str | None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self._family not in SIZES:
+            raise UserError(f"unknown D4RL data set '{self.dataset}': the families are {', '.join(SIZES)}")
+        self._is_maze = self._family == "antmaze"
+
+    @property
+    def name(self) -> str:
+        return self.dataset
+
+    @property
+    def task(self) -> str:
+        return self.dataset
+
+    @property
+    def _family(self) -> str:
+        return self.dataset.partition("-")[0]
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.path or Path(self.dir) / f"{self.dataset}.hdf5").expanduser()
+
+    def prepare(self) -> None:
+        if self._path.is_file():
+            return
+        if self.path is not None or self.url is None:
+            raise UserError(f"no file {self._path}: set data.source.path to {self.dataset}'s .hdf5 file")
+        import h5py
+
+        download(self.url, self._path, h5py.is_hdf5)
+
+    def arrays(self) -> tuple[Arrays, Arrays]:
+        columns = read_columns(self._path, KEYS)
+        sizes = columns["observations"].shape[1], columns["actions"].shape[1]
+        if sizes != SIZES[self._family]:
+            raise UserError(
+                f"{self._path} is of another environment than {self.dataset}: (observation, action) sizes {sizes}, "
+                f"expected {SIZES[self._family]}"
+            )
+        terminals, timeouts = columns["terminals"].astype(bool), columns["timeouts"].astype(bool)
+        return split(
+            compact(
+                columns["observations"],
+                columns["actions"],
+                columns["rewards"] - (1.0 if self._is_maze else 0.0),
+                1.0 - terminals.astype(np.float32),
+                timeouts if self._is_maze else terminals | timeouts,
+            ),
+            self.seed,
+        )
+
+    def spec(self) -> Spec:
+        return Spec(*SIZES[self._family])
+
+    def make_env(self, **kwargs: Any) -> gymnasium.Env:
+        if importlib.util.find_spec("gymnasium_robotics") is None:
+            raise UserError("D4RL's tasks need gymnasium-robotics: pip install 'deflow[d4rl]'")
+        import gymnasium_robotics
+
+        gymnasium.register_envs(gymnasium_robotics)
+        if not self._is_maze:
+            return gymnasium.make(ROBOTS[self._family], **kwargs)
+        rows = MAZES[self.dataset.split("-")[1]]
+        start = next((i, row.index("r")) for i, row in enumerate(rows) if "r" in row)
+        # gymnasium-robotics counts rows against the direction of y.
+        layout = [[{"#": 1, ".": 0}.get(cell, cell) for cell in row] for row in reversed(rows)]
+        env = gymnasium.make(
+            "AntMaze_UMaze-v5",
+            maze_map=layout,
+            include_cfrc_ext_in_observation=False,
+            continuing_task=False,
+            max_episode_steps=700 if "umaze" in self.dataset else 1000,
+            **kwargs,
+        )
+        return AntMazeAsInD4RL(env, rows, start)
+
+    def protocol(self) -> dict[str, Any]:
+        return {
+            "protocol": "D4RL data, evaluated in gymnasium-robotics (not D4RL's simulator)",
+            "score": "100 at D4RL's expert return, 0 at its random one",
+        }
+
+    def score(self, episode_return: float) -> float:
+        low, high = REFERENCE_RETURNS[self._family]
+        return 100.0 * (episode_return - low) / (high - low)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"name": self.name, "path": str(self._path), "bytes": self._path.stat().st_size, "generated": False}
+
+
+class AntMazeAsInD4RL(gymnasium.ObservationWrapper):
+    """gymnasium-robotics' AntMaze with D4RL's observation: x, y from the centre of the start cell, then the ant."""
+
+    def __init__(self, env: gymnasium.Env, rows: list[str], start: tuple[int, int]) -> None:
+        super().__init__(env)
+        scale = env.unwrapped.maze.maze_size_scaling  # type: ignore[attr-defined]
+        i, j = start
+        self._origin = scale * np.array([j + 0.5 - len(rows[0]) / 2, i + 0.5 - len(rows) / 2])
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+
+    def observation(self, observation: dict[str, np.ndarray]) -> np.ndarray:
+        return np.concatenate([observation["achieved_goal"] - self._origin, observation["observation"]])

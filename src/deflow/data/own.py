@@ -1,0 +1,163 @@
+"""Data of one's own: an .npz or .hdf5 file with one row a transition and column names that the configuration maps."""
+
+from __future__ import annotations
+
+import importlib.util
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from deflow.data.source import Arrays, Source, compact, split
+from deflow.errors import UserError
+from deflow.types import Spec
+
+HDF5_SUFFIXES = (".hdf5", ".h5")
+REQUIRED = ("observations", "actions", "rewards")
+
+
+@dataclass
+class OwnSource(Source):
+    """Transitions from a file of the user's.
+
+    Args:
+        path: `.npz`, `.hdf5` or `.h5` file.
+        keys: name of each column in the file. `observations`, `actions` and `rewards` must be there; `terminals` (the
+            task truly ended: do not bootstrap), `timeouts` (the trajectory was cut there) and `next_observations`
+            may be null. Without `next_observations` a trajectory's last state has no successor and is dropped.
+        env: gymnasium id of the environment for evaluation; null trains without evaluation.
+        seed: of the validation split, a tenth of the trajectories.
+    """
+
+    path: str
+    keys: dict[str, str | None]
+    env: str | None = None
+    seed: int = 0
+    _arrays: Arrays | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self._path.stem
+
+    @property
+    def task(self) -> str:
+        return self.env or self.name
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.path).expanduser()
+
+    def prepare(self) -> None:
+        if not self._path.is_file():
+            raise UserError(f"data.source.path: no file {self._path}")
+
+    def arrays(self) -> tuple[Arrays, Arrays]:
+        return split(self._compact(), self.seed)
+
+    def spec(self) -> Spec:
+        self.prepare()
+        arrays = self._compact()
+        return Spec(arrays["observations"].shape[1], arrays["actions"].shape[1])
+
+    def _compact(self) -> Arrays:
+        if self._arrays is None:
+            columns = read_columns(self._path, self.keys)
+            terminals = columns.get("terminals", np.zeros(len(columns["rewards"]), bool)).astype(bool)
+            timeouts = columns.get("timeouts", np.zeros_like(terminals)).astype(bool)
+            if not terminals.any() and not timeouts.any() and "next_observations" not in columns:
+                raise UserError(
+                    f"{self._path}: nothing says where trajectories end; name a column in data.source.keys "
+                    "(terminals, timeouts or next_observations)"
+                )
+            masks = 1.0 - terminals.astype(np.float32)
+            self._arrays = compact(
+                columns["observations"],
+                columns["actions"],
+                columns["rewards"],
+                masks,
+                terminals | timeouts,
+                columns.get("next_observations"),
+            )
+        return self._arrays
+
+    @property
+    def has_env(self) -> bool:
+        return self.env is not None
+
+    def make_env(self, **kwargs: Any) -> gymnasium.Env:
+        try:
+            return gymnasium.make(self.env or "", **kwargs)
+        except gymnasium.error.Error as error:
+            raise UserError(f"data.source.env: {error}") from error
+
+    def protocol(self) -> dict[str, Any]:
+        return {"protocol": "the user's own data" + (f", evaluated in {self.env}" if self.env else "")}
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "path": str(self._path),
+            "bytes": self._path.stat().st_size,
+            "generated": False,
+        }
+
+
+def read_columns(path: Path, keys: Mapping[str, str | None]) -> Arrays:
+    """The named columns of an `.npz` or HDF5 file, checked for equal length.
+
+    Args:
+        path: of the file.
+        keys: our name -> the file's (with `/` for groups of HDF5), or None for a column the file does not have.
+
+    Raises:
+        UserError: if the file is of another kind, broken or lacks a column.
+    """
+    wanted = {ours: theirs for ours, theirs in keys.items() if theirs is not None}
+    missing = [key for key in REQUIRED if key not in wanted]
+    if missing:
+        raise UserError(f"data.source.keys must name {', '.join(missing)}")
+    columns = _read_hdf5(path, wanted) if path.suffix in HDF5_SUFFIXES else _read_npz(path, wanted)
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise UserError(f"{path}: columns of different lengths ({lengths})")
+    flat = [key for key in ("observations", "actions") if columns[key].ndim != 2]
+    if flat:
+        raise UserError(f"{path}: {', '.join(flat)} must have two axes (rows, size)")
+    return columns
+
+
+def _read_npz(path: Path, wanted: Mapping[str, str]) -> Arrays:
+    try:
+        with np.load(path) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is a single array, not an .npz of columns")
+            _check_present(path, wanted, file.files)
+            return {ours: file[theirs] for ours, theirs in wanted.items()}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise UserError(f"cannot read {path}: it is truncated or not an .npz file") from error
+
+
+def _read_hdf5(path: Path, wanted: Mapping[str, str]) -> Arrays:
+    if importlib.util.find_spec("h5py") is None:
+        raise UserError("HDF5 files need the package h5py: pip install 'deflow[d4rl]'")
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            names: list[str] = []
+            file.visit(names.append)
+            _check_present(path, wanted, names)
+            return {ours: np.asarray(file[theirs]) for ours, theirs in wanted.items()}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: it is truncated or not an HDF5 file") from error
+
+
+def _check_present(path: Path, wanted: Mapping[str, str], present: list[str]) -> None:
+    missing = [theirs for theirs in wanted.values() if theirs not in present]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")

@@ -1,0 +1,255 @@
+"""Compact layout, the split, and data that are not OGBench's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from minari.data_collector import EpisodeBuffer
+
+from deflow.data.d4rl import D4RLSource
+from deflow.data.minari import MinariSource
+from deflow.data.own import OwnSource
+from deflow.data.source import compact, split
+from deflow.errors import UserError
+from deflow.pipeline import train
+from tests.conftest import compose_config, tiny_config, write_d4rl
+
+KEYS = {key: key for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")}
+
+
+def own_columns(episodes: int = 3, length: int = 5) -> dict[str, np.ndarray]:
+    """State `10 e + t` in step `t` of episode `e`; the last episode ends its task, the others time out."""
+    times = np.arange(length)
+    observations = np.concatenate([10.0 * e + times for e in range(episodes)])[:, None].repeat(2, 1)
+    ends = np.tile(times == length - 1, episodes)
+    terminals = ends & (np.arange(len(ends)) == len(ends) - 1)
+    return {
+        "observations": observations,
+        "next_observations": observations + 1,
+        "actions": observations / 100,
+        "rewards": observations[:, 0],
+        "terminals": terminals,
+        "timeouts": ends & ~terminals,
+    }
+
+
+def columns_of(source_columns: dict[str, np.ndarray]) -> list[np.ndarray]:
+    names = ("observations", "actions", "rewards")
+    return [source_columns[name] for name in names] + [1.0 - source_columns["terminals"]]
+
+
+def test_compact_keeps_every_last_state() -> None:
+    columns = own_columns()
+    ends = columns["terminals"] | columns["timeouts"]
+    arrays = compact(*columns_of(columns), ends, columns["next_observations"])
+    rows = np.flatnonzero(arrays["valids"])
+    assert len(rows) == 15
+    assert np.array_equal(arrays["observations"][rows], columns["observations"])
+    assert np.array_equal(arrays["observations"][rows + 1], columns["next_observations"])
+    assert np.array_equal(arrays["masks"][rows], 1.0 - columns["terminals"])
+
+
+def test_compact_finds_ends_by_the_jump() -> None:
+    columns = own_columns()
+    nothing = np.zeros(15, bool)
+    arrays = compact(*columns_of(columns), nothing, columns["next_observations"])
+    assert list(np.flatnonzero(arrays["valids"] == 0)) == [5, 11, 17]
+
+
+def test_compact_without_next_observations_drops_time_outs_and_keeps_terminals() -> None:
+    columns = own_columns(episodes=2)
+    terminals = np.zeros(10, bool)
+    terminals[4] = True  # a true end: its successor is never read, so the transition stays
+    columns["terminals"] = terminals
+    arrays = compact(*columns_of(columns), terminals)
+    assert list(np.flatnonzero(arrays["valids"] == 0)) == [9]
+    assert arrays["masks"][4] == 0
+
+
+def test_split_takes_whole_trajectories() -> None:
+    columns = own_columns(episodes=20)
+    ends = columns["terminals"] | columns["timeouts"]
+    train_part, validation = split(compact(*columns_of(columns), ends, columns["next_observations"]), seed=0)
+    episodes = [
+        set((part["observations"][part["valids"] == 1][:, 0] // 10).tolist()) for part in (train_part, validation)
+    ]
+    assert len(episodes[1]) == 2
+    assert not episodes[0] & episodes[1]
+    assert len(episodes[0] | episodes[1]) == 20
+    assert train_part["valids"][-1] == validation["valids"][-1] == 0
+
+
+def test_own_npz_and_hdf5_agree(tmp_path: Path) -> None:
+    columns = own_columns()
+    np.savez(tmp_path / "mine.npz", **columns)
+    with h5py.File(tmp_path / "mine.h5", "w") as file:
+        for key, column in columns.items():
+            file[f"robot/{key}"] = column
+    one = OwnSource(str(tmp_path / "mine.npz"), KEYS).load()
+    two = OwnSource(str(tmp_path / "mine.h5"), {key: f"robot/{key}" for key in KEYS}).load()
+    for a, b in zip(one, two, strict=True):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+    assert len(one[0]) + len(one[1]) == 15
+
+
+def test_own_data_train_without_an_environment(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", **own_columns(episodes=30))
+    keys = [f"data.source.keys.{key}={key}" for key in ("timeouts", "next_observations")]
+    config = tiny_config(tmp_path, "experiment=own", f"data.source.path={tmp_path}/mine.npz", *keys)
+    summary = train(config, tmp_path / "run")
+    assert summary["evaluations"] == 0
+    assert summary["protocol"] == "the user's own data"
+    assert (tmp_path / "run" / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"observations": None}, "lacks observations"),
+        ({"rewards": np.zeros(3)}, "different lengths"),
+        ({"observations": np.zeros(15)}, "two axes"),
+    ],
+)
+def test_own_data_that_do_not_fit(change: dict, message: str, tmp_path: Path) -> None:
+    columns = {key: column for key, column in (own_columns() | change).items() if column is not None}
+    np.savez(tmp_path / "mine.npz", **columns)
+    with pytest.raises(UserError, match=message):
+        OwnSource(str(tmp_path / "mine.npz"), KEYS).load()
+
+
+def test_own_data_without_ends_are_refused(tmp_path: Path) -> None:
+    columns = own_columns() | {"terminals": np.zeros(15, bool)}
+    np.savez(tmp_path / "mine.npz", **columns)
+    keys = KEYS | {"timeouts": None, "next_observations": None}
+    with pytest.raises(UserError, match="nothing says where trajectories end"):
+        OwnSource(str(tmp_path / "mine.npz"), keys).load()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.npz", ".npz"), ("a.hdf5", "HDF5")])
+def test_a_file_of_the_wrong_kind_is_named_as_such(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("not data")
+    with pytest.raises(UserError, match=f"not an {kind} file"):
+        OwnSource(str(tmp_path / name), KEYS).load()
+
+
+def test_d4rl_antmaze(tmp_path: Path) -> None:
+    path = write_d4rl(tmp_path / "file.hdf5", "antmaze")
+    train_part, validation = D4RLSource("antmaze-umaze-v2", str(path), "", None).arrays()
+    for arrays in (train_part, validation):
+        assert set(np.unique(arrays["rewards"])) == {-1.0, 0.0}
+        assert np.array_equal(arrays["masks"] == 0, arrays["rewards"] == 0)
+    # A terminal (the goal) does not end a trajectory there: 4 trajectories of 40 rows, of which 3 and 1.
+    ends = [np.flatnonzero((arrays["valids"] == 0) | (arrays["masks"] == 0)) for arrays in (train_part, validation)]
+    assert len(train_part["valids"]) + len(validation["valids"]) == 160
+    assert 119 in ends[0]
+    assert 39 in ends[1]
+
+
+def test_d4rl_of_another_family_is_refused(tmp_path: Path) -> None:
+    path = write_d4rl(tmp_path / "file.hdf5", "pen")
+    with pytest.raises(UserError, match="another environment than door-human-v1"):
+        D4RLSource("door-human-v1", str(path), "", None).arrays()
+    with pytest.raises(UserError, match="unknown D4RL data set"):
+        D4RLSource("kitchen-mixed-v0", str(path), "", None)
+    with pytest.raises(UserError, match=r"set data.source.path to pen-human-v1's \.hdf5"):
+        D4RLSource("pen-human-v1", None, str(tmp_path), None).prepare()
+
+
+@pytest.mark.parametrize(("maze", "goal"), [("umaze", (0, 8)), ("medium-play", (20, 20)), ("large-diverse", (32, 24))])
+def test_d4rl_mazes_have_d4rls_coordinates(maze: str, goal: tuple[float, float]) -> None:
+    # Cells are 4 apart and the start cell is the origin; both starts and goals are drawn within a quarter cell.
+    env = D4RLSource(f"antmaze-{maze}-v2", None, "", None).make_env()
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == (29,)
+    assert np.abs(observation[:2]).max() <= 1.01
+    assert np.abs(env.unwrapped.goal - env._origin - goal).max() <= 1.01
+    env.close()
+
+
+def test_d4rl_scores() -> None:
+    assert D4RLSource("antmaze-umaze-v2", None, "", None).score(1.0) == 100
+    assert D4RLSource("pen-human-v1", None, "", None).score(96.262799) == pytest.approx(0)
+
+
+@pytest.fixture
+def minari_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two episodes of a pendulum; the second ends its task."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = gymnasium.make("Pendulum-v1")
+    buffers = []
+    for episode in range(2):
+        observations = [env.reset(seed=episode)[0]]
+        actions, rewards = [], []
+        for _ in range(6):
+            actions.append(env.action_space.sample() / 2)  # half the torque limit of 2
+            observation, reward, *_ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+        buffers.append(
+            EpisodeBuffer(
+                id=episode,
+                observations=np.array(observations),
+                actions=np.array(actions),
+                rewards=np.array(rewards),
+                terminations=np.arange(6) == (5 if episode else 9),
+                truncations=np.arange(6) == (9 if episode else 5),
+            )
+        )
+    minari.create_dataset_from_buffers(
+        "test/pendulum-v0",
+        env=env,
+        buffer=buffers,
+        algorithm_name="random",
+        description="two short episodes",
+        requirements=[],
+        eval_env="Pendulum-v1",
+        author="tests",
+        author_email="tests@example.org",
+        code_permalink="none",
+        ref_min_score=-10.0,
+        ref_max_score=-1.0,
+    )
+    env.close()
+    return "test/pendulum-v0"
+
+
+def test_minari(minari_dataset: str) -> None:
+    source = MinariSource(minari_dataset, download=False, reward_shift=-1.0)
+    train_part, validation = source.arrays()
+    dataset = minari.load_dataset(minari_dataset)
+    for arrays in (train_part, validation):
+        assert list(arrays["valids"]) == [1] * 6 + [0]
+        episode = next(e for e in dataset if np.allclose(e.observations[0], arrays["observations"][0]))
+        assert np.allclose(arrays["observations"], episode.observations)
+        assert np.allclose(arrays["rewards"][:6], episode.rewards - 1)
+        assert arrays["masks"][5] == 1 - episode.terminations[5]
+    assert source.spec() == (3, 1)
+    assert source.score(-1.0) == 100
+    env = source.make_env()
+    assert env.reset(seed=0)[0].shape == (3,)
+    env.close()
+    assert "not D4RL's" in source.protocol()["protocol"]
+
+
+def test_minari_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with pytest.raises(UserError, match="cannot load Minari's data set nothing/here-v0"):
+        MinariSource("nothing/here-v0", download=False).prepare()
+
+
+def test_minari_trains_and_evaluates(minari_dataset: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "experiment=minari", f"data.source.dataset_id={minari_dataset}", "data.batch_size=4")
+    summary = train(config, tmp_path / "run")
+    assert summary["eval/score"]["last"] == pytest.approx(100 * (summary["eval/return"]["last"] + 10) / 9)
+
+
+def test_hdf5_is_a_choice_of_its_own() -> None:
+    config = compose_config("experiment=own", "data=hdf5", "data.source.path=mine.h5")
+    assert instantiate(config.data).source.name == "mine"
