@@ -65,7 +65,7 @@ def test_the_papers_settings_for_d4rl(experiment: str) -> None:
 @pytest.mark.parametrize("experiment", ["antmaze-umaze-v2", "pen-human-v1"])
 def test_d4rl_experiments_run(experiment: str, tmp_path: Path) -> None:
     path = write_d4rl(tmp_path / f"{experiment}.hdf5", experiment.split("-")[0])
-    overrides = (f"experiment={experiment}", f"data.source.path={path}", "updates=1", "eval.episodes=1")
+    overrides = (f"experiment={experiment}", f"data.source.path={path}", "updates=2", "eval.every=2", "eval.episodes=1")
     summary = train(tiny_config(tmp_path, *overrides), tmp_path / "run")
     assert "not D4RL's simulator" in summary["protocol"]
     low, high = REFERENCE_RETURNS[experiment.split("-")[0]]

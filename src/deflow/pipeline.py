@@ -260,11 +260,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     card = checkpoint["deflow"]
     if config.task is not None and config.task != card["task"]:
         raise UserError(f"{path} is a checkpoint of {card['task']}, not of {config.task}")
-    settings = card["config"]["agent"] | {
-        key: config[key] for key in ("best_of_n", "refine_steps") if config[key] is not None
-    }
-    agent = instantiate(settings, _partial_=True)(spec=Spec(*card["spec"]))
-    agent.load_state_dict(checkpoint["state_dict"])
+    chosen = {key: config[key] for key in ("best_of_n", "refine_steps") if config[key] is not None}
+    agent = agent_of(checkpoint, **chosen)
     source: Source = instantiate(card["config"]["data"]["source"])
     if not source.has_env:
         raise UserError(f"{path}: {card['task']} has no environment to evaluate in")
@@ -273,7 +270,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     evaluator.close()
     result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
     result |= summarise(episodes, source.score)
-    result |= {key: settings[key] for key in ("best_of_n", "refine_steps") if key in settings}
+    result |= {key: card["config"]["agent"][key] for key in ("best_of_n", "refine_steps")} | chosen
     report.write_json(path.with_name("evaluation.json"), result)
     report.print_evaluation(result)
     return result
@@ -303,6 +300,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if "deflow" not in checkpoint:
         raise UserError(f"{path} is a checkpoint of something else: it lacks the entry 'deflow'")
     return checkpoint
+
+
+def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
+    """The agent of a loaded checkpoint with its weights; `settings` replace those it was trained with."""
+    card = checkpoint["deflow"]
+    agent = instantiate(card["config"]["agent"] | settings, _partial_=True)(spec=Spec(*card["spec"]))
+    agent.load_state_dict(checkpoint["state_dict"])
+    return agent
 
 
 def load_weights(agent: Agent, path: Path, task: str) -> None:

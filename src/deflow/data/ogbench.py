@@ -6,7 +6,7 @@ import json
 import logging
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ class OGBenchSource(Source):
                 raise UserError(f"cannot read {path}: {error}; make or download it again") from error
         finally:
             env.close()
+
+    def tasks(self) -> dict[str, Source]:
+        numbered = (replace(self, task_id=number) for number in ogbench.TASK_IDS)
+        return {source.task: source for source in numbered}
 
     def spec(self) -> Spec:
         env = self.make_env()

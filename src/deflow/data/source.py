@@ -64,6 +64,10 @@ class Source(ABC):
     def protocol(self) -> dict[str, Any]:
         """What must be known to compare a result with another: rewards, success, score."""
 
+    def tasks(self) -> dict[str, Source]:
+        """The data set with the rewards of each task that it can be labelled with."""
+        return {self.task: self}
+
     def score(self, episode_return: float) -> float | None:
         """The normalised score of a return, in the units that `protocol()["score"]` names; None if there is none."""
         return None

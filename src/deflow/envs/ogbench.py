@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ with warnings.catch_warnings():
 # OGBench gives float64 bounds for float32 boxes, in every environment.
 warnings.filterwarnings("ignore", ".*precision lowered by casting")
 
+TASK_IDS = range(1, 6)
 FAMILIES = ("pointmaze", "antmaze", "humanoidmaze", "antsoccer", "cube", "scene", "puzzle")
 
 
@@ -37,7 +40,7 @@ def dataset_name(env: str, dataset: str) -> str:
 
 def task_name(env: str, dataset: str, task_id: int | None) -> str:
     """OGBench's single-task name, such as `cube-single-play-singletask-task2-v0`; no task id means its default."""
-    if task_id is not None and not 1 <= task_id <= 5:
+    if task_id is not None and task_id not in TASK_IDS:
         raise UserError(f"task_id must be 1 to 5 (or null for the environment's default task), got {task_id}")
     task = "" if task_id is None else f"-task{task_id}"
     return f"{env}-{dataset}-singletask{task}-v0"
@@ -57,8 +60,14 @@ def make_env(name: str, **kwargs: Any) -> gymnasium.Env:
 
 
 def load_arrays(name: str, path: str, env: gymnasium.Env) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Training and validation arrays of a single-task name in compact layout, relabelled with the task's rewards."""
-    return ogbench.make_env_and_datasets(name, dataset_path=path, compact_dataset=True, dataset_only=True, cur_env=env)
+    """Training and validation arrays of a single-task name in compact layout, relabelled with the task's rewards.
+
+    The goal that the rewards are for is drawn near the task's: always the same one here.
+    """
+    with _numpy_seed(0):
+        return ogbench.make_env_and_datasets(
+            name, dataset_path=path, compact_dataset=True, dataset_only=True, cur_env=env
+        )
 
 
 def spec_of(env: gymnasium.Env) -> Spec:
@@ -70,11 +79,18 @@ def spec_of(env: gymnasium.Env) -> Spec:
 
 def seeded_reset(env: gymnasium.Env, seed: int, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
     """Reset so that the seed alone decides the first state: mazes also draw from NumPy's global generator."""
-    state = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed % 2**32)  # noqa: NPY002
     env.unwrapped.action_space.seed(seed)
-    try:
+    with _numpy_seed(seed % 2**32):
         return env.reset(seed=seed, **kwargs)
+
+
+@contextmanager
+def _numpy_seed(seed: int) -> Iterator[None]:
+    """NumPy's global generator, from which OGBench draws goals, seeded inside and as it was outside."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
     finally:
         np.random.set_state(state)  # noqa: NPY002
 

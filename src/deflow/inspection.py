@@ -1,0 +1,80 @@
+"""`inspect_data.py`: the card of a data set, its action variance, and a policy's beside it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from deflow.config import plain
+from deflow.data import card
+from deflow.data.iav import ActionVariance, intrinsic_action_variance
+from deflow.data.source import Source
+from deflow.evaluation.diversity import policy_variance
+from deflow.pipeline import agent_of, load_checkpoint
+from deflow.report import write_json
+
+
+def inspect(config: DictConfig) -> dict[str, Any]:
+    """Print the card and write `NAME.json` and `NAME.png` into `config.out`.
+
+    Raises:
+        UserError: if the data or the checkpoint cannot be read.
+    """
+    source: Source = instantiate(config.data.source)
+    source.prepare()
+    arrays, _ = source.arrays()
+    described = card.describe(arrays)
+    described["task_ends_by_task"] = {
+        name: int((other.arrays()[0]["masks"] == 0).sum()) for name, other in source.tasks().items()
+    }
+    title = f"{source.name} ({source.provenance()['path']})"
+    card.print_card(title, described)
+
+    rule = plain(config.iav)
+    valid = arrays["valids"] > 0
+    keys = ("neighbours", "sample", "include_self", "standardise", "seed")
+    variances = {
+        "data": intrinsic_action_variance(
+            arrays["observations"][valid], arrays["actions"][valid], **{key: rule[key] for key in keys}
+        )
+    }
+    if config.ckpt is not None:
+        variances |= _policy_variances(config, torch.from_numpy(arrays["observations"][valid]).float())
+    _print_variances(variances, rule)
+
+    out = Path(config.out).expanduser()
+    name = source.name.replace("/", "_")
+    card.draw(arrays, title, out / f"{name}.png")
+    result = {"name": source.name, "task": source.task, "data": source.provenance(), "card": described}
+    result["action_variance"] = {name: asdict(variance) for name, variance in variances.items()}
+    write_json(out / f"{name}.json", result)
+    Console().print(f"{out / name}.json, {out / name}.png", soft_wrap=True)
+    return result
+
+
+def _policy_variances(config: DictConfig, states: torch.Tensor) -> dict[str, ActionVariance]:
+    agent = agent_of(load_checkpoint(Path(config.ckpt)))
+    picks = torch.randperm(len(states), generator=torch.Generator().manual_seed(config.seed))
+    return policy_variance(agent, states[picks[: config.iav.sample]], config.samples, config.seed)
+
+
+def _print_variances(variances: dict[str, ActionVariance], rule: dict[str, Any]) -> None:
+    itself = "with" if rule["include_self"] else "without"
+    distance = "standardised" if rule["standardise"] else "raw"
+    neighbourhood = f"{rule['neighbours']} neighbours {itself} itself, {distance} observations"
+    table = Table(title=f"action variance at a state (data: {neighbourhood})")
+    for column in ("", "variance", "95% interval", "std", "states", "by dimension"):
+        table.add_column(column)
+    for name, variance in variances.items():
+        interval = " to ".join(f"{end:.4f}" for end in variance.interval)
+        by_dimension = " ".join(f"{value:.3f}" for value in variance.per_dimension)
+        row = (f"{variance.mean:.4f}", interval, f"{variance.std:.3f}", str(variance.states), by_dimension)
+        table.add_row(name, *row)
+    Console().print(table)
