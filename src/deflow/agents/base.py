@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -47,7 +47,7 @@ class Agent(LightningModule, ABC):
         self._trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
         self._make_optimizer = optimizer
         self._seed = seed
-        self.begin_stage("unnamed", tuple(parts), first_step=0)
+        self.begin_stage("unnamed", "all", first_step=0)
 
     # What an algorithm writes.
 
@@ -73,7 +73,7 @@ class Agent(LightningModule, ABC):
     def begin_stage(
         self,
         name: str,
-        train: Sequence[str],
+        train: Sequence[str] | Literal["all"],
         first_step: int,
         lr: float | None = None,
         cosine_decay_steps: int | None = None,
@@ -82,7 +82,7 @@ class Agent(LightningModule, ABC):
 
         Args:
             name: of the stage; part of the seed of its noise.
-            train: parts that train.
+            train: parts that train, or `all`.
             first_step: updates of the run before this stage, so that logs go on where they were.
             lr: learning rate of this stage instead of the optimizer's own.
             cosine_decay_steps: if given, the learning rate falls to 0 over so many updates, along half a cosine.
@@ -90,6 +90,7 @@ class Agent(LightningModule, ABC):
         Raises:
             UserError: if a part is not one of the agent's.
         """
+        train = tuple(self._trainable) if train == "all" else train
         unknown = sorted(set(train) - set(self._trainable))
         if unknown or not train:
             known = ", ".join(self._trainable)
