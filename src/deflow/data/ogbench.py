@@ -17,6 +17,7 @@ from filelock import FileLock
 from deflow.data.download import download
 from deflow.data.generate.runner import generate_dataset
 from deflow.data.source import Arrays, Source
+from deflow.data.transitions import Transitions
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.types import Spec
@@ -38,7 +39,8 @@ class OGBenchSource(Source):
         dataset: data-set type, such as `play`.
         task_id: 1 to 5, or None for OGBench's default task.
         dir: folder of the downloaded `.npz` files.
-        path: one `.npz` file (its `-val.npz` beside it) to use instead.
+        path: one `.npz` file (its `-val.npz` beside it) to use instead, or a folder of such files, as OGBench's largest
+            sets come: those are unpacked there once and mapped into memory.
         url: where the files are downloaded from.
         download: whether to download a missing file.
         generate_if_missing: whether to generate a file that is neither there nor downloaded.
@@ -74,7 +76,7 @@ class OGBenchSource(Source):
         if self._find() is not None:
             return
         if self.path is not None:
-            raise UserError(f"data.source.path: no file {self.path} (with its -val.npz beside it)")
+            raise UserError(f"data.source.path: no file or folder of files {self.path} (each with its -val.npz)")
         self._downloaded.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self._downloaded.with_suffix(".lock")):
             if self._find() is None:
@@ -83,6 +85,16 @@ class OGBenchSource(Source):
     def arrays(self) -> tuple[Arrays, Arrays]:
         path = self._find()
         assert path is not None, "prepare() first"
+        return self._arrays_of(_shards(path)[0])
+
+    def load(self) -> tuple[Transitions, Transitions]:
+        path = self._find()
+        assert path is not None, "prepare() first"
+        if path.is_file():
+            return super().load()
+        return self.load_shards(_shards(path), self._arrays_of, path / "unpacked" / self.task)
+
+    def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:
         env = self.make_env()
         try:
             for file in _files(path):
@@ -117,7 +129,8 @@ class OGBenchSource(Source):
         assert path is not None
         card = path.with_suffix(".json")
         made: dict[str, Any] = json.loads(card.read_text()) if card.exists() else {}
-        return {"name": self.name, "path": str(path), "bytes": path.stat().st_size, "generated": bool(made), **made}
+        size = sum(file.stat().st_size for file in _shards(path))
+        return {"name": self.name, "path": str(path), "bytes": size, "generated": bool(made), **made}
 
     def _fetch(self) -> None:
         if self.download:
@@ -156,11 +169,21 @@ class OGBenchSource(Source):
         candidates = [Path(self.path).expanduser()] if self.path is not None else [self._downloaded, self._generated]
         if self.path is None and not self.download and self.generate_if_missing:
             candidates.reverse()  # data asked to be generated comes before whatever else lies there
-        return next((path for path in candidates if all(file.exists() for file in _files(path))), None)
+        return next((path for path in candidates if _is_complete(path)), None)
 
 
 def _files(path: Path) -> tuple[Path, Path]:
     return path, path.with_name(path.stem + "-val.npz")
+
+
+def _shards(path: Path) -> list[Path]:
+    """The training files of a folder, or the file itself."""
+    return [path] if path.is_file() else sorted(p for p in path.glob("*.npz") if not p.stem.endswith("-val"))
+
+
+def _is_complete(path: Path) -> bool:
+    shards = _shards(path) if path.exists() else []
+    return bool(shards) and all(file.is_file() for shard in shards for file in _files(shard))
 
 
 def _check_file(path: Path, env: Any) -> None:

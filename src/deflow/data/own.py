@@ -6,7 +6,7 @@ import importlib.util
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import gymnasium
 import numpy as np
 
 from deflow.data.source import Arrays, Source, compact, split
+from deflow.data.transitions import Transitions
 from deflow.errors import UserError
 from deflow.types import Spec
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
+SUFFIXES = (".npz", *HDF5_SUFFIXES)
 REQUIRED = ("observations", "actions", "rewards")
 
 
@@ -26,7 +28,7 @@ class OwnSource(Source):
     """Transitions from a file of the user's.
 
     Args:
-        path: `.npz`, `.hdf5` or `.h5` file.
+        path: `.npz`, `.hdf5` or `.h5` file, or a folder of them, which are unpacked there once and mapped into memory.
         keys: name of each column in the file. `observations`, `actions` and `rewards` must be there; `terminals` (the
             task truly ended: do not bootstrap), `timeouts` (the trajectory was cut there) and `next_observations`
             may be null. Without `next_observations` a trajectory's last state has no successor and is dropped.
@@ -38,7 +40,6 @@ class OwnSource(Source):
     keys: dict[str, str | None]
     env: str | None = None
     seed: int = 0
-    _arrays: Arrays | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -53,37 +54,46 @@ class OwnSource(Source):
         return Path(self.path).expanduser()
 
     def prepare(self) -> None:
-        if not self._path.is_file():
-            raise UserError(f"data.source.path: no file {self._path}")
+        if not self._shards:
+            raise UserError(f"data.source.path: no file {self._path}, or no {' or '.join(SUFFIXES)} files in it")
+
+    @property
+    def _shards(self) -> list[Path]:
+        if self._path.is_file():
+            return [self._path]
+        return sorted(path for path in self._path.glob("*") if path.suffix in SUFFIXES)
 
     def arrays(self) -> tuple[Arrays, Arrays]:
-        return split(self._compact(), self.seed)
+        return self._arrays_of(self._shards[0])
+
+    def load(self) -> tuple[Transitions, Transitions]:
+        if self._path.is_file():
+            return super().load()
+        return self.load_shards(self._shards, self._arrays_of, self._path / "unpacked")
 
     def spec(self) -> Spec:
         self.prepare()
-        arrays = self._compact()
-        return Spec(arrays["observations"].shape[1], arrays["actions"].shape[1])
+        train, _ = self.arrays()
+        return Spec(train["observations"].shape[1], train["actions"].shape[1])
 
-    def _compact(self) -> Arrays:
-        if self._arrays is None:
-            columns = read_columns(self._path, self.keys)
-            terminals = columns.get("terminals", np.zeros(len(columns["rewards"]), bool)).astype(bool)
-            timeouts = columns.get("timeouts", np.zeros_like(terminals)).astype(bool)
-            if not terminals.any() and not timeouts.any() and "next_observations" not in columns:
-                raise UserError(
-                    f"{self._path}: nothing says where trajectories end; name a column in data.source.keys "
-                    "(terminals, timeouts or next_observations)"
-                )
-            masks = 1.0 - terminals.astype(np.float32)
-            self._arrays = compact(
-                columns["observations"],
-                columns["actions"],
-                columns["rewards"],
-                masks,
-                terminals | timeouts,
-                columns.get("next_observations"),
+    def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:
+        columns = read_columns(path, self.keys)
+        terminals = columns.get("terminals", np.zeros(len(columns["rewards"]), bool)).astype(bool)
+        timeouts = columns.get("timeouts", np.zeros_like(terminals)).astype(bool)
+        if not terminals.any() and not timeouts.any() and "next_observations" not in columns:
+            raise UserError(
+                f"{path}: nothing says where trajectories end; name a column in data.source.keys "
+                "(terminals, timeouts or next_observations)"
             )
-        return self._arrays
+        arrays = compact(
+            columns["observations"],
+            columns["actions"],
+            columns["rewards"],
+            1.0 - terminals.astype(np.float32),
+            terminals | timeouts,
+            columns.get("next_observations"),
+        )
+        return split(arrays, self.seed)
 
     @property
     def has_env(self) -> bool:
@@ -102,7 +112,7 @@ class OwnSource(Source):
         return {
             "name": self.name,
             "path": str(self._path),
-            "bytes": self._path.stat().st_size,
+            "bytes": sum(path.stat().st_size for path in self._shards),
             "generated": False,
         }
 

@@ -56,23 +56,23 @@ class ProposalCache:
             if not (path.exists() and key_path.exists() and key_path.read_text() == key):
                 key_path.unlink(missing_ok=True)
                 with replacing(path) as part:
-                    np.save(part, _compute(flow, transitions.states, count, seed).numpy())
+                    _compute(flow, transitions.states, count, seed, part)
                 key_path.write_text(key)
-        return cls(torch.from_numpy(np.load(path)))
+        return cls(torch.from_numpy(np.load(path, mmap_mode="c")))  # may be larger than memory
 
 
 @torch.no_grad()
-def _compute(flow: BehaviorFlow, states: Tensor, count: int, seed: int) -> Tensor:
+def _compute(flow: BehaviorFlow, states: Tensor, count: int, seed: int, path: Path) -> None:
     action_dim = flow.spec.action_dim
-    proposals = torch.empty(len(states), count, action_dim, dtype=torch.float16)
+    proposals = np.lib.format.open_memmap(path, "w+", np.float16, (len(states), count, action_dim))
     chunk = max(1, SOLVE_ROWS // count)
     for start in track(range(0, len(states), chunk), description=f"{count} proposals a state"):
         observations = states[start : start + chunk].to(flow.device).repeat_interleave(count, dim=0)
         generator = torch_generator(flow.device, seed, "proposals", start)
         z = torch.randn(len(observations), action_dim, generator=generator, device=flow.device)
         solved = flow.propose(observations, z)
-        proposals[start : start + chunk] = solved.reshape(-1, count, action_dim).half().cpu()
-    return proposals
+        proposals[start : start + chunk] = solved.reshape(-1, count, action_dim).half().cpu().numpy()
+    proposals.flush()
 
 
 def _key(flow: BehaviorFlow, transitions: Transitions, count: int, seed: int) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 
+from deflow.data.shards import map_shards
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
 from deflow.types import Spec
@@ -74,7 +77,23 @@ class Source(ABC):
 
     def load(self) -> tuple[Transitions, Transitions]:
         """Training and validation transitions, checked."""
-        train, validation = self.arrays()
+        return self._checked(self.arrays())
+
+    def load_shards(
+        self, shards: Sequence[Path], arrays: Callable[[Path], tuple[Arrays, Arrays]], folder: Path
+    ) -> tuple[Transitions, Transitions]:
+        """Training transitions of all shards, mapped into memory; those of the first for validation.
+
+        Args:
+            shards: files, in order.
+            arrays: both splits of one of them.
+            folder: of the unpacked columns.
+        """
+        _, validation = self._checked(arrays(shards[0]))
+        return map_shards(shards, lambda shard: self._checked(arrays(shard))[0], folder), validation
+
+    def _checked(self, arrays: tuple[Arrays, Arrays]) -> tuple[Transitions, Transitions]:
+        train, validation = arrays
         return Transitions.from_compact(train, self.name), Transitions.from_compact(validation, f"{self.name} (val)")
 
 

@@ -1,0 +1,88 @@
+"""Data larger than memory: many files, unpacked once into memory-mapped columns."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from rich.progress import track
+
+from deflow.data.transitions import Transitions
+from deflow.files import replacing
+
+log = logging.getLogger(__name__)
+
+INDEX = "index.json"  # which shards the columns were made of, and their shapes; written last
+COLUMNS = tuple(field.name for field in fields(Transitions))
+
+
+def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path) -> Transitions:
+    """The transitions of all `shards` as columns mapped into memory, of which only what is read is in memory.
+
+    The columns lie in `folder` and take the size of the unpacked data on disk. They are made by the first process that
+    asks, one shard in memory at a time, and made again when a shard has been replaced, added or removed.
+
+    Args:
+        shards: files, in order.
+        load: reads one of them.
+        folder: of the columns, made if missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        index, now = _read_index(folder), _identities(shards)
+        if index is None or index["shards"] != now:
+            if index is not None:
+                changed = sorted({name for name, *_ in index["shards"]} ^ {name for name, *_ in now})
+                changed += [name for name, *identity in now if [name, *identity] not in index["shards"]]
+                log.warning("shards changed since they were unpacked (%s): unpacking anew", ", ".join(changed))
+            index = _unpack(shards, load, folder)
+    columns = {}
+    for name in COLUMNS:
+        dtype, shape = index["columns"][name]
+        # Mapped copy-on-write: torch wants memory that it may write to; nothing ever does.
+        columns[name] = torch.from_numpy(np.memmap(folder / f"{name}.bin", np.dtype(dtype), "c", shape=tuple(shape)))
+    return Transitions(**columns)
+
+
+def _unpack(shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path) -> dict[str, Any]:
+    (folder / INDEX).unlink(missing_ok=True)
+    rows, shapes = 0, {name: 0 for name in COLUMNS}
+    with ExitStack() as stack:
+        # Renamed at the end: a process that has the old columns mapped keeps them.
+        paths = {name: stack.enter_context(replacing(folder / f"{name}.bin")) for name in COLUMNS}
+        files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
+        for shard in track(shards, description=f"unpacking {len(shards)} shards"):
+            part = load(shard)
+            for name, file in files.items():
+                column = getattr(part, name).numpy()
+                file.write((column + rows if name == "starts" else column).tobytes())
+                shapes[name] += len(column)
+            rows += len(part.states)
+    columns = {}
+    for name in COLUMNS:
+        column = getattr(part, name)
+        columns[name] = [str(column.numpy().dtype), [shapes[name], *column.shape[1:]]]
+    index = {"shards": _identities(shards), "columns": columns}
+    with replacing(folder / INDEX) as part_of_index:
+        part_of_index.write_text(json.dumps(index))
+    return index
+
+
+def _identities(shards: Sequence[Path]) -> list[list[Any]]:
+    """Name, size and time of the last change of each file."""
+    return [[shard.name, shard.stat().st_size, shard.stat().st_mtime_ns] for shard in shards]
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / INDEX).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

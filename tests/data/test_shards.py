@@ -1,0 +1,83 @@
+"""A folder of shards: the same transitions as its files one after the other, and a replaced shard is noticed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from deflow.data.transitions import Transitions
+from deflow.errors import UserError
+from deflow.pipeline import train
+from tests.conftest import tiny_config, write_tiny_data
+
+NAME = "pointmaze-medium-navigate-v0"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three shards of the same length with different actions."""
+    write_tiny_data("pointmaze-medium", "navigate", tmp_path)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(3):
+        for suffix in ("", "-val"):
+            arrays = dict(np.load(tmp_path / f"{NAME}{suffix}.npz"))
+            arrays["actions"] = (arrays["actions"] * (0.5 + 0.1 * number)).astype(np.float32)
+            np.savez_compressed(shards / f"{NAME}-00{number}{suffix}.npz", **arrays)
+    return shards
+
+
+def load(path: Path) -> Transitions:
+    config = tiny_config(path, "experiment=pointmaze", "data.source.download=false", f"data.source.path={path}")
+    source = instantiate(config.data.source)
+    source.prepare()
+    return source.load()[0]
+
+
+def test_equal_to_the_files_one_after_the_other(folder: Path) -> None:
+    mapped = load(folder)
+    parts = [load(folder / f"{NAME}-00{number}.npz") for number in range(3)]
+    assert len(mapped) == sum(len(part) for part in parts)
+    transitions = mapped.batch(mapped.starts)
+    expected = [part.batch(part.starts) for part in parts]
+    for field in ("observations", "actions", "rewards", "masks", "next_observations"):
+        assert torch.equal(getattr(transitions, field), torch.cat([getattr(e, field) for e in expected])), field
+
+
+def test_unpacked_once_and_a_replaced_shard_is_noticed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = load(folder)
+    made = next(folder.rglob("states.bin")).stat().st_mtime_ns
+    load(folder)
+    assert next(folder.rglob("states.bin")).stat().st_mtime_ns == made
+    (folder / f"{NAME}-002.npz").write_bytes((folder / f"{NAME}-000.npz").read_bytes())
+    with caplog.at_level(logging.WARNING):
+        after = load(folder)
+    assert f"unpacked ({NAME}-002.npz)" in caplog.text
+    assert torch.equal(after.actions[-160:], after.actions[:160])
+    assert not torch.equal(before.actions[-160:], after.actions[:160])
+
+
+def test_unpacking_that_was_killed_is_done_again(folder: Path) -> None:
+    whole = load(folder).actions.clone()
+    next(folder.rglob("index.json")).unlink()
+    next(folder.rglob("actions.bin")).write_bytes(b"half")
+    assert torch.equal(load(folder).actions, whole)
+
+
+def test_a_broken_shard_is_named(folder: Path) -> None:
+    (folder / f"{NAME}-001.npz").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=f"{NAME}-001.npz"):
+        load(folder)
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_a_run_on_shards(folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(folder, "experiment=pointmaze", "stages=staged", f"data.source.path={folder}")
+    summary = train(config, tmp_path / "run")
+    assert summary["data"]["path"] == str(folder)
+    assert summary["evaluations"] >= 1

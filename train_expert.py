@@ -1,0 +1,18 @@
+"""python train_expert.py [overrides]: train a walking ant like the one that makes the antmaze data."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from deflow.config import entry_point
+
+
+@entry_point("train_expert")
+def main(config: DictConfig, folder: Path) -> None:
+    from deflow.data.generate.expert import train_expert
+
+    train_expert(config.steps, Path(config.out), config.seed, config.episodes)
+
+
+if __name__ == "__main__":
+    main()
