@@ -122,7 +122,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     spec = source.spec()
     agent = build_agent(config, spec)  # before the data, which may take an hour to come
     for name, stage in config.stages.items():
-        agent.begin_stage(name, stage.train, first_step=0)
+        agent.begin_stage(name, stage.train, first_step=0, freeze=stage.get("freeze", ()))
     data.prepare_data()  # before anything is tracked: a missing file is the commonest error
     data.setup()
     if config.agent.get("trust_region") == AUTO:
@@ -180,7 +180,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         run.stage_speed[name] = card["deflow"]["updates_per_second"]
         return
     decay = stage.steps if stage.get("cosine_decay") else None
-    run.agent.begin_stage(name, stage.train, first_step, stage.get("lr"), decay)
+    run.agent.begin_stage(name, stage.train, first_step, stage.get("freeze", ()), stage.get("lr"), decay)
     run.data.begin_stage(name, stage.steps, _proposals(run, stage))
     clock = StageClock()
     checkpoint = StageCheckpoint(checkpoints, run.config.checkpoint_every, run.card)
@@ -215,8 +215,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
 
 
 def _proposals(run: Run, stage: DictConfig) -> ProposalCache | None:
-    """The stage's cached proposals, if it asks for them."""
-    if not stage.get("proposals"):
+    """The stage's cached proposals, if it asks for them and the agent can use them."""
+    if not stage.get("proposals") or not run.agent.uses_cached_proposals:
         return None
     assert run.data.transitions is not None
     flow = cast(BehaviorFlow, run.agent.behavior_flow)

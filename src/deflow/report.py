@@ -123,14 +123,15 @@ def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: d
     axes = figure.subplots(2, 4 if maze else 3)
     flow = {"train/behavior_flow/loss": "train", "val/behavior_flow/loss": "validation"}
     critic = {"train/critic/loss": "train", "val/critic/loss": "validation"}
-    value = {"train/critic/q_mean": "Q(s, a)", "train/refiner/q": "Q(s, policy)", "train/critic/q_min": "min Q"}
-    residual = {"train/refiner/trust_region/cost": "mean squared residual"}
+    value = {"train/critic/q_mean": "Q(s, a)", "train/critic/q_min": "min Q"}
+    value |= {f"train/{policy}/q": "Q(s, policy)" for policy in ("refiner", "actor")}
+    distance = {"train/refiner/trust_region/cost": "mean squared residual", "train/actor/distillation": "distillation"}
     limit = float(np.mean(config["agent"]["trust_region"])) if "trust_region" in config["agent"] else None
     _curves(axes[0, 0], rows, "behaviour flow loss", flow)
     _curves(axes[0, 1], rows, "critic loss", critic, log=True)
     _curves(axes[0, 2], rows, "value", value)
     _curves(axes[1, 0], rows, "multiplier", {"train/refiner/trust_region/multiplier": "alpha"})
-    _curves(axes[1, 1], rows, "trust region", residual, log=True, limit=limit)
+    _curves(axes[1, 1], rows, "distance from the proposal", distance, log=True, limit=limit)
     _success(axes[1, 2], rows)
     for axis in axes[:, :3].flat:
         axis.set(xlabel="updates", xlim=(0, max((row["step"] for row in rows), default=1.0)))

@@ -35,6 +35,8 @@ class Agent(LightningModule, ABC):
 
     # Candidates that `act` scores for one action; `act` is given that many noise vectors a state.
     candidates: int = 1
+    # Whether the losses take cached proposals from the batch, which come without the noise they started from.
+    uses_cached_proposals: bool = False
 
     def __init__(
         self, spec: Spec, parts: Mapping[str, nn.Module], optimizer: Callable[[Any], Optimizer], seed: int
@@ -75,6 +77,7 @@ class Agent(LightningModule, ABC):
         name: str,
         train: Sequence[str] | Literal["all"],
         first_step: int,
+        freeze: Sequence[str] = (),
         lr: float | None = None,
         cosine_decay_steps: int | None = None,
     ) -> None:
@@ -83,6 +86,7 @@ class Agent(LightningModule, ABC):
         Args:
             name: of the stage; part of the seed of its noise.
             train: parts that train, or `all`.
+            freeze: parts that do not, whatever `train` says.
             first_step: updates of the run before this stage, so that logs go on where they were.
             lr: learning rate of this stage instead of the optimizer's own.
             cosine_decay_steps: if given, the learning rate falls to 0 over so many updates, along half a cosine.
@@ -91,7 +95,8 @@ class Agent(LightningModule, ABC):
             UserError: if a part is not one of the agent's.
         """
         train = tuple(self._trainable) if train == "all" else train
-        unknown = sorted(set(train) - set(self._trainable))
+        unknown = sorted({*train, *freeze} - set(self._trainable))
+        train = [part for part in train if part not in freeze]
         if unknown or not train:
             known = ", ".join(self._trainable)
             raise UserError(f"stage '{name}' trains {unknown or 'nothing'}: choose among the agent's parts {known}")

@@ -62,6 +62,7 @@ class DeFlow(Agent):
     behavior_flow: BehaviorFlow
     critic: Critic
     refiner: Refiner
+    uses_cached_proposals = True
 
     def __init__(
         self,

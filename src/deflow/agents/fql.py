@@ -1,0 +1,91 @@
+"""FQL: distil a behaviour flow into a one-step policy that climbs the value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent, Loss
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.modules.critic import Critic
+from deflow.modules.one_step import OneStepActor
+from deflow.types import Batch, Metrics, Spec
+
+
+class FQLNoise(NamedTuple):
+    """The draws of one update: standard normal, shape (batch, action_dim), but for `times`."""
+
+    x_0: Tensor  # start of the flow-matching path
+    times: Tensor  # uniform in [0, 1), shape (batch, 1)
+    z: Tensor  # of the actor and of the proposal it is distilled from, at s
+    z_next: Tensor  # of the actor at s'
+
+
+class FQL(Agent):
+    r"""Flow Q-learning (arXiv 2502.02538).
+
+    .. math::
+        \min_\psi &\; E\|v_\psi(s, x_t, t) - (a - x_0)\|^2 \\
+        \min_\theta &\; E(Q_\theta(s, a) - r - \gamma m \bar Q(s', \mu_\omega(s', z')))^2 \\
+        \min_\omega &\; \alpha E\|\mu_\omega(s, z) - sg[\mu_\psi(s, z)]\|^2 - E\,Q(s, \mu_\omega(s, z))
+
+    Differences from the released code: none in the losses; the three parts may train in stages.
+
+    Args:
+        spec: sizes of the task.
+        behavior_flow: makes the BehaviorFlow from `spec`.
+        critic: makes the Critic.
+        actor: makes the OneStepActor.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+    """
+
+    behavior_flow: BehaviorFlow
+    critic: Critic
+    actor: OneStepActor
+
+    def __init__(
+        self,
+        spec: Spec,
+        behavior_flow: Callable[[Spec], BehaviorFlow],
+        critic: Callable[[Spec], Critic],
+        actor: Callable[[Spec], OneStepActor],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+    ) -> None:
+        parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "actor": actor(spec)}
+        super().__init__(spec, parts, optimizer, seed)
+
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FQLNoise:
+        shape, device = batch.actions.shape, batch.actions.device
+        x_0, z, z_next = torch.randn(3, *shape, generator=generator, device=device)
+        return FQLNoise(x_0, torch.rand(shape[0], 1, generator=generator, device=device), z, z_next)
+
+    def losses(self, batch: Batch, noise: FQLNoise) -> Iterator[Loss]:
+        # Behaviour: flow matching on the data's actions.
+        if self.trains("behavior_flow"):
+            yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
+
+        # Critic: bootstraps from the one-step policy at s'.
+        if self.trains("critic"):
+            with torch.no_grad():
+                next_actions = self.actor.act(batch.next_observations, noise.z_next)
+            yield "critic", *self.critic.loss(batch, next_actions)
+
+        # Actor: distilled from the flow at the same noise, pathwise through Q.
+        if self.trains("actor"):
+            proposals = self.behavior_flow.propose(batch.observations, noise.z)
+            yield "actor", *self.actor.loss(batch.observations, noise.z, proposals, self.critic.frozen_values)
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.actor.act(observations, z[:, 0])
+
+    def headline(self, terms: Any) -> Metrics:
+        metrics = {part: values for part, _, values in terms}
+        shown = {"flow_loss": ("behavior_flow", "loss"), "q": ("actor", "q"), "distill": ("actor", "distillation")}
+        return {name: metrics[part][key] for name, (part, key) in shown.items() if part in metrics}
