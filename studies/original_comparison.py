@@ -24,12 +24,13 @@ EPISODES = 50
 ORIGINAL = {15_000: (0.46, 0.38), 30_000: (0.76, 0.58), 45_000: (0.88, 0.80), 60_000: (0.90,)}
 
 
-def run(data: str, updates: int = 45_000) -> None:
-    """Train every schedule with every seed."""
+def run(data: str) -> None:
+    """Train every schedule with every seed; `staged` with fewer behaviour updates than policy updates."""
     for schedule in SCHEDULES:
         for seed in SEEDS:
             command = [sys.executable, "train.py", "experiment=original_comparison", f"stages={schedule}"]
-            command += [f"seed={seed}", f"updates={updates}", f"name=study_{schedule}", f"data.source.path={data}"]
+            command += [f"seed={seed}", f"name=study_{schedule}", f"data.source.path={data}"]
+            command += ["stages.behavior.steps=45000"] if schedule == "staged" else []
             subprocess.run(command, cwd=ROOT, check=True)
 
 

@@ -35,7 +35,7 @@ def test_commands_compose(script: str, arguments: str) -> None:
 
 
 def test_swaps_exist() -> None:
-    for group, choices in re.findall(r"(solver|stages|trainer|logger)=([\w|]+)", README):
+    for group, choices in re.findall(r"(agent|solver|stages|trainer|logger)=([\w|]+)", README):
         for choice in choices.split("|"):
             compose_config(f"{group}={choice}")
 

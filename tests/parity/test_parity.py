@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from deflow.agents.base import Agent
-from deflow.agents.deflow import DeFlow, DeFlowNoise
-from deflow.agents.fql import FQL, FQLNoise
+from deflow.agents.deflow import DeFlow
+from deflow.agents.fql import FQL
+from deflow.agents.noise import FlowNoise
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
 from deflow.modules.one_step import OneStepActor
@@ -42,7 +43,7 @@ DIAGNOSTICS = {
     FQL: {"actor/q_loss": ("actor", "value_loss"), "actor/distill_loss": ("actor", "distillation")},
 }
 
-Case = tuple[Reference, Agent, Batch, Any]
+Case = tuple[Reference, Agent, Batch, FlowNoise]
 
 
 def build(name: str, spec: Spec) -> Agent:
@@ -67,12 +68,11 @@ def case(request: pytest.FixtureRequest) -> Case:
         for name, parameter in agent.named_parameters():
             parameter.copy_(weights[name])
     batch = Batch(*(reference[f"batch/{field}"] for field in Batch._fields[:5]))
-    draws = (reference[f"noise/{key}"] for key in ("x_0", "t", "z", "z_next"))
-    noise = FQLNoise(*draws) if isinstance(agent, FQL) else DeFlowNoise(*draws)
+    noise = FlowNoise(*(reference[f"noise/{key}"] for key in ("x_0", "t", "z", "z_next")))
     return reference, agent, batch, noise
 
 
-def total_loss(agent: Agent, batch: Batch, noise: Any) -> Tensor:
+def total_loss(agent: Agent, batch: Batch, noise: FlowNoise) -> Tensor:
     return torch.stack([loss for _, loss, _ in agent.losses(batch, noise)]).sum()
 
 

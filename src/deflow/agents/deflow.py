@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
+from deflow.agents.noise import FlowNoise
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
 from deflow.modules.refiner import Refiner
 from deflow.types import Batch, Metrics, Spec
-
-
-class DeFlowNoise(NamedTuple):
-    """The draws of one update: standard normal, shape (batch, action_dim), but for `times`."""
-
-    x_0: Tensor  # start of the flow-matching path
-    times: Tensor  # uniform in [0, 1), shape (batch, 1)
-    z: Tensor  # start of the proposal at s
-    z_next: Tensor  # start of the proposal at s'
 
 
 class DeFlow(Agent):
@@ -88,12 +80,10 @@ class DeFlow(Agent):
         self.candidates = best_of_n
         self.refine_steps = refine_steps
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> DeFlowNoise:
-        shape, device = batch.actions.shape, batch.actions.device
-        x_0, z, z_next = torch.randn(3, *shape, generator=generator, device=device)
-        return DeFlowNoise(x_0, torch.rand(shape[0], 1, generator=generator, device=device), z, z_next)
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
+        return FlowNoise.draw(batch, generator)
 
-    def losses(self, batch: Batch, noise: DeFlowNoise) -> Iterator[Loss]:
+    def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):
             yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
@@ -112,7 +102,7 @@ class DeFlow(Agent):
         if self.trains("refiner"):
             yield "refiner", *self.refiner.loss(batch, base_actions, next_actions, self.critic.frozen_values)
 
-    def _proposals(self, batch: Batch, noise: DeFlowNoise) -> tuple[Tensor, Tensor]:
+    def _proposals(self, batch: Batch, noise: FlowNoise) -> tuple[Tensor, Tensor]:
         """Proposals at `s` and `s'`: the cached ones of a frozen flow, else both in one solve."""
         if batch.base_actions is not None and batch.next_base_actions is not None:
             return batch.base_actions, batch.next_base_actions

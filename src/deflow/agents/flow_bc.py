@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
+from deflow.agents.noise import FlowNoise
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.types import Batch, Spec
-
-
-class FlowBCNoise(NamedTuple):
-    """The draws of one update."""
-
-    x_0: Tensor  # standard normal, shape (batch, action_dim)
-    times: Tensor  # uniform in [0, 1), shape (batch, 1)
 
 
 class FlowBC(Agent):
@@ -44,12 +38,10 @@ class FlowBC(Agent):
     ) -> None:
         super().__init__(spec, {"behavior_flow": behavior_flow(spec)}, optimizer, seed)
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowBCNoise:
-        device = batch.actions.device
-        x_0 = torch.randn(batch.actions.shape, generator=generator, device=device)
-        return FlowBCNoise(x_0, torch.rand(len(x_0), 1, generator=generator, device=device))
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
+        return FlowNoise.draw(batch, generator)
 
-    def losses(self, batch: Batch, noise: FlowBCNoise) -> Iterator[Loss]:
+    def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
 
     @torch.no_grad()

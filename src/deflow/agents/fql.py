@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
+from deflow.agents.noise import FlowNoise
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
 from deflow.modules.one_step import OneStepActor
 from deflow.types import Batch, Metrics, Spec
-
-
-class FQLNoise(NamedTuple):
-    """The draws of one update: standard normal, shape (batch, action_dim), but for `times`."""
-
-    x_0: Tensor  # start of the flow-matching path
-    times: Tensor  # uniform in [0, 1), shape (batch, 1)
-    z: Tensor  # of the actor and of the proposal it is distilled from, at s
-    z_next: Tensor  # of the actor at s'
 
 
 class FQL(Agent):
@@ -60,12 +52,10 @@ class FQL(Agent):
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "actor": actor(spec)}
         super().__init__(spec, parts, optimizer, seed)
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FQLNoise:
-        shape, device = batch.actions.shape, batch.actions.device
-        x_0, z, z_next = torch.randn(3, *shape, generator=generator, device=device)
-        return FQLNoise(x_0, torch.rand(shape[0], 1, generator=generator, device=device), z, z_next)
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
+        return FlowNoise.draw(batch, generator)
 
-    def losses(self, batch: Batch, noise: FQLNoise) -> Iterator[Loss]:
+    def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):
             yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)

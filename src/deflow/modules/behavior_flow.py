@@ -8,7 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from deflow.flow.ode import Solver
+from deflow.flow.ode import Gradient, Solver
 from deflow.flow.path import straight_path
 from deflow.nets.mlp import Activation
 from deflow.nets.vector_field import VectorField
@@ -35,16 +35,18 @@ class BehaviorFlow(LightningModule):
         self.field = VectorField(spec.observation_dim, spec.action_dim, hidden, activation)
         self.solver = solver
 
-    def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, x_0: Tensor, times: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The flow-matching loss.
 
         Args:
             batch: transitions; only observations and actions are read.
             x_0: standard normal noise, shape (batch, action_dim).
             times: in [0, 1], shape (batch, 1).
+            weights: of the transitions, without gradient, shape (batch,); all 1 unless given.
         """
         x_t, velocity = straight_path(x_0, batch.actions, times)
-        loss = (self.field(batch.observations, x_t, times) - velocity).square().mean()
+        errors = (self.field(batch.observations, x_t, times) - velocity).square().mean(-1)
+        loss = errors.mean() if weights is None else (weights * errors).mean()
         return loss, {"loss": loss.detach()}
 
     @torch.no_grad()
@@ -55,8 +57,18 @@ class BehaviorFlow(LightningModule):
             observations: shape (batch, observation_dim).
             z: standard normal noise, shape (batch, action_dim).
         """
+        return self.sample(observations, z).clamp(-1.0, 1.0)
+
+    def sample(self, observations: Tensor, z: Tensor, gradient: Gradient = "backprop") -> Tensor:
+        """As `propose`, but not clipped and with a gradient into the flow's parameters through the solution.
+
+        Args:
+            observations: shape (batch, observation_dim).
+            z: standard normal noise, shape (batch, action_dim).
+            gradient: how to obtain it, see `Solver.integrate`.
+        """
 
         def velocity(t: Tensor, x: Tensor) -> Tensor:
             return self.field(observations, x, t.expand(len(x), 1))
 
-        return self.solver.integrate(velocity, z).clamp(-1.0, 1.0)
+        return self.solver.integrate(velocity, z, gradient, tuple(self.field.parameters()))

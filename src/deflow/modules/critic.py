@@ -63,9 +63,13 @@ class Critic(LightningModule):
             next_actions: the policy's actions at `s'`, shape (batch, action_dim); no gradient flows into them.
         """
         with torch.no_grad():
-            next_values = self._values(self.target, batch.next_observations, next_actions)
+            next_values = self.target_values(batch.next_observations, next_actions)
             next_value = next_values.mean(0) if self.aggregate == "mean" else next_values.amin(0)
-            target = batch.rewards + self.discount * batch.masks * next_value
+        return self.loss_from(batch, next_value)
+
+    def loss_from(self, batch: Batch, next_value: Tensor) -> tuple[Tensor, Metrics]:
+        """The temporal-difference loss toward a value of `s'` from elsewhere, without gradient, shape (batch,)."""
+        target = batch.rewards + self.discount * batch.masks * next_value
         values = self._values(self.online, batch.observations, batch.actions)
         loss = (values - target).square().mean()
         q = values.detach()
@@ -74,6 +78,10 @@ class Critic(LightningModule):
     def values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Action values of every member, shape (members, batch)."""
         return self._values(self.online, observations, actions)
+
+    def target_values(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """As `values`, by the target networks."""
+        return self._values(self.target, observations, actions)
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """As `values`, with a gradient into the actions but none into the critic's own parameters."""

@@ -1,0 +1,83 @@
+"""FAWAC: flow matching in which better actions weigh more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent, Loss
+from deflow.agents.noise import FlowNoise
+from deflow.errors import UserError
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.modules.critic import Critic
+from deflow.types import Batch, Spec
+
+# Weights are cut here, as in AWAC's and IQL's released code.
+MAX_WEIGHT = 100.0
+
+
+class FAWAC(Agent):
+    r"""Flow advantage-weighted actor-critic, as a baseline of FQL (arXiv 2502.02538); AWAC: arXiv 2006.09359.
+
+    .. math::
+        \min_\psi &\; E\,w\,\|v_\psi(s, x_t, t) - (a - x_0)\|^2, \quad
+        w = \min(\exp(\beta (\bar Q(s, a) - \bar Q(s, \mu_\psi(s, z)))), 100) \\
+        \min_\theta &\; E(Q_\theta(s, a) - r - \gamma m \bar Q(s', \mu_\psi(s', z')))^2
+
+    The state's value in the advantage is that of one sample of the policy.
+
+    Args:
+        spec: sizes of the task.
+        behavior_flow: makes the flow policy from `spec`.
+        critic: makes the Critic.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+        beta: inverse temperature of the weights, > 0.
+    """
+
+    behavior_flow: BehaviorFlow
+    critic: Critic
+
+    def __init__(
+        self,
+        spec: Spec,
+        behavior_flow: Callable[[Spec], BehaviorFlow],
+        critic: Callable[[Spec], Critic],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+        beta: float = 3.0,
+    ) -> None:
+        if beta <= 0:
+            raise UserError(f"agent.beta must be > 0, got {beta}")
+        super().__init__(spec, {"behavior_flow": behavior_flow(spec), "critic": critic(spec)}, optimizer, seed)
+        self.beta = beta
+
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
+        return FlowNoise.draw(batch, generator)
+
+    def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        states = torch.cat([batch.observations, batch.next_observations])
+        actions, next_actions = self.behavior_flow.propose(states, torch.cat([noise.z, noise.z_next])).chunk(2)
+
+        # Policy: flow matching, weighted by the advantage of the data's action over the policy's.
+        if self.trains("behavior_flow"):
+            with torch.no_grad():
+                advantages = (
+                    self.critic.values(batch.observations, batch.actions)
+                    - self.critic.values(batch.observations, actions)
+                ).mean(0)
+                weights = (self.beta * advantages).exp().clamp(max=MAX_WEIGHT)
+            loss, metrics = self.behavior_flow.loss(batch, noise.x_0, noise.times, weights)
+            yield "behavior_flow", loss, metrics | {"weight": weights.mean(), "advantage": advantages.mean()}
+
+        # Critic: bootstraps from the policy at s'.
+        if self.trains("critic"):
+            yield "critic", *self.critic.loss(batch, next_actions)
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.behavior_flow.propose(observations, z[:, 0])

@@ -1,0 +1,86 @@
+"""FBRAC: a flow policy that climbs the value by back-propagation through the ODE solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent, Loss
+from deflow.agents.noise import FlowNoise
+from deflow.distributed import mean_over_ranks
+from deflow.errors import UserError
+from deflow.flow.ode import Gradient
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.modules.critic import Critic
+from deflow.types import Batch, Spec
+
+
+class FBRAC(Agent):
+    r"""Flow behaviour-regularised actor-critic, as a baseline of FQL (arXiv 2502.02538).
+
+    .. math::
+        \min_\psi &\; \alpha E\|v_\psi(s, x_t, t) - (a - x_0)\|^2 - E\,Q(s, clip(\mu_\psi(s, z))) / sg[E|Q|] \\
+        \min_\theta &\; E(Q_\theta(s, a) - r - \gamma m \bar Q(s', \mu_\psi(s', z')))^2
+
+    The second term's gradient passes through every step of the solver.
+
+    Args:
+        spec: sizes of the task.
+        behavior_flow: makes the flow policy from `spec`.
+        critic: makes the Critic.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+        alpha: weight of the flow matching against the value, > 0.
+        normalize_q: divide the value term by the batch mean of its absolute value.
+        gradient: `backprop` through the solver, or the `adjoint` method.
+    """
+
+    behavior_flow: BehaviorFlow
+    critic: Critic
+
+    def __init__(
+        self,
+        spec: Spec,
+        behavior_flow: Callable[[Spec], BehaviorFlow],
+        critic: Callable[[Spec], Critic],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+        alpha: float = 10.0,
+        normalize_q: bool = True,
+        gradient: Gradient = "backprop",
+    ) -> None:
+        if alpha <= 0:
+            raise UserError(f"agent.alpha must be > 0, got {alpha}")
+        if gradient not in ("backprop", "adjoint"):
+            raise UserError(f"unknown agent.gradient '{gradient}': choose backprop or adjoint")
+        super().__init__(spec, {"behavior_flow": behavior_flow(spec), "critic": critic(spec)}, optimizer, seed)
+        self.alpha, self.normalize_q = alpha, normalize_q
+        self.gradient: Gradient = gradient
+
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
+        return FlowNoise.draw(batch, generator)
+
+    def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        # Policy: flow matching on the data's actions, and the value of the flow's own.
+        if self.trains("behavior_flow"):
+            matching, metrics = self.behavior_flow.loss(batch, noise.x_0, noise.times)
+            actions = self.behavior_flow.sample(batch.observations, noise.z, self.gradient).clamp(-1.0, 1.0)
+            q = self.critic.frozen_values(batch.observations, actions).mean(0)
+            value_loss = -q.mean()
+            if self.normalize_q:
+                value_loss = value_loss / mean_over_ranks(q.detach().abs().mean())
+            metrics |= {"q": q.detach().mean(), "value_loss": value_loss.detach()}
+            yield "behavior_flow", self.alpha * matching + value_loss, metrics
+
+        # Critic: bootstraps from the policy at s'.
+        if self.trains("critic"):
+            next_actions = self.behavior_flow.propose(batch.next_observations, noise.z_next)
+            yield "critic", *self.critic.loss(batch, next_actions)
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.behavior_flow.propose(observations, z[:, 0])

@@ -1,0 +1,86 @@
+"""IFQL: clone behaviour with a flow, value it implicitly, act with the best of many samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent, Loss
+from deflow.agents.noise import FlowNoise
+from deflow.errors import UserError
+from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.modules.critic import Critic
+from deflow.modules.value import Value
+from deflow.types import Batch, Spec
+
+
+class IFQL(Agent):
+    r"""Implicit flow Q-learning: the flow counterpart of IDQL, as a baseline of FQL (arXiv 2502.02538).
+
+    .. math::
+        \min_\psi &\; E\|v_\psi(s, x_t, t) - (a - x_0)\|^2 \\
+        \min_\eta &\; E\,L^2_\kappa(\min_k \bar Q_k(s, a) - V_\eta(s)) \\
+        \min_\theta &\; E(Q_\theta(s, a) - r - \gamma m V_\eta(s'))^2 \\
+        a &= \arg\max_{i \le N} \min_k Q_k(s, \mu_\psi(s, z_i))
+
+    Args:
+        spec: sizes of the task.
+        behavior_flow: makes the BehaviorFlow from `spec`.
+        critic: makes the Critic.
+        value: makes the Value.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+        best_of_n: N, samples scored for each action taken.
+    """
+
+    behavior_flow: BehaviorFlow
+    critic: Critic
+    value: Value
+
+    def __init__(
+        self,
+        spec: Spec,
+        behavior_flow: Callable[[Spec], BehaviorFlow],
+        critic: Callable[[Spec], Critic],
+        value: Callable[[Spec], Value],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+        best_of_n: int = 32,
+    ) -> None:
+        if best_of_n < 1:
+            raise UserError(f"best_of_n must be at least 1, got {best_of_n}")
+        parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "value": value(spec)}
+        super().__init__(spec, parts, optimizer, seed)
+        self.candidates = best_of_n
+
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
+        return FlowNoise.draw(batch, generator)
+
+    def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        # Behaviour: flow matching on the data's actions.
+        if self.trains("behavior_flow"):
+            yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
+
+        # Critic: bootstraps from the state value.
+        if self.trains("critic"):
+            with torch.no_grad():
+                next_value = self.value(batch.next_observations)
+            yield "critic", *self.critic.loss_from(batch, next_value)
+
+        # Value: an upper expectile over the data's actions.
+        if self.trains("value"):
+            with torch.no_grad():
+                target_values = self.critic.target_values(batch.observations, batch.actions)
+            yield "value", *self.value.loss(batch.observations, target_values)
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        batch, candidates, action_dim = z.shape
+        states = observations.repeat_interleave(candidates, dim=0)
+        actions = self.behavior_flow.propose(states, z.reshape(-1, action_dim))
+        best = self.critic.values(states, actions).amin(0).reshape(batch, candidates).argmax(1)
+        return actions.reshape(batch, candidates, action_dim)[torch.arange(batch, device=best.device), best]

@@ -1,0 +1,25 @@
+"""The random draws of one update of a flow agent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deflow.types import Batch
+
+
+class FlowNoise(NamedTuple):
+    """Standard normal, shape (batch, action_dim), but for `times`."""
+
+    x_0: Tensor  # start of the flow-matching path
+    times: Tensor  # uniform in [0, 1), shape (batch, 1)
+    z: Tensor  # start of the policy's action at s
+    z_next: Tensor  # start of the policy's action at s'
+
+    @classmethod
+    def draw(cls, batch: Batch, generator: torch.Generator) -> FlowNoise:
+        shape, device = batch.actions.shape, batch.actions.device
+        x_0, z, z_next = torch.randn(3, *shape, generator=generator, device=device)
+        return cls(x_0, torch.rand(shape[0], 1, generator=generator, device=device), z, z_next)

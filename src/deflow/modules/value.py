@@ -1,0 +1,58 @@
+"""Value: a state value that leans toward the best actions in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from deflow.errors import UserError
+from deflow.nets.mlp import Activation, EnsembleMLP
+from deflow.types import Metrics, Spec
+
+
+class Value(LightningModule):
+    r"""State value :math:`V(s)` by expectile regression.
+
+    .. math:: L(\eta) = E\,|\kappa - 1[u < 0]|\,u^2, \quad u = \min_k \bar Q_k(s, a) - V_\eta(s)
+
+    Source: IQL (arXiv 2110.06169).
+
+    Args:
+        spec: sizes of the task.
+        hidden: widths of the hidden layers, each normalised as in the critic.
+        activation: `gelu` (exact) or `gelu_tanh`.
+        expectile: kappa, in [0.5, 1); 0.5 is the mean.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        activation: Activation = "gelu",
+        expectile: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if not 0.5 <= expectile < 1:
+            raise UserError(f"agent.value.expectile must be in [0.5, 1), got {expectile}")
+        self.net = EnsembleMLP(1, spec.observation_dim, hidden, 1, activation)
+        self.expectile = expectile
+
+    def loss(self, observations: Tensor, target_values: Tensor) -> tuple[Tensor, Metrics]:
+        """Expectile regression.
+
+        Args:
+            observations: shape (batch, observation_dim).
+            target_values: of the data's actions by the target critics, shape (members, batch), without gradient.
+        """
+        values = self(observations)
+        error = target_values.amin(0) - values
+        weight = torch.where(error < 0, 1 - self.expectile, self.expectile)
+        loss = (weight * error.square()).mean()
+        return loss, {"loss": loss.detach(), "v": values.detach().mean()}
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Values, shape (batch,)."""
+        return self.net(observations)[0, :, 0]

@@ -1,0 +1,115 @@
+"""The flow baselines: the shared checks, a run of each schedule, and what is particular to each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from deflow.agents.base import Agent
+from deflow.agents.fawac import MAX_WEIGHT
+from deflow.pipeline import train
+from deflow.types import Spec
+from tests.agents.tester import check_agent, random_batch
+from tests.conftest import compose_config, tiny_config
+
+BASELINES = ["flow_bc", "ifql", "fawac", "fbrac"]
+
+
+def make(agent: str, *overrides: str) -> Any:
+    torch.manual_seed(0)
+    config = compose_config("experiment=cube_single", f"agent={agent}", "networks.hidden=[16,16]", *overrides)
+    return instantiate(config.agent, _partial_=True)(spec=Spec(5, 3))
+
+
+@pytest.mark.parametrize("agent", BASELINES)
+def test_shared_checks(agent: str) -> None:
+    check_agent(make(agent))
+
+
+def test_shared_checks_of_the_adjoint_method() -> None:
+    check_agent(make("fbrac", "agent.gradient=adjoint"))
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize("agent", BASELINES)
+def test_a_run(agent: str, point_data: Path, tmp_path: Path) -> None:
+    summary = train(tiny_config(point_data, "experiment=pointmaze", f"agent={agent}"), tmp_path)
+    assert summary["evaluations"] == 2
+    assert summary["agent"].lower() == agent.replace("_", "")
+
+
+def test_ifql_takes_the_sample_with_the_highest_smaller_value() -> None:
+    agent = make("ifql")
+    observations, z = torch.randn(4, 5), torch.randn(4, 32, 3)
+    samples = torch.stack([agent.behavior_flow.propose(observations, z[:, i]) for i in range(32)], dim=1)
+    values = torch.stack([agent.critic.values(observations, samples[:, i]).amin(0) for i in range(32)], dim=1)
+    torch.testing.assert_close(agent.act(observations, z), samples[torch.arange(4), values.argmax(1)])
+
+
+def test_ifqls_value_is_an_expectile() -> None:
+    # Of a coin's two sides, -1 and 1, the 0.9 expectile v solves 0.9 * (1 - v) = 0.1 * (v + 1): v = 0.8.
+    agent = make("ifql")
+    observations = torch.zeros(200, 5)
+    sides = torch.tensor([-1.0, 1.0]).repeat(100).expand(2, 200)
+    optimizer = torch.optim.Adam(agent.value.parameters(), lr=1e-2)
+    for _ in range(500):
+        optimizer.zero_grad()
+        agent.value.loss(observations, sides)[0].backward()
+        optimizer.step()
+    assert agent.value(observations).mean().item() == pytest.approx(0.8, abs=0.01)
+
+
+def test_fawac_weighs_by_the_advantage() -> None:
+    agent = make("fawac")
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        policy = agent.behavior_flow.propose(batch.observations, noise.z)
+        values = [agent.critic.values(batch.observations, actions).mean(0) for actions in (batch.actions, policy)]
+        expected = (3.0 * (values[0] - values[1])).exp().clamp(max=MAX_WEIGHT).mean()
+    metrics = {part: metric for part, _, metric in agent.losses(batch, noise)}
+    torch.testing.assert_close(metrics["behavior_flow"]["weight"], expected)
+
+
+def flow_gradient(agent: Agent, gradient: str) -> torch.Tensor:
+    """Gradient of the value of the flow's actions with respect to the flow's weights, as one vector."""
+    flow: Any = agent.behavior_flow
+    observations, z = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).double(), torch.ones(8, 3).double()
+    actions = flow.sample(observations, z, gradient)
+    flow.zero_grad()
+    actions.square().sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in flow.parameters()])
+
+
+def test_the_gradient_through_the_solver_equals_finite_differences() -> None:
+    agent = make("fbrac").double()
+    analytic = flow_gradient(agent, "backprop")
+    flow: Any = agent.behavior_flow
+    observations, z = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).double(), torch.ones(8, 3).double()
+    parameter = flow.field.mlp.layers[0].weight
+    for index in ((0, 0), (3, 6), (7, 8)):
+        values = []
+        for step in (1e-6, -2e-6):
+            with torch.no_grad():
+                parameter[index] += step
+                values.append(flow.sample(observations, z).square().sum().item())
+        with torch.no_grad():
+            parameter[index] += 1e-6
+        number = index[0] * parameter.shape[1] + index[1]
+        assert analytic[number].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+def test_the_adjoint_method_agrees_up_to_the_solvers_error(solver: str) -> None:
+    # The adjoint solves another ODE, backward on the same grid: its error falls with the solver's order.
+    errors = []
+    for steps in (10, 20):
+        agent = make("fbrac", f"solver={solver}", f"solver.steps={steps}").double()
+        exact, adjoint = (flow_gradient(agent, gradient) for gradient in ("backprop", "adjoint"))
+        errors.append(((adjoint - exact).norm() / exact.norm()).item())
+    assert errors[1] < (0.6 if solver == "euler" else 0.1) * errors[0]
+    assert errors[1] < (0.1 if solver == "euler" else 1e-6)
