@@ -123,6 +123,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     agent = build_agent(config, spec)  # before the data, which may take an hour to come
     for name, stage in config.stages.items():
         agent.begin_stage(name, stage.train, first_step=0, freeze=stage.get("freeze", ()))
+        if agent.trains_jointly and not all(agent.trains(part) for part in agent.parts):
+            raise UserError(f"{type(agent).__name__} trains its policy and its critic together: use stages=joint")
     data.prepare_data()  # before anything is tracked: a missing file is the commonest error
     data.setup()
     if config.agent.get("trust_region") == AUTO:

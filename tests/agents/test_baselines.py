@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 
 from deflow.agents.base import Agent
 from deflow.agents.fawac import MAX_WEIGHT
+from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.types import Spec
 from tests.agents.tester import check_agent, random_batch
@@ -113,3 +114,9 @@ def test_the_adjoint_method_agrees_up_to_the_solvers_error(solver: str) -> None:
         errors.append(((adjoint - exact).norm() / exact.norm()).item())
     assert errors[1] < (0.6 if solver == "euler" else 0.1) * errors[0]
     assert errors[1] < (0.1 if solver == "euler" else 1e-6)
+
+
+def test_a_policy_that_needs_its_critic_is_not_trained_without(point_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(point_data, "experiment=pointmaze", "agent=fbrac", "stages=staged")
+    with pytest.raises(UserError, match="FBRAC trains its policy and its critic together: use stages=joint"):
+        train(config, tmp_path / "run")

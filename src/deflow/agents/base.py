@@ -37,6 +37,8 @@ class Agent(LightningModule, ABC):
     candidates: int = 1
     # Whether the losses take cached proposals from the batch, which come without the noise they started from.
     uses_cached_proposals: bool = False
+    # Whether policy and values only make sense when they train in the same stage.
+    trains_jointly: bool = False
 
     def __init__(
         self, spec: Spec, parts: Mapping[str, nn.Module], optimizer: Callable[[Any], Optimizer], seed: int
@@ -110,6 +112,11 @@ class Agent(LightningModule, ABC):
     def trains(self, part: str) -> bool:
         """Whether `part` trains in the current stage."""
         return part in self._active
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of all parts that can train."""
+        return tuple(self._trainable)
 
     @property
     def run_step(self) -> int:

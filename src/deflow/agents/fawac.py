@@ -41,6 +41,7 @@ class FAWAC(Agent):
 
     behavior_flow: BehaviorFlow
     critic: Critic
+    trains_jointly = True
 
     def __init__(
         self,
