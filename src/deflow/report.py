@@ -48,6 +48,7 @@ def summarise_run(
         "task": task,
         "agent": _agent_name(config),
         "seed": config["seed"],
+        "n_step": config["data"]["n_step"],
         "stages": {name: stage["steps"] for name, stage in config["stages"].items()},
     }
     for key in EVALUATED:

@@ -39,6 +39,34 @@ def test_shapes_and_successors(transitions: Transitions) -> None:
     assert torch.equal(batch.next_observations, batch.observations + 1)
 
 
+def test_n_step_returns_equal_the_sum_written_out() -> None:
+    # Trajectories of 7 transitions, one of which ends its task in the middle.
+    rng = np.random.default_rng(0)
+    rows, length, discount = 40, 8, 0.9
+    arrays = {
+        "observations": np.arange(rows, dtype=np.float32)[:, None],
+        "actions": np.zeros((rows, 1)),
+        "rewards": rng.normal(size=rows),
+        "masks": (np.arange(rows) != 11).astype(float),
+        "valids": (np.arange(rows) % length != length - 1).astype(float),
+    }
+    data = Transitions.from_compact(arrays, "test")
+    for n_step in (1, 2, 3, 20):
+        batch, next_rows = data.batch(data.starts, n_step, discount)
+        for i, start in enumerate(data.starts.tolist()):
+            value, mask, row = 0.0, 1.0, start
+            for k in range(n_step):
+                value += discount**k * mask * arrays["rewards"][row]
+                mask *= arrays["masks"][row]
+                row += 1
+                if mask == 0 or not arrays["valids"][row] or k == n_step - 1:
+                    break
+            bootstrap = mask * discount**k  # times one more gamma in the critic's target
+            assert batch.rewards[i].item() == pytest.approx(value, abs=1e-5)
+            assert batch.masks[i].item() == pytest.approx(bootstrap, abs=1e-6)
+            assert batch.next_observations[i].item() == row == next_rows[i]
+
+
 def test_a_stream_goes_on_where_it_was(transitions: Transitions) -> None:
     whole = list(BatchStream(transitions, 8, 0, 6, (0, "test")))
     rest = list(BatchStream(transitions, 8, 4, 6, (0, "test")))

@@ -52,7 +52,7 @@ def test_equals_plain_ogbench(env: str, dataset: str, tiny_data: Callable[[str, 
     ours, _ = source(folder, f"task.env={env}", f"task.dataset={dataset}").load()
     name = f"{env}-{dataset}-singletask-v0"
     _, theirs, _ = ogbench.make_env_and_datasets(name, dataset_path=str(folder / f"{env}-{dataset}-v0.npz"))
-    batch = ours.batch(ours.starts)
+    batch, _ = ours.batch(ours.starts)
     assert len(ours) == EPISODES * (STEPS - 1)
     for key in ("observations", "rewards", "masks", "next_observations"):
         assert torch.equal(getattr(batch, key), torch.from_numpy(theirs[key])), key

@@ -43,8 +43,8 @@ def test_equal_to_the_files_one_after_the_other(folder: Path) -> None:
     mapped = load(folder)
     parts = [load(folder / f"{NAME}-00{number}.npz") for number in range(3)]
     assert len(mapped) == sum(len(part) for part in parts)
-    transitions = mapped.batch(mapped.starts)
-    expected = [part.batch(part.starts) for part in parts]
+    transitions, _ = mapped.batch(mapped.starts)
+    expected = [part.batch(part.starts)[0] for part in parts]
     for field in ("observations", "actions", "rewards", "masks", "next_observations"):
         assert torch.equal(getattr(transitions, field), torch.cat([getattr(e, field) for e in expected])), field
 

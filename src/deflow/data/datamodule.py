@@ -27,6 +27,8 @@ class BatchStream(IterableDataset):
         last: number after the last batch.
         seed_parts: seed and names that tell this stream's draws from all others.
         proposals: if given, one cached proposal comes with every `s` and `s'`.
+        n_step: steps of reward before the bootstrap.
+        discount: gamma, read only if `n_step` > 1.
     """
 
     def __init__(
@@ -37,7 +39,10 @@ class BatchStream(IterableDataset):
         last: int,
         seed_parts: tuple[int | str, ...],
         proposals: ProposalCache | None = None,
+        n_step: int = 1,
+        discount: float = 1.0,
     ) -> None:
+        self.n_step, self.discount = n_step, discount
         self.transitions, self.batch_size = transitions, batch_size
         self.first, self.last = first, last
         self.seed_parts, self.proposals = seed_parts, proposals
@@ -54,12 +59,12 @@ class BatchStream(IterableDataset):
         generator = torch_generator(torch.device("cpu"), *self.seed_parts, distributed.rank(), number)
         picks = torch.randint(len(self.transitions), (self.batch_size,), generator=generator)
         rows = self.transitions.starts[picks]
-        batch = self.transitions.batch(rows)
+        batch, next_rows = self.transitions.batch(rows, self.n_step, self.discount)
         if self.proposals is None:
             return batch
         return batch._replace(
             base_actions=self.proposals.draw(rows, generator),
-            next_base_actions=self.proposals.draw(rows + 1, generator),
+            next_base_actions=self.proposals.draw(next_rows, generator),
         )
 
 
@@ -73,10 +78,23 @@ class OfflineDataModule(LightningDataModule):
         batch_size: transitions of one update over all ranks.
         validation_batches: batches of the validation split on which the losses are evaluated.
         seed: of the sampling.
+        n_step: steps of reward before the bootstrap; 1 is the papers' setting.
+        discount: gamma, for the rewards of n-step returns.
     """
 
-    def __init__(self, source: Source, batch_size: int, validation_batches: int, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        validation_batches: int,
+        seed: int,
+        n_step: int = 1,
+        discount: float = 1.0,
+    ) -> None:
         super().__init__()
+        if n_step < 1:
+            raise UserError(f"data.n_step must be at least 1, got {n_step}")
+        self.n_step, self.discount = n_step, discount
         if batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
         self.source, self.batch_size = source, batch_size
@@ -122,5 +140,6 @@ class OfflineDataModule(LightningDataModule):
         ranks = distributed.world_size()
         if self.batch_size % ranks:
             raise UserError(f"data.batch_size={self.batch_size} does not divide by the {ranks} processes")
-        stream = BatchStream(transitions, self.batch_size // ranks, first, last, seed_parts, proposals)
+        settings = first, last, seed_parts, proposals, self.n_step, self.discount
+        stream = BatchStream(transitions, self.batch_size // ranks, *settings)
         return DataLoader(stream, batch_size=None)

@@ -122,7 +122,7 @@ class OGBenchSource(Source):
         env = self.make_env()
         env.close()
         timing = getattr(env.unwrapped, "_success_timing", "unknown")
-        return {"protocol": "OGBench single-task, one-step returns, no action chunking", "success_timing": timing}
+        return {"protocol": "OGBench single-task, no action chunking", "success_timing": timing}
 
     def provenance(self) -> dict[str, Any]:
         path = self._find()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,37 @@ class Transitions:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def batch(self, rows: Tensor) -> Batch:
-        """The transitions that start at `rows`, int64 of shape (batch,)."""
-        return Batch(
+    @cached_property
+    def has_successor(self) -> Tensor:
+        """Whether a transition starts at each row, bool of shape (rows,)."""
+        return torch.zeros(len(self.states), dtype=torch.bool).index_fill_(0, self.starts, True)
+
+    def batch(self, rows: Tensor, n_step: int = 1, discount: float = 1.0) -> tuple[Batch, Tensor]:
+        r"""The transitions that start at `rows`, and the rows of their next states.
+
+        With `n_step` > 1 the reward is :math:`\sum_{k<h} \gamma^k r_{t+k}`, the next state :math:`s_{t+h}` and the mask
+        :math:`\gamma^{h-1} m_{t+h-1}`, so that a one-step target made of them is the n-step target. `h` is `n_step`,
+        or less where the task or the trajectory ends before.
+
+        Args:
+            rows: int64 of shape (batch,).
+            n_step: steps of reward before the bootstrap, at least 1.
+            discount: gamma, read only if `n_step` > 1.
+        """
+        rewards, masks = self.rewards.index_select(0, rows), self.masks.index_select(0, rows)
+        next_rows = rows + 1
+        for _ in range(n_step - 1):
+            goes_on = (masks > 0) & self.has_successor.index_select(0, next_rows.clamp(max=len(self.states) - 1))
+            here = torch.where(goes_on, next_rows, rows)
+            # While a transition goes on, its mask so far is the discount of the next reward but for one gamma.
+            rewards = rewards + torch.where(goes_on, discount * masks * self.rewards.index_select(0, here), 0.0)
+            masks = torch.where(goes_on, discount * masks * self.masks.index_select(0, here), masks)
+            next_rows = next_rows + goes_on.long()
+        batch = Batch(
             observations=self.states.index_select(0, rows),
             actions=self.actions.index_select(0, rows),
-            rewards=self.rewards.index_select(0, rows),
-            masks=self.masks.index_select(0, rows),
-            next_observations=self.states.index_select(0, rows + 1),
+            rewards=rewards,
+            masks=masks,
+            next_observations=self.states.index_select(0, next_rows),
         )
+        return batch, next_rows
