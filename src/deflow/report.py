@@ -171,8 +171,9 @@ def _success(axis: Axes, rows: Sequence[Row]) -> None:
     axis.set(title="success, 95% interval", ylim=(-0.02, 1.02))
     if points:
         steps, success, low, high = (np.array(column) for column in zip(*points, strict=True))
-        axis.fill_between(steps, low, high, alpha=0.25, color="tab:green")
-        axis.plot(steps, success, "o-", color="tab:green")
+        axis.errorbar(
+            steps, success, (success - low, high - success), fmt="o-", capsize=3, color="tab:green", clip_on=False
+        )
 
 
 def _paths(axis: Axes, episodes: Sequence[Episode]) -> None:
