@@ -96,7 +96,7 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
         config = cast(DictConfig, OmegaConf.load(folder / CONFIG_FILE))
     try:
         run = prepare(config, folder, resume)
-    except UserError:
+    except BaseException:  # Hydra wraps what a component raises
         if not resume and is_main_process():
             _discard(folder)
         raise

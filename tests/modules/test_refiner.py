@@ -97,6 +97,7 @@ def test_a_fixed_alpha_multiplies_the_penalty_once() -> None:
     [
         ({"trust_region": 0.0}, "limit of the constraint 'trust_region' must be > 0"),
         ({"trust_region": [0.1, -1.0, 0.1]}, "must be > 0"),
+        ({"trust_region": "large"}, "must be a number or a list, got large"),
         ({"trust_region": [0.1, 0.1]}, "needs one limit or 3"),
         ({"lagrange": False, "alpha": 0.0}, "multiplier of the constraint 'trust_region' must be > 0"),
         ({"constraints": [{"kind": "speed", "limit": 1}]}, "unknown constraint 'speed': choose one of trust_region"),

@@ -55,7 +55,10 @@ class Constraint(nn.Module):
         super().__init__()
         if kind not in QUANTITIES:
             raise UserError(f"unknown constraint '{kind}': choose one of {', '.join(QUANTITIES)}")
-        limits = torch.tensor(limit, dtype=torch.float32)
+        try:
+            limits = torch.tensor(limit, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the limit of the constraint '{kind}' must be a number or a list, got {limit}") from error
         if not (limits > 0).all():
             raise UserError(f"the limit of the constraint '{kind}' must be > 0, got {limit}")
         if multiplier is not None and multiplier <= 0:
