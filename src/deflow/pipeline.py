@@ -272,7 +272,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     evaluator.close()
     result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
     result |= summarise(episodes, source.score)
-    result |= {key: card["config"]["agent"][key] for key in ("best_of_n", "refine_steps")} | chosen
+    settings = card["config"]["agent"] | chosen
+    result |= {key: settings[key] for key in ("best_of_n", "refine_steps") if key in settings}
     report.write_json(path.with_name("evaluation.json"), result)
     report.print_evaluation(result)
     return result

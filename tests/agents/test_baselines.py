@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from deflow.agents.base import Agent
 from deflow.agents.fawac import MAX_WEIGHT
 from deflow.errors import UserError
-from deflow.pipeline import train
+from deflow.pipeline import evaluate, train
 from deflow.types import Spec
 from tests.agents.tester import check_agent, random_batch
 from tests.conftest import compose_config, tiny_config
@@ -41,6 +41,9 @@ def test_a_run(agent: str, point_data: Path, tmp_path: Path) -> None:
     summary = train(tiny_config(point_data, "experiment=pointmaze", f"agent={agent}"), tmp_path)
     assert summary["evaluations"] == 2
     assert summary["agent"].lower() == agent.replace("_", "")
+    ckpt = tmp_path / "checkpoints" / "0_joint" / "final.ckpt"
+    result = evaluate(compose_config(f"ckpt={ckpt}", "episodes=1", config_name="evaluate"))
+    assert ("best_of_n" in result) == (agent == "ifql")
 
 
 def test_ifql_takes_the_sample_with_the_highest_smaller_value() -> None:
