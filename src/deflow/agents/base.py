@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deflow.agents.noise import FlowNoise
 from deflow.distributed import rank
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.seeding import torch_generator
@@ -20,7 +21,7 @@ Loss = tuple[str, Tensor, Metrics]
 
 
 class Agent(LightningModule, ABC):
-    """The outer LightningModule. An algorithm subclasses it and writes `draw_noise`, `losses` and `act`.
+    """The outer LightningModule. An algorithm subclasses it and writes `losses` and `act`.
 
     The losses of all training parts are summed and one optimizer with one parameter group a part steps them:
     Adam is per parameter, so this equals an Adam for each part as long as no loss reaches another's parameters
@@ -55,9 +56,9 @@ class Agent(LightningModule, ABC):
 
     # What an algorithm writes.
 
-    @abstractmethod
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> Any:
-        """Every random number that one evaluation of the losses uses."""
+        """Every random number that one evaluation of the losses uses: those of a flow agent, unless it needs others."""
+        return FlowNoise.draw(batch, generator)
 
     @abstractmethod
     def losses(self, batch: Batch, noise: Any) -> Iterator[Loss]:

@@ -80,9 +80,6 @@ class DeFlow(Agent):
         self.candidates = best_of_n
         self.refine_steps = refine_steps
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator)
-
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):

@@ -57,9 +57,6 @@ class FAWAC(Agent):
         super().__init__(spec, {"behavior_flow": behavior_flow(spec), "critic": critic(spec)}, optimizer, seed)
         self.beta = beta
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator)
-
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         states = torch.cat([batch.observations, batch.next_observations])
         actions, next_actions = self.behavior_flow.propose(states, torch.cat([noise.z, noise.z_next])).chunk(2)

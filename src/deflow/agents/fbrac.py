@@ -62,9 +62,6 @@ class FBRAC(Agent):
         self.alpha, self.normalize_q = alpha, normalize_q
         self.gradient: Gradient = gradient
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator)
-
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Policy: flow matching on the data's actions, and the value of the flow's own.
         if self.trains("behavior_flow"):

@@ -38,9 +38,6 @@ class FlowBC(Agent):
     ) -> None:
         super().__init__(spec, {"behavior_flow": behavior_flow(spec)}, optimizer, seed)
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator)
-
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
 

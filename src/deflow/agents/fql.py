@@ -52,9 +52,6 @@ class FQL(Agent):
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "actor": actor(spec)}
         super().__init__(spec, parts, optimizer, seed)
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator)
-
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):

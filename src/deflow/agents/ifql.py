@@ -57,9 +57,6 @@ class IFQL(Agent):
         super().__init__(spec, parts, optimizer, seed)
         self.candidates = best_of_n
 
-    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator)
-
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):
