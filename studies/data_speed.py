@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from deflow.agents.base import Agent
 from deflow.benchmark import bare_seconds
+from deflow.build import build_agent
 from deflow.config import CONFIG_DIR
 from deflow.data.datamodule import BatchStream
 from deflow.data.iav import intrinsic_action_variance
@@ -46,9 +46,7 @@ def time_shards(path: Path) -> None:
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("medium")
         (memory, config), (mapped, _) = sources
-        agent: Agent = instantiate(config.agent, _partial_=True)(
-            spec=Spec(memory.states.shape[1], memory.actions.shape[1])
-        )
+        agent = build_agent(config.agent, Spec(memory.states.shape[1], memory.actions.shape[1]))
         rounds = [[bare_seconds(agent, stream(data)) for data in (memory, mapped)] for _ in range(ROUNDS + 1)][1:]
     ratio = median(a / b for a, b in rounds)
     speeds = [UPDATES / median(seconds) for seconds in zip(*rounds, strict=True)]

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from hydra.utils import instantiate
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deflow.agents.deflow import DeFlow
+from deflow.build import build_agent
 from deflow.loggers import read_metrics
 from deflow.types import Spec
 from tests.agents.tester import random_batch
@@ -36,7 +36,7 @@ class SummedLoss(nn.Module):
 def make_agent() -> DeFlow:
     torch.manual_seed(0)
     config = compose_config("networks.hidden=[16,16]")
-    return instantiate(config.agent, _partial_=True)(spec=Spec(5, 3))
+    return build_agent(config.agent, Spec(5, 3))
 
 
 def update(agent: DeFlow, module: nn.Module, batch: Any, noise: Any) -> dict[str, torch.Tensor]:

@@ -83,6 +83,9 @@ def test_d4rl_experiments_run(experiment: str, tmp_path: Path) -> None:
         "task_id=3",
         "agent.critic.aggregate=min",
         "agent.refiner.lagrange=false",
+        "agent.refiner.objective=gradient_step",
+        "agent/critic=flow",
+        "agent.horizon=3",
         "networks.activation=gelu_tanh",
     ],
 )

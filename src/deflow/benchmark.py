@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from deflow.agents.base import Agent
+from deflow.build import build_agent
 from deflow.callbacks import StageClock
 from deflow.data.datamodule import BatchStream
 from deflow.data.transitions import Transitions
@@ -41,7 +41,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    agent = instantiate(config.agent, _partial_=True)(spec=Spec(config.observation_dim, config.action_dim))
+    agent = build_agent(config.agent, Spec(config.observation_dim, config.action_dim))
     stream = BatchStream(
         _random_transitions(agent.spec), config.batch_size, 0, config.updates, (config.seed, "benchmark")
     )

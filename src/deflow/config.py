@@ -62,6 +62,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
 
         @wraps(main)
         def command() -> None:
+            # A group inside a group is overridden with a slash; the dot of every other override is what fingers type.
+            sys.argv[1:] = [re.sub(r"^agent\.(\w+)=(?=[a-z]\w*$)", _as_group, argument) for argument in sys.argv[1:]]
             # Hydra prints its errors over many lines unless it is told to raise them.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             with _errors_in_one_line():
@@ -70,6 +72,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
         return command
 
     return decorate
+
+
+def _as_group(match: re.Match[str]) -> str:
+    """`agent.critic=` as `agent/critic=`, if there is such a group."""
+    return f"agent/{match[1]}=" if (Path(CONFIG_DIR) / "agent" / match[1]).is_dir() else match[0]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deflow import report
 from deflow.agents.base import Agent
+from deflow.build import build_agent, decide
 from deflow.callbacks import (
     FINAL,
     LAST,
@@ -29,10 +30,8 @@ from deflow.callbacks import (
 )
 from deflow.config import CONFIG_FILE, check, plain
 from deflow.data.datamodule import OfflineDataModule
-from deflow.data.iav import intrinsic_action_variance
 from deflow.data.proposals import ProposalCache
 from deflow.data.source import Source
-from deflow.data.transitions import Transitions
 from deflow.distributed import is_main_process
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
@@ -55,9 +54,6 @@ LIGHTNING_WARNINGS = (
     ".*exists and is not empty",
     r".*isinstance\(treespec, LeafSpec\)",
 )
-
-
-AUTO = "auto"  # agent.trust_region, until the data have said what it is
 
 
 @dataclass
@@ -120,16 +116,17 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     data = instantiate(config.data)
     source = data.source
     spec = source.spec()
-    agent = build_agent(config, spec)  # before the data, which may take an hour to come
+    torch.manual_seed(config.seed)
+    agent = build_agent(config.agent, spec)  # before the data, which may take an hour to come
     for name, stage in config.stages.items():
         agent.begin_stage(name, stage.train, first_step=0, freeze=stage.get("freeze", ()))
         if agent.trains_jointly and not all(agent.trains(part) for part in agent.parts):
             raise UserError(f"{type(agent).__name__} trains its policy and its critic together: use stages=joint")
     data.prepare_data()  # before anything is tracked: a missing file is the commonest error
     data.setup()
-    if config.agent.get("trust_region") == AUTO:
-        set_trust_region(config, data.transitions)
-        agent = build_agent(config, spec)
+    if decide(config, data.transitions):
+        torch.manual_seed(config.seed)
+        agent = build_agent(config.agent, spec)
     if config.ckpt is not None:
         load_weights(agent, Path(config.ckpt), source.task)
     evaluator = None
@@ -147,30 +144,6 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         for logger in loggers:
             logger.log_hyperparams(plain(config))
     return Run(folder, config, resume, agent, data, evaluator, loggers, metrics)
-
-
-def build_agent(config: DictConfig, spec: Spec) -> Agent:
-    """The configured agent with its initial weights; a trust region still to be read from the data stands at 1."""
-    settings = plain(config)["agent"]
-    if settings.get("trust_region") == AUTO:
-        settings["trust_region"] = 1.0
-    torch.manual_seed(config.seed)
-    return instantiate(settings, _partial_=True)(spec=spec)
-
-
-def set_trust_region(config: DictConfig, transitions: Transitions) -> None:
-    """Put what the data say into `config.agent.trust_region`, and why into `config.iav.result`."""
-    rule = plain(config.iav)
-    factor, per_dimension = rule.pop("factor"), rule.pop("per_dimension")
-    rule.pop("result")
-    rows = transitions.starts
-    variance = intrinsic_action_variance(transitions.states[rows].numpy(), transitions.actions[rows].numpy(), **rule)
-    measured = list(variance.per_dimension) if per_dimension else variance.mean
-    delta = [factor * value for value in measured] if isinstance(measured, list) else factor * measured
-    config.agent.trust_region = delta
-    config.iav.result = {"delta": delta} | asdict(variance)
-    shown = ", ".join(f"{value:.2g}" for value in (delta if isinstance(delta, list) else [delta]))
-    log.info("trust region: delta = %s, %g times the data's action variance %.3g", shown, factor, variance.mean)
 
 
 def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:
@@ -308,7 +281,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
     """The agent of a loaded checkpoint with its weights; `settings` replace those it was trained with."""
     card = checkpoint["deflow"]
-    agent = instantiate(card["config"]["agent"] | settings, _partial_=True)(spec=Spec(*card["spec"]))
+    agent = build_agent(card["config"]["agent"] | settings, Spec(*card["spec"]))
     agent.load_state_dict(checkpoint["state_dict"])
     return agent
 

@@ -17,16 +17,24 @@ class Batch(NamedTuple):
     """
 
     observations: Tensor  # (batch, observation_dim)
-    actions: Tensor  # (batch, action_dim), in [-1, 1]
+    actions: Tensor  # (batch, action_dim), in [-1, 1]; several of the environment's, if they are decided in chunks
     rewards: Tensor  # (batch,)
-    masks: Tensor  # (batch,), 0 or 1
+    masks: Tensor  # (batch,), 0 or 1; with several steps of reward, 0 or a power of the discount
     next_observations: Tensor  # (batch, observation_dim)
     base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s
     next_base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s'
 
 
 class Spec(NamedTuple):
-    """Sizes of a task's observations and actions: all that networks need to know of it."""
+    """Sizes of a task's observations and actions: all that networks need to know of it.
+
+    With action chunks an action of the policy is `horizon` of the environment's, one after the other.
+    """
 
     observation_dim: int
-    action_dim: int
+    action_dim: int  # of the whole chunk
+    horizon: int = 1  # actions decided at once and executed without looking
+
+    def chunked(self, horizon: int) -> Spec:
+        """The same task with actions decided `horizon` at a time."""
+        return Spec(self.observation_dim, self.action_dim // self.horizon * horizon, horizon)

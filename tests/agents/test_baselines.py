@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
 from deflow.agents.base import Agent
-from deflow.agents.fawac import MAX_WEIGHT
+from deflow.build import build_agent
 from deflow.errors import UserError
 from deflow.pipeline import evaluate, train
 from deflow.types import Spec
@@ -23,7 +22,7 @@ BASELINES = ["flow_bc", "ifql", "fawac", "fbrac"]
 def make(agent: str, *overrides: str) -> Any:
     torch.manual_seed(0)
     config = compose_config("experiment=cube_single", f"agent={agent}", "networks.hidden=[16,16]", *overrides)
-    return instantiate(config.agent, _partial_=True)(spec=Spec(5, 3))
+    return build_agent(config.agent, Spec(5, 3))
 
 
 @pytest.mark.parametrize("agent", BASELINES)
@@ -31,8 +30,11 @@ def test_shared_checks(agent: str) -> None:
     check_agent(make(agent))
 
 
-def test_shared_checks_of_the_adjoint_method() -> None:
-    check_agent(make("fbrac", "agent.gradient=adjoint"))
+@pytest.mark.parametrize(
+    "override", ["fbrac agent.gradient=adjoint", "ifql agent/critic=flow", "fbrac agent.horizon=2"]
+)
+def test_shared_checks_of_choices(override: str) -> None:
+    check_agent(make(*override.split()))
 
 
 @pytest.mark.usefixtures("short_episodes")
@@ -74,7 +76,7 @@ def test_fawac_weighs_by_the_advantage() -> None:
     with torch.no_grad():
         policy = agent.behavior_flow.propose(batch.observations, noise.z)
         values = [agent.critic.values(batch.observations, actions).mean(0) for actions in (batch.actions, policy)]
-        expected = (3.0 * (values[0] - values[1])).exp().clamp(max=MAX_WEIGHT).mean()
+        expected = (3.0 * (values[0] - values[1])).exp().clamp(max=100.0).mean()
     metrics = {part: metric for part, _, metric in agent.losses(batch, noise)}
     torch.testing.assert_close(metrics["behavior_flow"]["weight"], expected)
 

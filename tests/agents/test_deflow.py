@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
 from deflow.agents.deflow import DeFlow
+from deflow.build import build_agent
 from deflow.errors import UserError
 from deflow.types import Spec
 from tests.agents.tester import check_agent, random_batch
@@ -16,10 +16,21 @@ from tests.conftest import compose_config
 def make(*overrides: str) -> DeFlow:
     torch.manual_seed(0)
     config = compose_config("experiment=cube_single", "networks.hidden=[16,16]", *overrides)
-    return instantiate(config.agent, _partial_=True)(spec=Spec(5, 3))
+    return build_agent(config.agent, Spec(5, 3))
 
 
-@pytest.mark.parametrize("overrides", [(), ("agent.refiner.lagrange=false",), ("agent.critic.aggregate=min",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("agent.refiner.lagrange=false",),
+        ("agent.refiner.objective=gradient_step",),
+        ("agent.refiner.objective=demonstration",),
+        ("agent.critic.aggregate=min",),
+        ("agent/critic=flow",),
+        ("agent.horizon=4",),
+    ],
+)
 def test_shared_checks(overrides: tuple[str, ...]) -> None:
     check_agent(make(*overrides))
 

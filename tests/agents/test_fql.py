@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
 from deflow.agents.fql import FQL
+from deflow.build import build_agent
 from deflow.pipeline import train
 from deflow.types import Spec
 from tests.agents.tester import check_agent, random_batch
@@ -40,10 +40,19 @@ ALPHA = {
 def make(*overrides: str) -> FQL:
     torch.manual_seed(0)
     config = compose_config("experiment=cube_single", "agent=fql", "networks.hidden=[16,16]", *overrides)
-    return instantiate(config.agent, _partial_=True)(spec=Spec(5, 3))
+    return build_agent(config.agent, Spec(5, 3))
 
 
-@pytest.mark.parametrize("overrides", [(), ("agent.actor.normalize_q=true",), ("agent.critic.aggregate=min",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("agent.actor.normalize_q=true",),
+        ("agent.critic.aggregate=min",),
+        ("agent/critic=flow",),
+        ("agent.horizon=4",),
+    ],
+)
 def test_shared_checks(overrides: tuple[str, ...]) -> None:
     check_agent(make(*overrides))
 

@@ -67,6 +67,34 @@ def test_n_step_returns_equal_the_sum_written_out() -> None:
             assert batch.next_observations[i].item() == row == next_rows[i]
 
 
+def test_chunks_stay_inside_their_trajectory() -> None:
+    # Trajectories of 7 transitions in 8 rows; the task ends at row 11.
+    rows, length, discount, horizon = 40, 8, 0.9, 3
+    arrays = {
+        "observations": np.arange(rows, dtype=np.float32)[:, None],
+        "actions": np.stack([np.arange(rows), -np.arange(rows)], axis=1) / rows,
+        "rewards": np.ones(rows),
+        "masks": (np.arange(rows) != 11).astype(float),
+        "valids": (np.arange(rows) % length != length - 1).astype(float),
+    }
+    data = Transitions.from_compact(arrays, "test")
+    starts = data.chunk_starts(horizon)
+    assert [start % length for start in starts.tolist()[:5]] == [0, 1, 2, 3, 4]
+    assert len(starts) == 5 * 5
+    batch, next_rows = data.batch(starts, horizon, discount, horizon)
+    assert batch.actions.shape == (25, 6)
+    for i, start in enumerate(starts.tolist()):
+        expected = [x for row in range(start, start + horizon) for x in (row / rows, -row / rows)]
+        assert batch.actions[i].tolist() == pytest.approx(expected)
+        ends = [row for row in range(start, start + horizon) if row == 11]
+        steps = ends[0] - start + 1 if ends else horizon
+        assert batch.rewards[i].item() == pytest.approx(sum(discount**k for k in range(steps)))
+        assert batch.masks[i].item() == pytest.approx(0.0 if ends else discount ** (horizon - 1))
+        assert next_rows[i].item() == start + steps
+    with pytest.raises(UserError, match="longer than every trajectory"):
+        data.chunk_starts(8)
+
+
 def test_a_stream_goes_on_where_it_was(transitions: Transitions) -> None:
     whole = list(BatchStream(transitions, 8, 0, 6, (0, "test")))
     rest = list(BatchStream(transitions, 8, 4, 6, (0, "test")))
@@ -93,6 +121,14 @@ def test_batch_larger_than_the_data(transitions: Transitions) -> None:
     source = type("Source", (), {"load": lambda self: (transitions, transitions)})()
     with pytest.raises(UserError, match="larger than the data"):
         OfflineDataModule(source, batch_size=1000, validation_batches=1, seed=0).setup()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"horizon": 0}, "at least 1"), ({"horizon": 2, "n_step": 3}, "leave data.n_step at 1")]
+)
+def test_impossible_horizons(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OfflineDataModule(None, batch_size=8, validation_batches=1, seed=0, **settings)
 
 
 @pytest.fixture

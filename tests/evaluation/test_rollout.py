@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 
 from deflow.agents.base import Agent
+from deflow.build import build_agent
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import bootstrap_interval, summarise
+from deflow.types import Spec
 from tests.conftest import compose_config
 
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
@@ -25,7 +27,7 @@ def make_env():
 def agent() -> Agent:
     torch.manual_seed(0)
     config = compose_config("experiment=pointmaze", "networks.hidden=[16,16]", "agent.best_of_n=2")
-    return instantiate(config.agent, _partial_=True)(spec=ogbench.spec_of(make_env()))
+    return build_agent(config.agent, ogbench.spec_of(make_env()))
 
 
 def test_equals_the_sequential_loop(agent: Agent) -> None:
@@ -36,6 +38,38 @@ def test_equals_the_sequential_loop(agent: Agent) -> None:
         assert (a.success, a.length, a.episode_return) == (b.success, b.length, b.episode_return)
         # A matrix product rounds differently in a batch of another size.
         assert np.allclose(a.path, b.path, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_chunks_are_executed_open_loop(num_envs: int) -> None:
+    class Counting:
+        """A policy whose chunks tell when they were decided."""
+
+        training, candidates, device, spec = False, 1, torch.device("cpu"), Spec(4, 6, horizon=3)
+        decided: list[int]
+
+        def __init__(self) -> None:
+            self.decided = []
+
+        def eval(self) -> None: ...
+        def train(self, mode: bool) -> None: ...
+
+        def act(self, observations, z):
+            assert z.shape == (len(observations), 1, 6)
+            self.decided.append(len(observations))
+            return torch.linspace(-1, 1, 6).expand(len(observations), 6)
+
+    taken = []
+
+    class Recorder(gymnasium.Wrapper):
+        def step(self, action):
+            taken.append(tuple(np.round(action, 1)))
+            return self.env.step(action)
+
+    agent = Counting()
+    Evaluator(lambda: Recorder(make_env()), episodes=3, num_envs=num_envs, seed=0).run(agent)
+    assert sum(agent.decided) == 3 * 20  # 60 steps an episode
+    assert taken[::num_envs][:3] == [(-1.0, -0.6), (-0.2, 0.2), (0.6, 1.0)]
 
 
 def test_a_second_evaluation_repeats_the_first(agent: Agent) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,3 +110,29 @@ def test_a_fixed_alpha_multiplies_the_penalty_once() -> None:
 def test_impossible_constraints_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Refiner(SPEC, **wrong)
+
+
+def test_a_gradient_step_inside_a_wide_region_is_eta_along_the_normalised_gradient() -> None:
+    torch.manual_seed(0)
+    wide = {"lagrange": False, "alpha": 1e-6, "trust_region": 1.0}
+    refiner = Refiner(SPEC, hidden=(16,), objective="gradient_step", eta=2.0, **wide)
+    train(refiner, steps=1000)
+    residual = refiner.residual(BATCH.observations, torch.zeros(64, 3))
+    assert residual.mean().item() == pytest.approx(2.0 * 0.01 / 1.0, rel=0.05)  # |Q| = 1 at the proposal
+
+
+def test_demonstrations_pull_toward_the_datas_action_as_far_as_the_region_goes() -> None:
+    torch.manual_seed(0)
+    free = Refiner(SPEC, hidden=(16,), objective="demonstration", lagrange=False, alpha=1e-6, trust_region=1.0)
+    metrics = train(free, steps=1000)
+    assert free.refine(BATCH.observations, torch.zeros(64, 3)).mean().item() == pytest.approx(DATA_ACTION, rel=0.05)
+    # The data's action is worse than the proposal by 0.01 * 3 * 0.2.
+    assert float(metrics["weight"]) == pytest.approx(math.exp(-3.0 * 0.006), rel=1e-4)
+    held = Refiner(SPEC, hidden=(16,), objective="demonstration", trust_region=1e-3)
+    assert float(train(held)["trust_region/cost"]) == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("settings", [{"objective": "policy"}, {"eta": 0.0}, {"beta": -1.0}])
+def test_impossible_objectives(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="objective|must be > 0"):
+        Refiner(SPEC, hidden=(16,), **settings)

@@ -93,7 +93,7 @@ class DeFlow(Agent):
         with torch.no_grad():
             next_actions = self.refiner.refine(batch.next_observations, next_base_actions)
         if self.trains("critic"):
-            yield "critic", *self.critic.loss(batch, next_actions)
+            yield "critic", *self.critic.loss(batch, next_actions, noise.levels)
 
         # Refiner: pathwise through Q into the residual, never into the flow or the critic.
         if self.trains("refiner"):

@@ -13,11 +13,8 @@ from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.modules.critic import Critic
+from deflow.modules.critic import Critic, advantage_weights
 from deflow.types import Batch, Spec
-
-# Weights are cut here, as in AWAC's and IQL's released code.
-MAX_WEIGHT = 100.0
 
 
 class FAWAC(Agent):
@@ -68,13 +65,13 @@ class FAWAC(Agent):
                     self.critic.values(batch.observations, batch.actions)
                     - self.critic.values(batch.observations, actions)
                 ).mean(0)
-                weights = (self.beta * advantages).exp().clamp(max=MAX_WEIGHT)
+                weights = advantage_weights(advantages, self.beta)
             loss, metrics = self.behavior_flow.loss(batch, noise.x_0, noise.times, weights)
             yield "behavior_flow", loss, metrics | {"weight": weights.mean(), "advantage": advantages.mean()}
 
         # Critic: bootstraps from the policy at s'.
         if self.trains("critic"):
-            yield "critic", *self.critic.loss(batch, next_actions)
+            yield "critic", *self.critic.loss(batch, next_actions, noise.levels)
 
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:

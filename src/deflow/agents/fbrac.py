@@ -11,11 +11,10 @@ from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
-from deflow.distributed import mean_over_ranks
 from deflow.errors import UserError
 from deflow.flow.ode import Gradient
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.modules.critic import Critic
+from deflow.modules.critic import Critic, value_scale
 from deflow.types import Batch, Spec
 
 
@@ -70,14 +69,14 @@ class FBRAC(Agent):
             q = self.critic.frozen_values(batch.observations, actions).mean(0)
             value_loss = -q.mean()
             if self.normalize_q:
-                value_loss = value_loss / mean_over_ranks(q.detach().abs().mean())
+                value_loss = value_loss / value_scale(q)
             metrics |= {"q": q.detach().mean(), "value_loss": value_loss.detach()}
             yield "behavior_flow", self.alpha * matching + value_loss, metrics
 
         # Critic: bootstraps from the policy at s'.
         if self.trains("critic"):
             next_actions = self.behavior_flow.propose(batch.next_observations, noise.z_next)
-            yield "critic", *self.critic.loss(batch, next_actions)
+            yield "critic", *self.critic.loss(batch, next_actions, noise.levels)
 
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class FQL(Agent):
         if self.trains("critic"):
             with torch.no_grad():
                 next_actions = self.actor.act(batch.next_observations, noise.z_next)
-            yield "critic", *self.critic.loss(batch, next_actions)
+            yield "critic", *self.critic.loss(batch, next_actions, noise.levels)
 
         # Actor: distilled from the flow at the same noise, pathwise through Q.
         if self.trains("actor"):

@@ -66,7 +66,7 @@ class IFQL(Agent):
         if self.trains("critic"):
             with torch.no_grad():
                 next_value = self.value(batch.next_observations)
-            yield "critic", *self.critic.loss_from(batch, next_value)
+            yield "critic", *self.critic.loss_from(batch, next_value, noise.levels)
 
         # Value: an upper expectile over the data's actions.
         if self.trains("value"):

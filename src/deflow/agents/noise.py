@@ -11,15 +11,17 @@ from deflow.types import Batch
 
 
 class FlowNoise(NamedTuple):
-    """Standard normal, shape (batch, action_dim), but for `times`."""
+    """Standard normal, shape (batch, action_dim), but for `times` and `levels`."""
 
     x_0: Tensor  # start of the flow-matching path
     times: Tensor  # uniform in [0, 1), shape (batch, 1)
     z: Tensor  # start of the policy's action at s
     z_next: Tensor  # start of the policy's action at s'
+    levels: Tensor | None = None  # uniform in [0, 1), shape (batch, 4), for a critic that is a flow
 
     @classmethod
     def draw(cls, batch: Batch, generator: torch.Generator) -> FlowNoise:
         shape, device = batch.actions.shape, batch.actions.device
         x_0, z, z_next = torch.randn(3, *shape, generator=generator, device=device)
-        return cls(x_0, torch.rand(shape[0], 1, generator=generator, device=device), z, z_next)
+        times, levels = (torch.rand(shape[0], n, generator=generator, device=device) for n in (1, 4))
+        return cls(x_0, times, z, z_next, levels)

@@ -29,6 +29,7 @@ class BatchStream(IterableDataset):
         proposals: if given, one cached proposal comes with every `s` and `s'`.
         n_step: steps of reward before the bootstrap.
         discount: gamma, read only if `n_step` > 1.
+        horizon: actions of a chunk.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class BatchStream(IterableDataset):
         proposals: ProposalCache | None = None,
         n_step: int = 1,
         discount: float = 1.0,
+        horizon: int = 1,
     ) -> None:
-        self.n_step, self.discount = n_step, discount
+        self.n_step, self.discount, self.horizon = n_step, discount, horizon
+        self.starts = transitions.chunk_starts(horizon)
         self.transitions, self.batch_size = transitions, batch_size
         self.first, self.last = first, last
         self.seed_parts, self.proposals = seed_parts, proposals
@@ -57,9 +60,8 @@ class BatchStream(IterableDataset):
     def batch(self, number: int) -> Batch:
         """Batch `number` of the stream."""
         generator = torch_generator(torch.device("cpu"), *self.seed_parts, distributed.rank(), number)
-        picks = torch.randint(len(self.transitions), (self.batch_size,), generator=generator)
-        rows = self.transitions.starts[picks]
-        batch, next_rows = self.transitions.batch(rows, self.n_step, self.discount)
+        rows = self.starts[torch.randint(len(self.starts), (self.batch_size,), generator=generator)]
+        batch, next_rows = self.transitions.batch(rows, self.n_step, self.discount, self.horizon)
         if self.proposals is None:
             return batch
         return batch._replace(
@@ -80,6 +82,7 @@ class OfflineDataModule(LightningDataModule):
         seed: of the sampling.
         n_step: steps of reward before the bootstrap; 1 is the papers' setting.
         discount: gamma, for the rewards of n-step returns.
+        horizon: actions that the policy decides at once; above 1 the return spans as many steps.
     """
 
     def __init__(
@@ -90,11 +93,14 @@ class OfflineDataModule(LightningDataModule):
         seed: int,
         n_step: int = 1,
         discount: float = 1.0,
+        horizon: int = 1,
     ) -> None:
         super().__init__()
-        if n_step < 1:
-            raise UserError(f"data.n_step must be at least 1, got {n_step}")
-        self.n_step, self.discount = n_step, discount
+        if min(n_step, horizon) < 1:
+            raise UserError(f"data.n_step and agent.horizon must be at least 1, got {n_step} and {horizon}")
+        if n_step > 1 and horizon > 1:
+            raise UserError("a chunk's return already spans agent.horizon steps: leave data.n_step at 1")
+        self.n_step, self.discount, self.horizon = max(n_step, horizon), discount, horizon
         if batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
         self.source, self.batch_size = source, batch_size
@@ -140,6 +146,6 @@ class OfflineDataModule(LightningDataModule):
         ranks = distributed.world_size()
         if self.batch_size % ranks:
             raise UserError(f"data.batch_size={self.batch_size} does not divide by the {ranks} processes")
-        settings = first, last, seed_parts, proposals, self.n_step, self.discount
+        settings = first, last, seed_parts, proposals, self.n_step, self.discount, self.horizon
         stream = BatchStream(transitions, self.batch_size // ranks, *settings)
         return DataLoader(stream, batch_size=None)

@@ -71,17 +71,32 @@ class Transitions:
         """Whether a transition starts at each row, bool of shape (rows,)."""
         return torch.zeros(len(self.states), dtype=torch.bool).index_fill_(0, self.starts, True)
 
-    def batch(self, rows: Tensor, n_step: int = 1, discount: float = 1.0) -> tuple[Batch, Tensor]:
+    def chunk_starts(self, horizon: int) -> Tensor:
+        """The rows from which the data go on for `horizon` transitions, int64 of shape (chunks,).
+
+        Raises:
+            UserError: if no trajectory is that long.
+        """
+        whole = torch.ones(len(self.starts), dtype=torch.bool)
+        for step in range(1, horizon):
+            whole &= self.has_successor[(self.starts + step).clamp(max=len(self.states) - 1)]
+        if not whole.any():
+            raise UserError(f"agent.horizon={horizon} is longer than every trajectory of the data")
+        return self.starts[whole]
+
+    def batch(self, rows: Tensor, n_step: int = 1, discount: float = 1.0, horizon: int = 1) -> tuple[Batch, Tensor]:
         r"""The transitions that start at `rows`, and the rows of their next states.
 
         With `n_step` > 1 the reward is :math:`\sum_{k<h} \gamma^k r_{t+k}`, the next state :math:`s_{t+h}` and the mask
         :math:`\gamma^{h-1} m_{t+h-1}`, so that a one-step target made of them is the n-step target. `h` is `n_step`,
-        or less where the task or the trajectory ends before.
+        or less where the task or the trajectory ends before. With `horizon` > 1 the action is that of `horizon` steps,
+        one after the other.
 
         Args:
             rows: int64 of shape (batch,).
             n_step: steps of reward before the bootstrap, at least 1.
             discount: gamma, read only if `n_step` > 1.
+            horizon: actions of a chunk; above 1 `rows` must be of `chunk_starts(horizon)`.
         """
         rewards, masks = self.rewards.index_select(0, rows), self.masks.index_select(0, rows)
         next_rows = rows + 1
@@ -94,7 +109,7 @@ class Transitions:
             next_rows = next_rows + goes_on.long()
         batch = Batch(
             observations=self.states.index_select(0, rows),
-            actions=self.actions.index_select(0, rows),
+            actions=torch.cat([self.actions.index_select(0, rows + step) for step in range(horizon)], dim=-1),
             rewards=rewards,
             masks=masks,
             next_observations=self.states.index_select(0, next_rows),

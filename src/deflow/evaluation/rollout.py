@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ class _Seat:
     episode: Episode
     observation: np.ndarray
     rng: np.random.Generator
+    plan: deque[np.ndarray] = field(default_factory=deque)  # actions decided and not yet taken
 
 
 class Evaluator:
@@ -85,8 +87,9 @@ class Evaluator:
         seats = [self._seat(env, index) for env, index in zip(self._envs, waiting, strict=False)]
         finished = []
         while seats:
-            for seat, action in zip(tuple(seats), self._actions(agent, seats), strict=True):
-                if self._step(seat, action):
+            self._decide(agent, [seat for seat in seats if not seat.plan])
+            for seat in tuple(seats):
+                if self._step(seat, seat.plan.popleft()):
                     finished.append(seat.episode)
                     seats.remove(seat)
                     seats.extend(self._seat(seat.env, index) for index in [next(waiting, None)] if index is not None)
@@ -99,7 +102,10 @@ class Evaluator:
         return _Seat(env, Episode(index), observation, np.random.default_rng(seed))
 
     @staticmethod
-    def _actions(agent: Agent, seats: Sequence[_Seat]) -> np.ndarray:
+    def _decide(agent: Agent, seats: Sequence[_Seat]) -> None:
+        """Plan the next actions of all `seats` with one call of the policy."""
+        if not seats:
+            return
         shape = (agent.candidates, agent.spec.action_dim)
         z = np.stack([seat.rng.standard_normal(shape, dtype=np.float32) for seat in seats])
         observations = np.stack([seat.observation for seat in seats]).astype(np.float32)
@@ -107,7 +113,9 @@ class Evaluator:
             actions: Tensor = agent.act(
                 torch.from_numpy(observations).to(agent.device), torch.from_numpy(z).to(agent.device)
             )
-        return actions.float().cpu().numpy()
+        plans = actions.float().cpu().numpy().reshape(len(seats), agent.spec.horizon, -1)
+        for seat, plan in zip(seats, plans, strict=True):
+            seat.plan.extend(plan)
 
     @staticmethod
     def _step(seat: _Seat, action: np.ndarray) -> bool:

@@ -11,11 +11,37 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.func import functional_call
 
+from deflow.distributed import mean_over_ranks
 from deflow.errors import UserError
 from deflow.nets.mlp import Activation, EnsembleMLP
 from deflow.types import Batch, Metrics, Spec
 
 Aggregate = Literal["mean", "min"]
+
+# Advantage weights are cut here, as in AWAC's and IQL's released code.
+MAX_WEIGHT = 100.0
+
+
+def value_scale(q: Tensor) -> Tensor:
+    """Mean absolute value over the whole batch (of all ranks), without gradient: what normalised losses divide by."""
+    return mean_over_ranks(q.detach().abs().mean())
+
+
+def advantage_weights(advantages: Tensor, beta: float) -> Tensor:
+    r""":math:`\min(\exp(\beta A), 100)`, as in AWAC (arXiv 2006.09359); `beta` is an inverse temperature."""
+    return (beta * advantages).exp().clamp(max=MAX_WEIGHT)
+
+
+def check_critic(aggregate: str, discount: float) -> None:
+    """Refuse what no critic can work with.
+
+    Raises:
+        UserError: for another aggregate than mean or min, or a discount outside [0, 1).
+    """
+    if aggregate not in ("mean", "min"):
+        raise UserError(f"unknown agent.critic.aggregate '{aggregate}': choose mean or min")
+    if not 0 <= discount < 1:
+        raise UserError(f"the discount must be in [0, 1), got {discount}")
 
 
 class Critic(LightningModule):
@@ -45,29 +71,27 @@ class Critic(LightningModule):
         tau: float = 0.005,
     ) -> None:
         super().__init__()
-        if aggregate not in ("mean", "min"):
-            raise UserError(f"unknown agent.critic.aggregate '{aggregate}': choose mean or min")
-        if not 0 <= discount < 1:
-            raise UserError(f"the discount must be in [0, 1), got {discount}")
+        check_critic(aggregate, discount)
         self.online = EnsembleMLP(members, spec.observation_dim + spec.action_dim, hidden, 1, activation)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.aggregate: Aggregate = aggregate
         self.discount = discount
         self.tau = tau
 
-    def loss(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, next_actions: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The temporal-difference loss.
 
         Args:
             batch: transitions.
             next_actions: the policy's actions at `s'`, shape (batch, action_dim); no gradient flows into them.
+            levels: not read; the random numbers of a critic that is a flow.
         """
         with torch.no_grad():
             next_values = self.target_values(batch.next_observations, next_actions)
             next_value = next_values.mean(0) if self.aggregate == "mean" else next_values.amin(0)
         return self.loss_from(batch, next_value)
 
-    def loss_from(self, batch: Batch, next_value: Tensor) -> tuple[Tensor, Metrics]:
+    def loss_from(self, batch: Batch, next_value: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The temporal-difference loss toward a value of `s'` from elsewhere, without gradient, shape (batch,)."""
         target = batch.rewards + self.discount * batch.masks * next_value
         values = self._values(self.online, batch.observations, batch.actions)

@@ -8,8 +8,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from deflow.distributed import mean_over_ranks
 from deflow.errors import UserError
+from deflow.modules.critic import value_scale
 from deflow.nets.mlp import MLP, Activation
 from deflow.types import Metrics, Spec
 
@@ -65,7 +65,7 @@ class OneStepActor(LightningModule):
         q = values(observations, actions.clamp(-1.0, 1.0)).mean(0)
         value_loss = -q.mean()
         if self.normalize_q:
-            value_loss = value_loss / mean_over_ranks(q.detach().abs().mean())
+            value_loss = value_loss / value_scale(q)
 
         loss = self.alpha * distillation + value_loss
         return loss, {

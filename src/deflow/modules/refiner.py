@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from deflow.distributed import mean_over_ranks
 from deflow.errors import UserError
 from deflow.modules.constraints import Constraint, Refinement
+from deflow.modules.critic import advantage_weights, value_scale
 from deflow.nets.mlp import MLP, Activation
 from deflow.types import Batch, Metrics, Spec
+
+Objective = Literal["value", "gradient_step", "demonstration"]
+Value = Callable[[Tensor, Tensor], Tensor]  # mean over the ensemble, shape (batch,)
 
 
 class Refiner(LightningModule):
@@ -27,6 +30,13 @@ class Refiner(LightningModule):
     Source: DeFlow (arXiv 2601.10471). Difference from the released code: a fixed alpha multiplies the penalty
     once (there it does twice).
 
+    Two other objectives may take the first term's place, inside the same constraints:
+
+    - `gradient_step`: :math:`E\|\Delta a - \eta g\|^2 / 2\eta`, a regression to one step uphill from the proposal, with
+      :math:`g = \nabla_a \bar Q(s, a_{base}) / sg[E|\bar Q|]`. Its gradient at :math:`\Delta a = 0` is that of `value`.
+    - `demonstration`: :math:`E\,w\,\|a_\pi - a\|^2`, a regression to the data's action where it is better than the
+      proposal, :math:`w = \min(\exp(\beta(\bar Q(s, a) - \bar Q(s, a_{base}))), 100)`.
+
     Args:
         spec: sizes of the task.
         hidden: widths of the hidden layers.
@@ -35,10 +45,13 @@ class Refiner(LightningModule):
             action dimension, each with a multiplier of its own.
         lagrange: learn the trust region's multiplier; otherwise it stays at `alpha`.
         alpha: the fixed multiplier when `lagrange` is off, > 0; a learned one starts at `exp(1)`.
+        objective: `value` (the paper's), `gradient_step` or `demonstration`.
+        eta: step of `gradient_step` in action units for a unit of the normalised gradient, > 0.
+        beta: inverse temperature of `demonstration`'s weights in units of reward, > 0.
         constraints: further ones, each a mapping with the arguments of `Constraint`.
 
     Raises:
-        UserError: for an impossible constraint, or two of one kind.
+        UserError: for an impossible constraint, two of one kind, or an unknown objective.
     """
 
     def __init__(
@@ -49,9 +62,23 @@ class Refiner(LightningModule):
         trust_region: float | Sequence[float] = 0.001,
         lagrange: bool = True,
         alpha: float = 10.0,
+        objective: Objective = "value",
+        eta: float = 0.1,
+        beta: float = 3.0,
         constraints: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__()
+        objectives = {
+            "value": self._value_loss,
+            "gradient_step": self._gradient_step_loss,
+            "demonstration": self._demonstration_loss,
+        }
+        if objective not in objectives:
+            raise UserError(f"unknown agent.refiner.objective '{objective}': choose one of {', '.join(objectives)}")
+        if min(eta, beta) <= 0:
+            raise UserError(f"agent.refiner.eta and beta must be > 0, got {eta} and {beta}")
+        self._objective = objectives[objective]
+        self.eta, self.beta = eta, beta
         self.net = MLP(spec.observation_dim + spec.action_dim, hidden, spec.action_dim, activation)
         first = {"kind": "trust_region", "limit": trust_region, "multiplier": None if lagrange else alpha}
         self.constraints = nn.ModuleDict()
@@ -84,20 +111,42 @@ class Refiner(LightningModule):
         residual = self.residual(batch.observations, base_actions)
         actions = (base_actions + residual).clamp(-1.0, 1.0)
 
-        # Value term, normalised by a statistic of the whole batch (of all ranks).
-        q = values(batch.observations, actions).mean(0)
-        q_scale = mean_over_ranks(q.detach().abs().mean())
-        value_loss = -q.mean() / q_scale
+        # What the residual is for.
+        loss, metrics = self._objective(batch, base_actions, actions, lambda s, a: values(s, a).mean(0))
 
         # Trust region and whatever else is constrained.
-        loss = value_loss
-        metrics = {"value_loss": value_loss.detach(), "q": q.detach().mean()}
         refinement = Refinement(residual, actions, batch.actions, next_actions)
         for kind, constraint in self.constraints.items():
             penalty, multiplier_loss, values_of_it = cast(Constraint, constraint).loss(refinement)
             loss = loss + penalty + multiplier_loss
             metrics |= {f"{kind}/{name}": value for name, value in values_of_it.items()}
         return loss, metrics | {"loss": loss.detach()}
+
+    def _value_loss(self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value) -> tuple[Tensor, Metrics]:
+        q = value(batch.observations, actions)
+        loss = -q.mean() / value_scale(q)
+        return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
+
+    def _gradient_step_loss(
+        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value
+    ) -> tuple[Tensor, Metrics]:
+        with torch.enable_grad():
+            start = base_actions.detach().requires_grad_()
+            q = value(batch.observations, start)
+            (uphill,) = torch.autograd.grad(q.sum(), start)
+        step = self.eta * uphill / value_scale(q)
+        loss = (actions - (base_actions + step).clamp(-1.0, 1.0)).square().sum(-1).mean() / (2 * self.eta)
+        return loss, {"regression": loss.detach(), "step": step.square().mean(), "q": q.detach().mean()}
+
+    def _demonstration_loss(
+        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value
+    ) -> tuple[Tensor, Metrics]:
+        with torch.no_grad():
+            q = value(batch.observations, base_actions)
+            advantage = value(batch.observations, batch.actions) - q
+            weight = advantage_weights(advantage, self.beta)
+        loss = (weight * (actions - batch.actions).square().mean(-1)).mean()
+        return loss, {"regression": loss.detach(), "weight": weight.mean(), "q": q.mean()}
 
     def residual(self, observations: Tensor, base_actions: Tensor) -> Tensor:
         """The residual `da`, shape (batch, action_dim)."""

@@ -70,7 +70,7 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class EnsembleMLP(nn.Module):
-    """`members` MLPs of one shape over the same input: (batch, in_dim) -> (members, batch, out_dim).
+    """`members` MLPs of one shape: (batch, in_dim), or one input a member, -> (members, batch, out_dim).
 
     Every hidden activation is normalised after the non-linearity, as in the papers' critics.
     """
@@ -86,7 +86,7 @@ class EnsembleMLP(nn.Module):
         self.norms = nn.ModuleList(EnsembleLayerNorm(members, width) for width in hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.expand(self.members, *x.shape)
+        x = x.expand(self.members, *x.shape[-2:])
         for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
             x = norm(activate(layer(x), self.activation))
         return self.layers[-1](x)

@@ -1,0 +1,67 @@
+"""The flow critic: it finds known values, and the distilled network agrees with the flow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deflow.errors import UserError
+from deflow.modules.flow_critic import FlowCritic
+from deflow.types import Batch, Spec
+
+SPEC = Spec(observation_dim=1, action_dim=1)
+
+
+def test_it_learns_a_known_value() -> None:
+    # One state, the reward is the action and nothing follows: Q(a) = a, in the range [-1, 1].
+    torch.manual_seed(0)
+    critic = FlowCritic(SPEC, value_range=(-1.0, 1.0), hidden=(64, 64), tau=0.05)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    for _ in range(1500):
+        actions = torch.rand(128, 1) * 2 - 1
+        states = torch.zeros(128, 1)
+        batch = Batch(states, actions, actions[:, 0], torch.zeros(128), states)
+        loss, _ = critic.loss(batch, actions, torch.rand(128, 4))
+        optimizer.zero_grad()
+        loss.backward()
+        for online, target, tau in critic.target_pairs():
+            target.data.lerp_(online.data, tau)
+        optimizer.step()
+    actions = torch.linspace(-0.8, 0.8, 9)[:, None]
+    flow, distilled = critic.target_values(torch.zeros(9, 1), actions), critic.values(torch.zeros(9, 1), actions)
+    assert flow.shape == (2, 9)
+    assert distilled.shape == (1, 9)
+    assert (flow - actions[:, 0]).abs().max() < 0.1
+    assert (distilled - actions[:, 0]).abs().max() < 0.1
+
+
+def test_the_target_bootstraps_in_units_of_reward() -> None:
+    # A field of zeros leaves every flow where it starts: the middle of the range, so y = r + gamma * middle.
+    critic = FlowCritic(SPEC, value_range=(-10.0, 0.0), hidden=(8,), discount=0.5, noise_width=1e-6)
+    for parameter in critic.target.parameters():
+        parameter.zero_()
+    assert critic.target_values(torch.zeros(3, 1), torch.zeros(3, 1)).tolist() == [[-5.0] * 3] * 2
+    batch = Batch(
+        torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 0.0]), torch.ones(2, 1)
+    )
+    with torch.no_grad():
+        for parameter in critic.online.parameters():
+            parameter.zero_()
+        _, metrics = critic.loss(batch, torch.zeros(2, 1), torch.full((2, 4), 0.5))
+    # Velocities of zero against (y + 5) / 10 with y = -1 - 2.5 and y = -1.
+    assert metrics["matching"].item() == pytest.approx((0.15**2 + 0.4**2) / 2, rel=1e-4)
+    assert metrics["q_mean"].item() == -5.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"value_range": (0.0, 0.0)}, "value_range must be"),
+        ({"steps": 0}, "steps >= 1"),
+        ({"noise_width": 0.0}, "noise_width in"),
+        ({"aggregate": "max"}, "choose mean or min"),
+    ],
+)
+def test_impossible_settings(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FlowCritic(SPEC, **{"value_range": (-1.0, 0.0)} | settings)
