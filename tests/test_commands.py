@@ -25,6 +25,12 @@ from tests.commands import ROOT, run, start, tiny_overrides
             "unknown solver 'nonsense': choose one of dopri5, euler, heun, midpoint, rk4",
         ),
         ("train.py", ["experiment=pointmaze", "agent.trust_region=-1"], "'trust_region' must be > 0, got -1"),
+        ("train.py", ["experiment=pointmaze", "agent.critic=flow", "agent.critic.steps=0"], "needs steps >= 1"),
+        (
+            "train.py",
+            ["experiment=pointmaze", "agent.critic=nonsense"],
+            "unknown agent/critic 'nonsense': choose one of",
+        ),
         ("train.py", ["experiment=pointmaze", "agent.trust_region=large"], "must be a number or a list, got large"),
         ("train.py", ["experiment=pointmaze", "data.n_step=0"], "data.n_step must be at least 1, got 0"),
         ("train.py", ["experiment=own"], "Missing mandatory value: data.source.path"),

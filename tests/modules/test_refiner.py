@@ -134,5 +134,5 @@ def test_demonstrations_pull_toward_the_datas_action_as_far_as_the_region_goes()
 
 @pytest.mark.parametrize("settings", [{"objective": "policy"}, {"eta": 0.0}, {"beta": -1.0}])
 def test_impossible_objectives(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="objective|must be > 0"):
+    with pytest.raises(UserError, match=r"objective|must be > 0"):
         Refiner(SPEC, hidden=(16,), **settings)

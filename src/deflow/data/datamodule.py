@@ -96,8 +96,9 @@ class OfflineDataModule(LightningDataModule):
         horizon: int = 1,
     ) -> None:
         super().__init__()
-        if min(n_step, horizon) < 1:
-            raise UserError(f"data.n_step and agent.horizon must be at least 1, got {n_step} and {horizon}")
+        for name, steps in (("data.n_step", n_step), ("agent.horizon", horizon)):
+            if steps < 1:
+                raise UserError(f"{name} must be at least 1, got {steps}")
         if n_step > 1 and horizon > 1:
             raise UserError("a chunk's return already spans agent.horizon steps: leave data.n_step at 1")
         self.n_step, self.discount, self.horizon = max(n_step, horizon), discount, horizon
