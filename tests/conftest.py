@@ -32,6 +32,9 @@ TINY = (
     "trainer.log_every_n_steps=2",
     "logger=csv",
     "video.episodes=0",
+    "diversity.states=4",
+    "diversity.samples=4",
+    "diversity.neighbours=4",
     "threads=1",
 )
 

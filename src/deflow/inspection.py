@@ -16,7 +16,7 @@ from deflow.config import plain
 from deflow.data import card
 from deflow.data.iav import ActionVariance, intrinsic_action_variance
 from deflow.data.source import Source
-from deflow.evaluation.diversity import policy_variance
+from deflow.evaluation.diversity import policy_samples
 from deflow.pipeline import agent_of, load_checkpoint
 from deflow.report import write_json
 
@@ -62,7 +62,8 @@ def inspect(config: DictConfig) -> dict[str, Any]:
 def _policy_variances(config: DictConfig, states: torch.Tensor) -> dict[str, ActionVariance]:
     agent = agent_of(load_checkpoint(Path(config.ckpt)))
     picks = torch.randperm(len(states), generator=torch.Generator().manual_seed(config.seed))
-    return policy_variance(agent, states[picks[: config.iav.sample]], config.samples, config.seed)
+    drawn = policy_samples(agent, states[picks[: config.iav.sample]], config.samples, config.seed)
+    return {name: ActionVariance.of_states(actions.var(axis=1, ddof=1), config.seed) for name, actions in drawn.items()}
 
 
 def _print_variances(variances: dict[str, ActionVariance], rule: dict[str, Any]) -> None:

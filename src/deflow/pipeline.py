@@ -35,6 +35,8 @@ from deflow.data.source import Source
 from deflow.distributed import is_main_process
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
+from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions
+from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import summarise
 from deflow.files import replacing
@@ -212,14 +214,17 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
     )
     if not is_main_process():
         return summary
-    report.write_json(run.folder / "summary.json", summary)
+    if run.config.diversity.states:
+        _measure_diversity(run, summary)
     report.draw(run.metrics.rows, run.episodes, run.folder / "report.png", plain(run.config), run.data.source.task)
+    report.write_json(run.folder / "summary.json", summary)
     if run.config.video.episodes and run.evaluator is not None:
         _record(run)
     for logger in run.loggers:
         if isinstance(logger, MLFlowLogger):
-            for name in (CONFIG_FILE, "summary.json", "report.png"):
-                logger.experiment.log_artifact(logger.run_id, str(run.folder / name))
+            for name in (CONFIG_FILE, "summary.json", "report.png", "actions.png"):
+                if (run.folder / name).exists():
+                    logger.experiment.log_artifact(logger.run_id, str(run.folder / name))
     report.print_table(summary, run.folder)
     return summary
 
@@ -244,12 +249,22 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     episodes = evaluator.run(agent)
     evaluator.close()
     result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
-    result |= summarise(episodes, source.score)
+    result |= summarise(episodes, source.score) | latency(agent)
     settings = card["config"]["agent"] | chosen
     result |= {key: settings[key] for key in ("best_of_n", "refine_steps") if key in settings}
     report.write_json(path.with_name("evaluation.json"), result)
     report.print_evaluation(result)
     return result
+
+
+def _measure_diversity(run: Run, summary: dict[str, Any]) -> None:
+    """Put the policy's diversity beside the data's into `summary`, and draw `actions.png`."""
+    settings = run.config.diversity
+    assert run.data.transitions is not None
+    horizon = run.agent.spec.horizon
+    around = Neighbourhoods.of(run.data.transitions, settings.states, settings.neighbours, horizon, run.config.seed)
+    summary["diversity"] = diversity(run.agent, around, settings.samples, settings.radius, run.config.seed)
+    draw_actions(run.agent, around, settings.samples, run.folder / "actions.png", run.config.seed)
 
 
 def _record(run: Run) -> None:
@@ -297,7 +312,7 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
     if of != task:
         raise UserError(f"{path} is a checkpoint of {of}, not of {task}")
     try:
-        agent.load_state_dict(checkpoint["state_dict"])
+        agent.start_from(checkpoint["state_dict"])
     except RuntimeError as error:
         raise UserError(f"the networks of {path} differ from the configured ones: {error}") from error
 

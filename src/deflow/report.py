@@ -101,9 +101,20 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     console.print(
         f"updates/s: {speeds}; {summary['seconds'] / 60:.1f} min; {summary['peak_memory_mib']:.0f} MiB at peak"
     )
-    for name in ("report.png", "video.mp4"):
+    if "diversity" in summary:
+        console.print(_diversity_line(summary["diversity"]))
+    for name in ("report.png", "actions.png", "video.mp4"):
         if (folder / name).exists():
             console.print(f"{folder / name}", soft_wrap=True)
+
+
+def _diversity_line(diversity: dict[str, Any]) -> str:
+    """`at 128 states: modes (data 1.40, proposal 1.35, policy 1.10); variance ...`."""
+    shown = []
+    for key in ("modes", "variance", "distance_to_data"):
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in diversity[key].items())
+        shown.append(f"{key.replace('_', ' ')} ({numbers})")
+    return f"at {diversity['states']} states: {'; '.join(shown)}"
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
@@ -114,6 +125,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
     for key in (key for key in EVALUATED if key in result):
         table.add_row(key, f"{result[key]:.2f}", f"{result[f'{key}_low']:.2f} to {result[f'{key}_high']:.2f}")
     Console().print(table)
+    Console().print(f"one decision: {result['latency_ms_p50']:.2f} ms (99%: {result['latency_ms_p99']:.2f} ms)")
 
 
 def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: dict[str, Any], task: str) -> None:

@@ -110,6 +110,10 @@ class Agent(LightningModule, ABC):
                 parameter.requires_grad_(part in train)
         self._bad_step: Tensor | None = None
 
+    def start_from(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take the initial weights from a checkpoint of an agent like this one."""
+        self.load_state_dict(state_dict)
+
     def trains(self, part: str) -> bool:
         """Whether `part` trains in the current stage."""
         return part in self._active

@@ -56,7 +56,7 @@ class OneStepActor(LightningModule):
             proposals: the flow's actions from the same `z`, shape (batch, action_dim), without gradient.
             values: `values(s, a)` of shape (members, batch) with a gradient into `a` only.
         """
-        actions = self.net(torch.cat([observations, z], dim=-1))
+        actions = self(observations, z)
 
         # Distillation.
         distillation = (actions - proposals).square().mean()
@@ -75,6 +75,10 @@ class OneStepActor(LightningModule):
             "q": q.detach().mean(),
         }
 
+    def forward(self, observations: Tensor, z: Tensor) -> Tensor:
+        """Actions before they are clipped, shape (batch, action_dim)."""
+        return self.net(torch.cat([observations, z], dim=-1))
+
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions in [-1, 1], shape (batch, action_dim)."""
-        return self.net(torch.cat([observations, z], dim=-1)).clamp(-1.0, 1.0)
+        return self(observations, z).clamp(-1.0, 1.0)

@@ -1,0 +1,18 @@
+"""python distill.py ckpt=PATH [overrides]: train a one-step generator of a trained policy."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from deflow.config import entry_point
+
+
+@entry_point("distill")
+def main(config: DictConfig, folder: Path) -> None:
+    from deflow.distillation import distill
+
+    distill(config, folder)
+
+
+if __name__ == "__main__":
+    main()

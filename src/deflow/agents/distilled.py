@@ -1,0 +1,68 @@
+"""Distilled: one network evaluation that imitates a trained policy of many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent, Loss
+from deflow.agents.noise import FlowNoise
+from deflow.errors import UserError
+from deflow.modules.one_step import OneStepActor
+from deflow.types import Batch, Spec
+
+
+class Distilled(Agent):
+    r"""A one-step generator of a trained policy's actions, for deployment.
+
+    .. math:: \min_\omega E\|\mu_\omega(s, z) - sg[\pi(s, z)]\|^2
+
+    over the data's states and the teacher's own noise: what is learned is the map from noise to action, not only its
+    distribution, so no mode is lost between two of the teacher's. `train(ckpt=...)` takes the teacher's weights, and
+    checkpoints hold them.
+
+    Args:
+        spec: sizes of the task.
+        teacher: makes the agent to imitate.
+        actor: makes the one-step network.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+
+    Raises:
+        UserError: if the teacher chooses among several candidates, whose noise a one-step network does not see.
+    """
+
+    teacher: Agent
+    actor: OneStepActor
+
+    def __init__(
+        self,
+        spec: Spec,
+        teacher: Callable[..., Agent],
+        actor: Callable[[Spec], OneStepActor],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+    ) -> None:
+        super().__init__(spec, {"actor": actor(spec)}, optimizer, seed)
+        self.teacher = teacher(spec=spec).requires_grad_(False)
+        if self.teacher.candidates != 1:
+            raise UserError(
+                f"the teacher takes the best of {self.teacher.candidates} candidates, which is not a function of one "
+                "noise: distil it with +teacher.best_of_n=1"
+            )
+
+    def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        target = self.teacher.act(batch.observations, noise.z[:, None])
+        loss = (self.actor(batch.observations, noise.z) - target).square().mean()
+        yield "actor", loss, {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.actor.act(observations, z[:, 0])
+
+    def start_from(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.teacher.load_state_dict(state_dict)

@@ -1,0 +1,70 @@
+"""distill.py: the student imitates, is self-contained, and a teacher that chooses is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deflow.agents.distilled import Distilled
+from deflow.build import build_agent
+from deflow.config import plain
+from deflow.distillation import distill
+from deflow.errors import UserError
+from deflow.pipeline import agent_of, evaluate, load_checkpoint, train
+from deflow.types import Spec
+from tests.agents.tester import check_agent
+from tests.conftest import compose_config, tiny_config
+
+
+def make(*overrides: str) -> Distilled:
+    torch.manual_seed(0)
+    config = compose_config("experiment=cube_single", "networks.hidden=[16,16]", *overrides)
+    student = compose_config("ckpt=none", "agent.actor.hidden=[64,64]", config_name="distill")
+    teacher = {key: value for key, value in plain(config.agent).items() if key != "horizon"} | {"_partial_": True}
+    agent: Any = build_agent(plain(student.agent) | {"teacher": teacher}, Spec(5, 3))
+    return agent
+
+
+def test_shared_checks() -> None:
+    check_agent(make())
+
+
+def test_it_learns_the_teachers_map_from_noise_to_action() -> None:
+    agent = make()
+    optimizer = torch.optim.Adam(agent.actor.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    observations, z = torch.randn(64, 5, generator=generator), torch.randn(64, 1, 3, generator=generator)
+    target = agent.teacher.act(observations, z)
+    for _ in range(300):
+        loss = (agent.actor(observations, z[:, 0]) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (agent.act(observations, z) - target).square().mean() < 0.01 * target.var()
+
+
+def test_a_teacher_that_chooses_is_refused() -> None:
+    with pytest.raises(UserError, match=r"\+teacher.best_of_n=1"):
+        make("agent.best_of_n=4")
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_a_run(horizon: int, point_data: Path, tmp_path: Path) -> None:
+    train(tiny_config(point_data, "experiment=pointmaze", f"agent.horizon={horizon}"), tmp_path / "taught")
+    taught = tmp_path / "taught" / "checkpoints" / "0_joint" / "final.ckpt"
+    overrides = [f"ckpt={taught}", "updates=2", "eval.episodes=2", "logger=csv", "agent.actor.hidden=[16]"]
+    config = compose_config(*overrides, "trainer.log_every_n_steps=1", config_name="distill")
+    result = distill(config, tmp_path / "run")
+    assert result["teacher"]["episodes"] == result["one_step"]["episodes"] == 2
+    assert 0 < result["one_step"]["latency_ms_p50"] <= result["one_step"]["latency_ms_p99"]
+    final = tmp_path / "run" / "checkpoints" / "0_distillation" / "final.ckpt"
+    weights = load_checkpoint(taught)["state_dict"]
+    teacher = agent_of(load_checkpoint(final)).teacher.state_dict()  # type: ignore[union-attr, operator]
+    assert all(torch.equal(teacher[name], weight) for name, weight in weights.items())
+    taught.unlink()
+    again = evaluate(compose_config(f"ckpt={final}", "episodes=2", config_name="evaluate"))
+    assert again["return"] == result["one_step"]["return"]
