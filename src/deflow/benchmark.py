@@ -43,7 +43,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     agent = build_agent(config.agent, Spec(config.observation_dim, config.action_dim))
     stream = BatchStream(
-        _random_transitions(agent.spec), config.batch_size, 0, config.updates, (config.seed, "benchmark")
+        random_transitions(agent.spec), config.batch_size, 0, config.updates, (config.seed, "benchmark")
     )
     bare_seconds(agent, stream)  # warm-up
     rounds = [
@@ -106,7 +106,7 @@ def lightning_seconds(agent: Agent, stream: BatchStream, log_every: int) -> floa
     return clock.seconds
 
 
-def _random_transitions(spec: Spec) -> Transitions:
+def random_transitions(spec: Spec) -> Transitions:
     rng = np.random.default_rng(0)
     arrays = {
         "observations": rng.standard_normal((ROWS, spec.observation_dim)),
