@@ -43,22 +43,15 @@ def table(logs: Path) -> None:
     """Print success over the seeds, updates/s and latency."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("medium")
-    print(
-        "| agent (seeds) | "
-        + " | ".join(f"{n // 1000}k" for n in UPDATES)
-        + " | 95% at the end | updates/s | latency |"
-    )
-    print("|---|" + "---|" * (len(UPDATES) + 3))
+    columns = ["agent (seeds)", *(f"{n // 1000}k" for n in UPDATES), "95% at the end", "updates/s", "latency"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for agent in SEEDS:
         runs = [folder for folder in sorted((logs / f"table_{agent}").glob("*/")) if (folder / "metrics.csv").exists()]
         if not runs:
             continue
         curves = [success_of(folder) for folder in runs]
         at = {n: [curve[n] for curve in curves if n in curve] for n in UPDATES}
-        cells = [
-            f"**{mean(values):.2f}** ({', '.join(f'{v:.2f}' for v in values)})" for values in at.values() if values
-        ]
-        cells += ["-"] * (len(UPDATES) - len(cells))
+        cells = [seeds(values) for values in at.values()]
         config = yaml.safe_load((runs[0] / "config.yaml").read_text())
         speed, milliseconds = speed_of(config["agent"])
         row = [f"{agent} ({len(runs)})", *cells, interval(at[UPDATES[-1]]), f"{speed:.0f}", f"{milliseconds:.2f} ms"]
@@ -88,8 +81,9 @@ def interval(successes: list[float]) -> str:
     return f"{low:.2f} to {high:.2f}"
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def seeds(values: list[float]) -> str:
+    """The mean, and each seed's."""
+    return f"**{sum(values) / len(values):.2f}** ({', '.join(f'{v:.2f}' for v in values)})" if values else "-"
 
 
 if __name__ == "__main__":
