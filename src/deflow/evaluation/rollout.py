@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import gymnasium
@@ -86,13 +88,15 @@ class Evaluator:
         # The environments come first in the zip: exhausted first, they leave the next index waiting.
         seats = [self._seat(env, index) for env, index in zip(self._envs, waiting, strict=False)]
         finished = []
-        while seats:
-            self._decide(agent, [seat for seat in seats if not seat.plan])
-            for seat in tuple(seats):
-                if self._step(seat, seat.plan.popleft()):
-                    finished.append(seat.episode)
-                    seats.remove(seat)
-                    seats.extend(self._seat(seat.env, index) for index in [next(waiting, None)] if index is not None)
+        # Threads, not processes: the simulator lets go of Python's lock, and nothing has to be copied.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            while seats:
+                self._decide(agent, [seat for seat in seats if not seat.plan])
+                for seat, over in zip(tuple(seats), self._step_all(seats, pool), strict=True):
+                    if over:
+                        finished.append(seat.episode)
+                        seats.remove(seat)
+                        seats.extend(self._seat(seat.env, i) for i in [next(waiting, None)] if i is not None)
         agent.train(was_training)
         return finished
 
@@ -116,6 +120,16 @@ class Evaluator:
         plans = actions.float().cpu().numpy().reshape(len(seats), agent.spec.horizon, -1)
         for seat, plan in zip(seats, plans, strict=True):
             seat.plan.extend(plan)
+
+    def _step_all(self, seats: Sequence[_Seat], pool: ThreadPoolExecutor) -> list[bool]:
+        """Step every seat, some at the same time; whose episodes are over."""
+
+        def step(some: Sequence[_Seat]) -> list[bool]:
+            return [self._step(seat, seat.plan.popleft()) for seat in some]
+
+        share = -(-len(seats) // (os.cpu_count() or 1))
+        groups = [seats[first : first + share] for first in range(0, len(seats), share)]
+        return [over for group in pool.map(step, groups) for over in group]
 
     @staticmethod
     def _step(seat: _Seat, action: np.ndarray) -> bool:
