@@ -22,6 +22,8 @@ from tests.parity.reference import Reference
 
 LOSS_RTOL = 1e-4
 WEIGHT_ATOL = 1e-5
+BF16_RTOL = 2e-2
+BF16_GRADIENT_RTOL = 4e-2  # of a part: 32-wide bfloat16 layers; the refiner's passes through the critic's too
 SHAPE: dict[str, Any] = {"hidden": (32, 32, 32), "activation": "gelu_tanh"}
 
 # The original's name of a diagnostic -> ours, as (part, metric).
@@ -104,6 +106,25 @@ def test_gradients_agree(case: Case) -> None:
         assert parameter.grad is not None, name
         error = (parameter.grad - expected[name]).norm() / expected[name].norm()
         assert error < LOSS_RTOL, f"{name}: relative gradient error {error:.1e}"
+
+
+def test_mixed_precision_agrees_to_its_own_accuracy(case: Case) -> None:
+    reference, agent, batch, noise = case
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = list(agent.losses(batch, noise))
+    metrics = {part: values for part, _, values in terms}
+    for theirs, (part, key) in (COMMON | DIAGNOSTICS[type(agent)]).items():
+        value = metrics[part][key]
+        assert value.dtype == torch.float32, key
+        torch.testing.assert_close(value, reference[f"expected/{theirs}"], rtol=BF16_RTOL, atol=BF16_RTOL, msg=theirs)
+    torch.stack([loss for _, loss, _ in terms]).sum().backward()
+    expected = reference.of("grads", agent)
+    for part in agent.parts:
+        names = [name for name, p in agent.named_parameters() if name.startswith(f"{part}.") and p.requires_grad]
+        gradient = torch.cat([agent.get_parameter(name).grad.flatten() for name in names])
+        pinned = torch.cat([expected[name].flatten() for name in names])
+        error = (gradient - pinned).norm() / pinned.norm()
+        assert error < BF16_GRADIENT_RTOL, f"{part}: relative gradient error {error:.1e}"
 
 
 @pytest.mark.parametrize("fused", [False, True])

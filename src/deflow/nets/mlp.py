@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,20 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = activate(layer(x), self.activation)
-        return self.layers[-1](x)
+        return self.layers[-1](x).float()  # losses are computed in float32, whatever the layers were
+
+    def cast(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The same function computed in `dtype`, its weights converted once; without gradient."""
+        linears = cast(Iterable[nn.Linear], self.layers)
+        layers = [(linear.weight.detach().to(dtype), linear.bias.detach().to(dtype)) for linear in linears]
+
+        def forward(x: Tensor) -> Tensor:
+            x = x.to(dtype)
+            for weight, bias in layers[:-1]:
+                x = activate(F.linear(x, weight, bias), self.activation)
+            return F.linear(x, *layers[-1]).float()
+
+        return forward
 
 
 class EnsembleLinear(nn.Module):
@@ -66,7 +79,9 @@ class EnsembleLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), self.weight)
+        # In the type of `x`: under autocast a float32 scale would turn the next product's input into float32 and back.
+        normalised = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+        return torch.addcmul(self.bias.to(x.dtype), normalised, self.weight.to(x.dtype))
 
 
 class EnsembleMLP(nn.Module):
@@ -89,4 +104,4 @@ class EnsembleMLP(nn.Module):
         x = x.expand(self.members, *x.shape[-2:])
         for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
             x = norm(activate(layer(x), self.activation))
-        return self.layers[-1](x)
+        return self.layers[-1](x).float()  # losses are computed in float32, whatever the layers were

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,3 +28,8 @@ class VectorField(nn.Module):
             times: in [0, 1], shape (batch, 1).
         """
         return self.mlp(torch.cat([observations, x_t, times], dim=-1))
+
+    def cast(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The same velocities computed in `dtype`, without gradient; see `MLP.cast`."""
+        mlp = self.mlp.cast(dtype)
+        return lambda observations, x_t, times: mlp(torch.cat([observations, x_t, times], dim=-1))
