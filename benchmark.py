@@ -1,5 +1,6 @@
-"""python benchmark.py [overrides]: updates/s of the pipeline's own loop against a bare one, as a ratio in one run."""
+"""python benchmark.py [overrides] [--profile]: how fast everything is, as tables and as JSON."""
 
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -15,4 +16,5 @@ def main(config: DictConfig, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = ["profile=true" if argument == "--profile" else argument for argument in sys.argv[1:]]
     main()

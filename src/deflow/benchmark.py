@@ -1,10 +1,17 @@
-"""How fast updates are, and what Lightning's loop adds to them."""
+"""How fast everything is: updates of every agent and stage, Lightning's share, sampling, evaluation, start-up."""
 
 from __future__ import annotations
 
+import json
 import logging
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -12,70 +19,154 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
 from deflow.data.datamodule import BatchStream
+from deflow.data.proposals import ProposalCache
 from deflow.data.transitions import Transitions
+from deflow.envs import ogbench
+from deflow.evaluation.latency import latency
+from deflow.evaluation.rollout import Evaluator
+from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.pipeline import LIGHTNING_WARNINGS
 from deflow.report import write_json
 from deflow.seeding import torch_generator
 from deflow.types import Spec
 
-ROWS = 100_000
+ROWS, PROPOSALS = 100_000, 8
+PROFILED_UPDATES, PROFILED_ROWS = 20, 20
+# How float32 products are computed, and whether layers are in bfloat16 altogether.
+PRECISIONS = {"fp32": ("highest", False), "medium": ("medium", False), "bf16": ("highest", True)}
 
 
 def benchmark(config: DictConfig) -> dict[str, Any]:
-    """Time the joint update in a bare loop and under Lightning's Trainer, in turns; print and write JSON.
+    """Measure what `config.measure` names; print tables and write JSON.
 
-    Both draw the same batches and noise, compute the same losses and take the same optimizer and Polyak steps. They
-    take turns, so that a machine that slows down slows both; the overhead is the median of the rounds' ratios.
+    Whatever is compared takes turns in one process, so that a machine that slows down slows all of it, and ratios are
+    medians over the rounds.
     """
-    torch.set_float32_matmul_precision(config.matmul_precision)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    agent = build_agent(config.agent, Spec(config.observation_dim, config.action_dim))
-    stream = BatchStream(
-        random_transitions(agent.spec), config.batch_size, 0, config.updates, (config.seed, "benchmark")
-    )
-    bare_seconds(agent, stream)  # warm-up
-    rounds = [
-        (bare_seconds(agent, stream), lightning_seconds(agent, stream, config.log_every)) for _ in range(config.rounds)
-    ]
-    bare, lightning = (median(seconds) / config.updates for seconds in zip(*rounds, strict=True))
-    result = {
-        "agent": type(agent).__name__,
+    spec = Spec(config.observation_dim, config.action_dim)
+    agents = {name: _agent(config, name, spec) for name in config.agents}
+    first = next(iter(agents.values()))
+    result: dict[str, Any] = {
         "hidden": list(config.networks.hidden),
         "batch_size": config.batch_size,
         "threads": torch.get_num_threads(),
-        "matmul_precision": config.matmul_precision,
-        "bare_updates_per_second": 1 / bare,
-        "lightning_updates_per_second": 1 / lightning,
-        "lightning_over_bare": median(b / a for a, b in rounds),
-        "rounds_seconds": [list(pair) for pair in rounds],
         "torch": version("torch"),
         "lightning": version("lightning"),
     }
+    measurements = {
+        "ceiling": lambda: ceiling(config),
+        "updates": lambda: {name: updates(config, agent) for name, agent in agents.items()},
+        "lightning": lambda: lightning_overhead(config, first),
+        "sampling": lambda: sampling(config, first),
+        "latency": lambda: {name: latency(agent) for name, agent in agents.items()},
+        "evaluation": lambda: evaluation(config),
+        "startup": lambda: startup(),
+    }
+    for name in config.measure:
+        result[name] = measurements[name]()
+    result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if config.profile:
+        _print_profile(config, first)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(config.out), result)
-    Console().print_json(data={key: value for key, value in result.items() if key != "rounds_seconds"})
+    _print(result)
     return result
 
 
-def bare_seconds(agent: Agent, stream: BatchStream) -> float:
-    """Seconds of one pass over `stream` in the smallest loop that computes the same updates."""
+def ceiling(config: DictConfig) -> dict[str, float]:
+    """GFLOP/s of the products that updates are made of: batch x width x width."""
+    width, rows = max(config.networks.hidden), config.batch_size
+    a, b = torch.randn(rows, width), torch.randn(width, width)
+    result = {}
+    for name in PRECISIONS:
+        with _precision(name), torch.no_grad():
+            x, y = (a.bfloat16(), b.bfloat16()) if name == "bf16" else (a, b)
+            seconds = []
+            for _ in range(200):
+                started = time.perf_counter()
+                x @ y
+                seconds.append(time.perf_counter() - started)
+        result[name] = 2 * rows * width**2 / median(seconds) / 1e9
+    return result
+
+
+def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
+    """Updates/s of every stage in every precision, and their ratios: bf16 over fp32, cached proposals over solved."""
+    transitions = random_transitions(agent.spec)
+    plain_stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
+    cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half())
+    cached_stream = BatchStream(
+        transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), proposals=cache
+    )
+    stages: dict[str, tuple[dict[str, Any], BatchStream]] = {"joint": ({"train": "all"}, plain_stream)}
+    if not agent.trains_jointly and len(agent.parts) > 1:
+        frozen = {"train": "all", "freeze": ("behavior_flow",)}
+        stages |= {"behavior": ({"train": ("behavior_flow",)}, plain_stream), "extraction": (frozen, plain_stream)}
+        if agent.uses_cached_proposals:
+            stages["extraction_cached"] = (frozen, cached_stream)
+
+    seconds: dict[tuple[str, str], list[float]] = {(stage, name): [] for stage in stages for name in PRECISIONS}
+    for _ in range(config.rounds + 1):
+        for (stage, name), measured in seconds.items():
+            settings, stream = stages[stage]
+            agent.begin_stage(stage, first_step=0, **settings)
+            with _precision(name) as context:
+                measured.append(bare_seconds(agent, stream, context))
+    seconds = {key: measured[1:] for key, measured in seconds.items()}  # the first round warms up
+
+    result: dict[str, Any] = {}
+    for stage, (settings, stream) in stages.items():
+        agent.begin_stage(stage, first_step=0, **settings)
+        result[stage] = {name: config.updates / median(seconds[stage, name]) for name in PRECISIONS}
+        result[stage]["gflop"] = _gflop(agent, stream)
+        result[stage]["bf16_over_fp32"] = _ratio(seconds[stage, "fp32"], seconds[stage, "bf16"])
+    if "extraction_cached" in stages:
+        for name in PRECISIONS:
+            pair = seconds["extraction", name], seconds["extraction_cached", name]
+            result["extraction_cached"][f"over_solved_{name}"] = _ratio(*pair)
+    agent.begin_stage("joint", "all", first_step=0)
+    return result
+
+
+def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
+    """The joint update in a bare loop and under Lightning's Trainer: same batches, noise, losses and steps."""
+    stream = BatchStream(random_transitions(agent.spec), config.batch_size, 0, config.updates, (config.seed, "bare"))
+    rounds = [
+        (bare_seconds(agent, stream), lightning_seconds(agent, stream, config.log_every))
+        for _ in range(config.rounds + 1)
+    ][1:]
+    bare, lightning = zip(*rounds, strict=True)
+    return {
+        "bare_updates_per_second": config.updates / median(bare),
+        "lightning_updates_per_second": config.updates / median(lightning),
+        "lightning_over_bare": _ratio(lightning, bare),
+    }
+
+
+def bare_seconds(agent: Agent, stream: BatchStream, context: AbstractContextManager | None = None) -> float:
+    """Seconds of one pass over `stream` in the smallest loop that computes the same updates; losses in `context`."""
     optimizer = agent.configure_optimizers()
     started = time.perf_counter()
     for number, batch in enumerate(stream):
         generator = torch_generator(agent.device, 0, "noise", number)
-        loss = torch.stack([loss for _, loss, _ in agent.losses(batch, agent.draw_noise(batch, generator))]).sum()
+        with context or nullcontext():
+            loss = torch.stack([loss for _, loss, _ in agent.losses(batch, agent.draw_noise(batch, generator))]).sum()
         optimizer.zero_grad()
         loss.backward()
         agent.on_before_optimizer_step(optimizer)
@@ -106,13 +197,143 @@ def lightning_seconds(agent: Agent, stream: BatchStream, log_every: int) -> floa
     return clock.seconds
 
 
+def sampling(config: DictConfig, agent: Agent) -> dict[str, float]:
+    """Milliseconds in which the flow proposes an action for each state of a batch."""
+    flow: BehaviorFlow = agent.behavior_flow  # type: ignore[assignment]
+    observations = torch.randn(config.batch_size, agent.spec.observation_dim)
+    z = torch.randn(config.batch_size, agent.spec.action_dim)
+    result = {}
+    for name in PRECISIONS:
+        milliseconds = []
+        for _ in range(config.rounds * 5):
+            with _precision(name) as context, context:
+                started = time.perf_counter()
+                flow.propose(observations, z)
+                milliseconds.append(1e3 * (time.perf_counter() - started))
+        result[name] = median(milliseconds)
+    return result
+
+
+def evaluation(config: DictConfig) -> dict[str, float]:
+    """Environment steps/s side by side and one by one with a batch of one, in the task's own environment."""
+    name = ogbench.task_name(config.task.env, config.task.dataset, None)
+    settings = config.evaluation
+    agent = _agent(config, config.agents[0], ogbench.spec_of(ogbench.make_env(name)))
+
+    def steps_per_second(num_envs: int, episodes: int) -> float:
+        evaluator = Evaluator(
+            lambda: ogbench.make_env(name, max_episode_steps=settings.steps), episodes, num_envs, config.seed
+        )
+        evaluator.run(agent)  # makes the environments
+        started = time.perf_counter()
+        played = evaluator.run(agent)
+        seconds = time.perf_counter() - started
+        evaluator.close()
+        return sum(episode.length for episode in played) / seconds
+
+    one_by_one = steps_per_second(1, settings.one_by_one_episodes)
+    batched = steps_per_second(settings.num_envs, settings.episodes)
+    return {"steps_per_second": batched, "one_by_one": one_by_one, "batched_over_one_by_one": batched / one_by_one}
+
+
+def startup() -> dict[str, float]:
+    """Seconds from the start of `train.py` to its first update, with data on disk and every default on."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.npz"
+        arrays: dict[str, Any] = _random_arrays(Spec(observation_dim=29, action_dim=8))
+        np.savez(data, **arrays, terminals=np.arange(1, ROWS + 1) % 1000 == 0)
+        run = Path(folder) / "run"
+        command = [sys.executable, "train.py", "experiment=own", f"data.source.path={data}", "updates=1"]
+        command += [f"hydra.run.dir={run}", f"paths.logs={folder}", "diversity.states=0"]
+        root = Path(__file__).resolve().parents[2]
+        done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return {"seconds_to_first_update": json.loads((run / "summary.json").read_text())["seconds_to_first_update"]}
+
+
 def random_transitions(spec: Spec) -> Transitions:
-    rng = np.random.default_rng(0)
-    arrays = {
-        "observations": rng.standard_normal((ROWS, spec.observation_dim)),
-        "actions": rng.uniform(-1, 1, (ROWS, spec.action_dim)),
-        "rewards": -np.ones(ROWS),
-        "masks": np.ones(ROWS),
-        "valids": np.ones(ROWS),
-    }
+    """Random numbers in place of data."""
+    arrays = _random_arrays(spec) | {"masks": np.ones(ROWS), "valids": np.ones(ROWS)}
     return Transitions.from_compact(arrays, "random data")
+
+
+def _random_arrays(spec: Spec) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "observations": rng.standard_normal((ROWS, spec.observation_dim), dtype=np.float32),
+        "actions": rng.uniform(-1, 1, (ROWS, spec.action_dim)).astype(np.float32),
+        "rewards": -np.ones(ROWS, np.float32),
+    }
+
+
+def _agent(config: DictConfig, name: str, spec: Spec) -> Agent:
+    """The agent of that name with whatever else the command line says."""
+    if HydraConfig.initialized():
+        config = compose("benchmark", overrides=[*HydraConfig.get().overrides.task, f"agent={name}"])
+    torch.manual_seed(config.seed)
+    return build_agent(config.agent, spec)
+
+
+class _precision(AbstractContextManager):
+    """Products as `PRECISIONS` says; gives the autocast context that losses belong into."""
+
+    def __init__(self, name: str) -> None:
+        self.matmul, self.autocast = PRECISIONS[name]
+
+    def __enter__(self) -> AbstractContextManager:
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.matmul)
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_float32_matmul_precision(self.before)
+
+
+def _ratio(numerators: Any, denominators: Any) -> float:
+    """Median of the rounds' ratios."""
+    return median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def _gflop(agent: Agent, stream: BatchStream) -> float:
+    """Products of one update, forward and backward."""
+    batch = stream.batch(0)
+    noise = agent.draw_noise(batch, torch_generator(agent.device, 0))
+    with FlopCounterMode(display=False) as counter:
+        torch.stack([loss for _, loss, _ in agent.losses(batch, noise)]).sum().backward()
+    return counter.get_total_flops() / 1e9
+
+
+def _print_profile(config: DictConfig, agent: Agent) -> None:
+    """Where the time of the joint update goes, operation by operation."""
+    stream = BatchStream(random_transitions(agent.spec), config.batch_size, 0, PROFILED_UPDATES, (config.seed, "bare"))
+    for name in PRECISIONS:
+        with _precision(name) as context:
+            bare_seconds(agent, stream, context)
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                bare_seconds(agent, stream, context)
+        print(f"{name}, {PROFILED_UPDATES} joint updates")
+        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILED_ROWS))
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console()
+    if "updates" in result:
+        table = Table(title=f"updates/s, networks {result['hidden']}, {result['threads']} threads")
+        for column in ("agent", "stage", *PRECISIONS, "bf16 over fp32", "share of the ceiling (fp32, bf16)"):
+            table.add_column(column)
+        for row in _rows(result):
+            table.add_row(*row)
+        console.print(table)
+    console.print_json(data={key: value for key, value in result.items() if key != "updates"})
+
+
+def _rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for agent, stages in result["updates"].items():
+        for stage, speed in stages.items():
+            shares = "-"
+            if "ceiling" in result:
+                share = [speed[name] * speed["gflop"] / result["ceiling"][name] for name in ("fp32", "bf16")]
+                shares = ", ".join(f"{value:.0%}" for value in share)
+            speeds = [f"{speed[name]:.1f}" for name in PRECISIONS]
+            yield agent, stage, *speeds, f"{speed['bf16_over_fp32']:.2f}", shares

@@ -85,6 +85,7 @@ class StageClock(Callback):
 
     def __init__(self) -> None:
         self.seconds, self.updates = 0.0, 0
+        self.first_update_at: float | None = None  # seconds since the epoch
         self._since: float | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -95,6 +96,8 @@ class StageClock(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.updates += 1
+        if self.first_update_at is None:
+            self.first_update_at = time.time()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
@@ -70,6 +71,7 @@ class Run:
     evaluator: Evaluator | None  # None: the data have no environment
     loggers: list[Any]
     metrics: CsvMetrics
+    first_update_at: float | None = None  # seconds since the epoch
     stage_speed: dict[str, float] = field(default_factory=dict)
     episodes: list[Episode] = field(default_factory=list)
 
@@ -186,6 +188,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         raise NonFiniteLossError(f"{error}; {kept}") from error
     if trainer.interrupted:
         raise KeyboardInterrupt
+    run.first_update_at = run.first_update_at or clock.first_update_at
     run.stage_speed[name] = clock.updates / max(clock.seconds - (evaluation.seconds if evaluation else 0), 1e-9)
     checkpoint.card = run.card | {"updates_per_second": run.stage_speed[name]}
     trainer.save_checkpoint(final)
@@ -212,6 +215,8 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
         stage_speed=run.stage_speed,
         seconds=seconds,
     )
+    if run.first_update_at is not None:
+        summary["seconds_to_first_update"] = run.first_update_at - psutil.Process().create_time()
     if not is_main_process():
         return summary
     if run.config.diversity.states:

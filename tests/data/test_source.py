@@ -19,6 +19,7 @@ from deflow.data.own import OwnSource
 from deflow.data.source import compact, split
 from deflow.errors import UserError
 from deflow.pipeline import train
+from deflow.types import Spec
 from tests.conftest import compose_config, tiny_config, write_d4rl
 
 KEYS = {key: key for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")}
@@ -66,11 +67,22 @@ def test_compact_finds_ends_by_the_jump() -> None:
 def test_compact_without_next_observations_drops_time_outs_and_keeps_terminals() -> None:
     columns = own_columns(episodes=2)
     terminals = np.zeros(10, bool)
-    terminals[4] = True  # a true end: its successor is never read, so the transition stays
+    terminals[4] = True  # a true end: its successor does not matter, so the transition stays
     columns["terminals"] = terminals
     arrays = compact(*columns_of(columns), terminals)
-    assert list(np.flatnonzero(arrays["valids"] == 0)) == [9]
+    # The row after the true end stands in for the state in which it ended; no trajectory reaches into the next.
+    assert list(np.flatnonzero(arrays["valids"] == 0)) == [5, 10]
     assert arrays["masks"][4] == 0
+    assert arrays["observations"][6, 0] == columns["observations"][5, 0]
+
+
+def test_data_with_terminals_alone_are_split(tmp_path: Path) -> None:
+    columns = own_columns(episodes=20)
+    ends = columns["terminals"] | columns["timeouts"]
+    keys = {key: key for key in ("observations", "actions", "rewards", "terminals")}
+    np.savez(tmp_path / "mine.npz", **{k: columns[k] for k in ("observations", "actions", "rewards")}, terminals=ends)
+    train_part, validation = OwnSource(str(tmp_path / "mine.npz"), keys).load()
+    assert (len(train_part), len(validation)) == (18 * 5, 2 * 5)
 
 
 def test_split_takes_whole_trajectories() -> None:
@@ -230,7 +242,7 @@ def test_minari(minari_dataset: str) -> None:
         assert np.allclose(arrays["observations"], episode.observations)
         assert np.allclose(arrays["rewards"][:6], episode.rewards - 1)
         assert arrays["masks"][5] == 1 - episode.terminations[5]
-    assert source.spec() == (3, 1)
+    assert source.spec() == Spec(3, 1)
     assert source.score(-1.0) == 100
     env = source.make_env()
     assert env.reset(seed=0)[0].shape == (3,)

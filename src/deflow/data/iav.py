@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
 
 from deflow.errors import UserError
 from deflow.seeding import fold_seed
@@ -78,6 +77,8 @@ def intrinsic_action_variance(
         points = points / np.maximum(points.std(0), 1e-6)
     rng = np.random.default_rng(fold_seed(seed, "sample"))
     rows = np.arange(len(points)) if sample is None else rng.permutation(len(points))[:sample]
+    from sklearn.neighbors import NearestNeighbors  # a second to import, for few runs
+
     # Brute force: trees lose to it above a handful of dimensions.
     search = NearestNeighbors(n_neighbors=neighbours + 1, algorithm="brute").fit(points)
     found = search.kneighbors(points[rows], return_distance=False)

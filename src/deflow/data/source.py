@@ -119,21 +119,15 @@ def compact(
     rows = len(observations)
     ends = ends.astype(bool).copy()
     ends[-1] = True
-    if next_observations is None:
-        valids = ~ends | (masks == 0)
-        valids[-1] = False
-        return {
-            "observations": observations,
-            "actions": actions,
-            "rewards": rewards,
-            "masks": masks,
-            "valids": valids.astype(np.float32),
-        }
-    ends[:-1] |= np.linalg.norm(next_observations[:-1] - observations[1:], axis=1) > JUMP
-    # One row more after each end: the state in which the trajectory ended.
-    place = np.arange(rows) + np.concatenate([[0], np.cumsum(ends)[:-1]])
-    last = place[ends] + 1
-    size = rows + int(ends.sum())
+    # A row more after an end: the state in which the trajectory ended. Without next observations that is known (not
+    # to matter) only where the task ended; where a trajectory was cut, its last row is a successor and no more.
+    followed = ends.copy()
+    if next_observations is not None:
+        followed[:-1] |= np.linalg.norm(next_observations[:-1] - observations[1:], axis=1) > JUMP
+    else:
+        followed &= masks == 0
+    place = np.arange(rows) + np.concatenate([[0], np.cumsum(followed)[:-1]])
+    size = rows + int(followed.sum())
 
     def spread(column: np.ndarray) -> np.ndarray:
         wide = np.zeros((size, *column.shape[1:]), column.dtype)
@@ -141,13 +135,13 @@ def compact(
         return wide
 
     states = spread(observations)
-    states[last] = next_observations[ends]
+    states[place[followed] + 1] = (observations if next_observations is None else next_observations)[followed]
     return {
         "observations": states,
         "actions": spread(actions),
         "rewards": spread(rewards),
         "masks": spread(masks),
-        "valids": spread(np.ones(rows, np.float32)),
+        "valids": spread((followed | ~ends).astype(np.float32)),
     }
 
 

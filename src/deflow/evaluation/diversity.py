@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.cluster.hierarchy import fclusterdata
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from deflow.agents.base import Agent
@@ -57,6 +55,8 @@ class Neighbourhoods:
         points = batch.observations.numpy()
         points = points / np.maximum(points.std(0), 1e-6)
         chosen = slice(min(states, len(rows)))
+        from sklearn.neighbors import NearestNeighbors  # a second to import, needed once a run
+
         search = NearestNeighbors(n_neighbors=min(neighbours, len(rows)), algorithm="brute").fit(points)
         found = search.kneighbors(points[chosen], return_distance=False)
         return cls(batch.observations[chosen], batch.actions.numpy()[found])
@@ -137,6 +137,8 @@ def modes(actions: np.ndarray, radius: float) -> np.ndarray:
         actions: shape (actions, action_dim), at least 2.
         radius: as a root mean square over the dimensions.
     """
+    from scipy.cluster.hierarchy import fclusterdata  # half a second to import, needed once a run
+
     labels = fclusterdata(actions, radius * np.sqrt(actions.shape[1]), criterion="distance", method="average")
     counts = np.bincount(labels)
     found = [actions[labels == label].mean(0) for label in np.flatnonzero(counts >= MODE_SHARE * len(actions))]

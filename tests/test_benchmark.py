@@ -1,0 +1,57 @@
+"""The benchmark runs, and ratios within one run stay where they were; absolute times are nobody's business here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from deflow.benchmark import _gflop, benchmark, random_transitions
+from deflow.build import build_agent
+from deflow.data.datamodule import BatchStream
+from deflow.types import Spec
+from tests.commands import run
+from tests.conftest import compose_config
+
+TINY = ["networks.hidden=[16,16]", "rounds=1", "updates=2", "evaluation.steps=5", "evaluation.episodes=2"]
+
+
+def test_every_measurement(tmp_path: Path) -> None:
+    out = tmp_path / "benchmark.json"
+    small = ["evaluation.one_by_one_episodes=1", "task=pointmaze_medium"]
+    result = run("benchmark.py", *TINY, *small, f"out={out}", "--profile")
+    assert result.returncode == 0, result.stderr
+    written = json.loads(out.read_text())
+    assert set(written["updates"]) == {"deflow", "fql", "ifql", "fawac", "fbrac", "flow_bc"}
+    assert set(written["updates"]["deflow"]) == {"joint", "behavior", "extraction", "extraction_cached"}
+    assert set(written["updates"]["fbrac"]) == {"joint"}
+    assert 0 < written["startup"]["seconds_to_first_update"] < 200
+    assert written["latency"]["ifql"]["latency_ms_p50"] > 0
+    assert "aten::addmm" in result.stdout
+    assert "share of the ceiling" in result.stdout
+
+
+def test_the_count_of_products() -> None:
+    # A forward pass, and as much again for the gradients of the weights and of the inputs, but for the first inputs.
+    agent = build_agent(compose_config("agent=flow_bc", *TINY, config_name="benchmark").agent, Spec(5, 3))
+    stream = BatchStream(random_transitions(agent.spec), 32, 0, 1, (0, "test"))
+    layers = [9 * 16, 16 * 16, 16 * 3]
+    assert _gflop(agent, stream) == pytest.approx(2 * 32 * (3 * sum(layers) - layers[0]) / 1e9)
+
+
+def test_ratios(tmp_path: Path) -> None:
+    settings = ["networks.hidden=[256,256,256]", "rounds=5", "updates=8", "threads=1", "agents=[deflow]"]
+    config = compose_config(*settings, "measure=[updates,lightning]", config_name="benchmark")
+    config.out = str(tmp_path / "benchmark.json")
+    threads = torch.get_num_threads()
+    try:
+        result = benchmark(config)
+    finally:
+        torch.set_num_threads(threads)
+    stages = result["updates"]["deflow"]
+    assert stages["extraction_cached"]["over_solved_fp32"] > 1.2
+    assert result["lightning"]["lightning_over_bare"] < 1.5
+    if torch.cpu._is_amx_tile_supported():
+        assert stages["joint"]["bf16_over_fp32"] > 1.0
