@@ -42,6 +42,12 @@ def test_midpoint_equals_the_loop() -> None:
     torch.testing.assert_close(Solver("midpoint", 10).integrate(decay, x_0), x)
 
 
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "rk4", "dopri5"])
+def test_sampling_equals_torchdiffeq(method: str) -> None:
+    solver, x_0 = Solver(method, 7), torch.randn(5, 3)
+    torch.testing.assert_close(solver.sample(decay, x_0), solver.integrate(decay, x_0), rtol=1e-6, atol=1e-6)
+
+
 def test_adaptive_meets_its_tolerance() -> None:
     x_0 = torch.ones(3, 2, dtype=torch.float64)
     solution = Solver("dopri5", rtol=1e-6, atol=1e-6).integrate(decay, x_0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from deflow.data.transitions import Transitions
 from deflow.files import replacing
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
+
+log = logging.getLogger(__name__)
 
 # Rows of one solve: large enough for full matrix-product speed, small enough to stay in cache.
 SOLVE_ROWS = 8192
@@ -55,9 +59,12 @@ class ProposalCache:
         with FileLock(path.with_suffix(".lock")):  # the first rank computes, the others find the file
             if not (path.exists() and key_path.exists() and key_path.read_text() == key):
                 key_path.unlink(missing_ok=True)
+                started = time.perf_counter()
                 with replacing(path) as part:
                     _compute(flow, transitions.states, count, seed, part)
                 key_path.write_text(key)
+                seconds, mebibytes = time.perf_counter() - started, path.stat().st_size / 2**20
+                log.info("%d proposals a state: %.0f MiB in %.1f s", count, mebibytes, seconds)
         return cls(torch.from_numpy(np.load(path, mmap_mode="c")))  # may be larger than memory
 
 

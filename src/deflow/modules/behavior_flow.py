@@ -59,11 +59,11 @@ class BehaviorFlow(LightningModule):
         """
         device = z.device.type
         if not torch.is_autocast_enabled(device):
-            return self.sample(observations, z).clamp(-1.0, 1.0)
+            return self.solver.sample(self._velocity(self.field, observations), z).clamp(-1.0, 1.0)
         # Autocast would convert the same weights at every step of the solver: here they are converted once.
         field = self.field.cast(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return self._solve(field, observations, z, "backprop").clamp(-1.0, 1.0)
+            return self.solver.sample(self._velocity(field, observations), z).clamp(-1.0, 1.0)
 
     def sample(self, observations: Tensor, z: Tensor, gradient: Gradient = "backprop") -> Tensor:
         """As `propose`, but not clipped and with a gradient into the flow's parameters through the solution.
@@ -73,12 +73,11 @@ class BehaviorFlow(LightningModule):
             z: standard normal noise, shape (batch, action_dim).
             gradient: how to obtain it, see `Solver.integrate`.
         """
-        return self._solve(self.field, observations, z, gradient)
+        parameters = tuple(self.field.parameters())
+        return self.solver.integrate(self._velocity(self.field, observations), z, gradient, parameters)
 
-    def _solve(
-        self, field: Callable[[Tensor, Tensor, Tensor], Tensor], observations: Tensor, z: Tensor, gradient: Gradient
-    ) -> Tensor:
-        def velocity(t: Tensor, x: Tensor) -> Tensor:
-            return field(observations, x, t.expand(len(x), 1))
-
-        return self.solver.integrate(velocity, z, gradient, tuple(self.field.parameters()))
+    @staticmethod
+    def _velocity(
+        field: Callable[[Tensor, Tensor, Tensor], Tensor], observations: Tensor
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda t, x: field(observations, x, t.expand(len(x), 1))

@@ -22,6 +22,11 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Losses are computed in float32, whatever the layers were."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class MLP(nn.Module):
     """`[Linear, activation] * len(hidden) + Linear`, shape (batch, in_dim) -> (batch, out_dim).
 
@@ -41,7 +46,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = activate(layer(x), self.activation)
-        return self.layers[-1](x).float()  # losses are computed in float32, whatever the layers were
+        return _at_least_float32(self.layers[-1](x))
 
     def cast(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """The same function computed in `dtype`, its weights converted once; without gradient."""
@@ -52,7 +57,7 @@ class MLP(nn.Module):
             x = x.to(dtype)
             for weight, bias in layers[:-1]:
                 x = activate(F.linear(x, weight, bias), self.activation)
-            return F.linear(x, *layers[-1]).float()
+            return _at_least_float32(F.linear(x, *layers[-1]))
 
         return forward
 
@@ -104,4 +109,4 @@ class EnsembleMLP(nn.Module):
         x = x.expand(self.members, *x.shape[-2:])
         for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
             x = norm(activate(layer(x), self.activation))
-        return self.layers[-1](x).float()  # losses are computed in float32, whatever the layers were
+        return _at_least_float32(self.layers[-1](x))

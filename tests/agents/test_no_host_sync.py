@@ -1,0 +1,60 @@
+"""No update waits for the device: nothing in it reads a tensor's value into Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deflow.build import build_agent
+from deflow.types import Spec
+from tests.agents.tester import random_batch
+from tests.conftest import compose_config
+
+# What `.item()`, `bool()`, indexing by a mask and `torch.equal` come down to; on a GPU each waits for it.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations whose result the host must have before it can go on."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        assert name not in WAITING, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "agent=deflow",
+        "agent=deflow solver=rk4 agent.refiner.objective=gradient_step",
+        "agent=deflow agent/critic=flow",
+        "agent=fql",
+        "agent=ifql",
+        "agent=fawac",
+        "agent=flow_bc",
+    ],
+)
+def test_an_update_never_waits(overrides: str) -> None:
+    config = compose_config("experiment=cube_single", "networks.hidden=[8]", *overrides.split())
+    agent = build_agent(config.agent, Spec(5, 3))
+    agent.begin_stage("test", "all", first_step=0)
+    optimizer = agent.configure_optimizers()
+    batch = random_batch(agent)
+    for _ in range(2):  # the first step makes the optimizer's state
+        with NoWaiting():
+            noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+            terms = list(agent.losses(batch, noise))
+            agent._watch_for_nan([(name, loss, metrics) for name, loss, metrics in terms])
+            optimizer.zero_grad()
+            torch.stack([loss for _, loss, _ in terms]).sum().backward()
+            agent.on_before_optimizer_step(optimizer)
+            optimizer.step()
+
+
+def test_the_check_notices() -> None:
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        torch.ones(1).item()
