@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.files import replacing
+from deflow.online import Collector
 
 LAST = "last.ckpt"
 FINAL = "final.ckpt"
@@ -78,6 +80,25 @@ class PeriodicEvaluation(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=pl_module.run_step)
         self.seconds += time.perf_counter() - started
+
+
+class OnlineEpisodes(Callback):
+    """Logs what the episodes of an online stage came to, on the log interval."""
+
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Agent)
+        if trainer.global_step % trainer.log_every_n_steps or not self.collector.finished:  # type: ignore[attr-defined]
+            return
+        episodes, self.collector.finished = self.collector.finished, []
+        means = {"success": "success", "return": "episode_return", "length": "length"}
+        metrics = {f"online/{key}": mean(getattr(e, name) for e in episodes) for key, name in means.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics | {"online/episodes": self.collector.episodes}, step=pl_module.run_step)
 
 
 class StageClock(Callback):

@@ -23,6 +23,7 @@ from deflow.callbacks import (
     FINAL,
     LAST,
     AtomicCheckpointIO,
+    OnlineEpisodes,
     PeriodicEvaluation,
     StageCheckpoint,
     StageClock,
@@ -32,8 +33,9 @@ from deflow.callbacks import (
 from deflow.config import CONFIG_FILE, check, plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.proposals import ProposalCache
+from deflow.data.replay import Replay
 from deflow.data.source import Source
-from deflow.distributed import is_main_process
+from deflow.distributed import is_main_process, rank
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions
@@ -43,6 +45,7 @@ from deflow.evaluation.statistics import summarise
 from deflow.files import replacing
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.online import Collector, OnlineStream
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -126,6 +129,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         agent.begin_stage(name, stage.train, first_step=0, freeze=stage.get("freeze", ()))
         if agent.trains_jointly and not all(agent.trains(part) for part in agent.parts):
             raise UserError(f"{type(agent).__name__} trains its policy and its critic together: use stages=joint")
+        if stage.get("environment") is not None and not source.has_env:
+            raise UserError(f"stage '{name}' plays in the environment, and these data have none")
     data.prepare_data()  # before anything is tracked: a missing file is the commonest error
     data.setup()
     if decide(config, data.transitions):
@@ -160,7 +165,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         return
     decay = stage.steps if stage.get("cosine_decay") else None
     run.agent.begin_stage(name, stage.train, first_step, stage.get("freeze", ()), stage.get("lr"), decay)
-    run.data.begin_stage(name, stage.steps, _proposals(run, stage))
+    online = _online(run, name, stage)
+    run.data.begin_stage(name, stage.steps, _proposals(run, stage), online)
     clock = StageClock()
     checkpoint = StageCheckpoint(checkpoints, run.config.checkpoint_every, run.card)
     callbacks: list[Callback] = [clock, StageProgress(name), checkpoint]
@@ -176,6 +182,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         plugins=[AtomicCheckpointIO()],
         val_check_interval=min(run.config.validate_every, stage.steps),
     )
+    if online is not None:
+        callbacks.insert(0, OnlineEpisodes(online.collector))
     last = checkpoints / LAST
     resuming = run.resume and last.exists()
     try:
@@ -188,6 +196,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         raise NonFiniteLossError(f"{error}; {kept}") from error
     if trainer.interrupted:
         raise KeyboardInterrupt
+    if online is not None:
+        online.collector.close()
     run.first_update_at = run.first_update_at or clock.first_update_at
     run.stage_speed[name] = clock.updates / max(clock.seconds - (evaluation.seconds if evaluation else 0), 1e-9)
     checkpoint.card = run.card | {"updates_per_second": run.stage_speed[name]}
@@ -202,6 +212,37 @@ def _proposals(run: Run, stage: DictConfig) -> ProposalCache | None:
     flow = cast(BehaviorFlow, run.agent.behavior_flow)
     path = run.folder / "proposals.npy"
     return ProposalCache.load_or_compute(flow, run.data.transitions, stage.proposals, run.config.seed, path)
+
+
+def _online(run: Run, name: str, stage: DictConfig) -> OnlineStream | None:
+    """The batches of a stage in the environment; None for a stage on the data alone."""
+    settings = stage.get("environment")
+    if settings is None:
+        return None
+    data, agent, seed = run.data, run.agent, run.config.seed
+    assert data.transitions is not None
+    collector = Collector(
+        data.source.make_env, agent, settings.num_envs, data.n_step, data.discount, data.source.label, seed
+    )
+    ring = data.transitions, data.transitions.chunk_starts(agent.spec.horizon), agent.spec
+    stream = OnlineStream(
+        collector,
+        lambda added: Replay(
+            *ring,
+            steps=stream.rounds(stage.steps) * settings.num_envs,
+            path=run.folder / "replay" / f"{name}_{rank()}.bin",
+            capacity=settings.capacity,
+            added=added,
+        ),
+        last=stage.steps,
+        updates_per_step=settings.updates_per_step,
+        online_share=settings.online_share,
+        seed_parts=(seed, name, "batch"),
+        n_step=data.n_step,
+        discount=data.discount,
+        horizon=agent.spec.horizon,
+    )
+    return stream
 
 
 def finish(run: Run, seconds: float) -> dict[str, Any]:

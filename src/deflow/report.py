@@ -146,7 +146,10 @@ def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: d
     _curves(axes[1, 0], rows, "multiplier", {"train/refiner/trust_region/multiplier": "alpha"})
     _curves(axes[1, 1], rows, "distance from the proposal", distance, log=True, limit=limit)
     _success(axes[1, 2], rows)
+    switches = np.cumsum([stage["steps"] for stage in config["stages"].values()])[:-1]
     for axis in axes[:, :3].flat:
+        for switch in switches:  # where one stage gives way to the next
+            axis.axvline(switch, color="tab:gray", linestyle=":", linewidth=1)
         axis.set(xlabel="updates", xlim=(0, max((row["step"] for row in rows), default=1.0)))
     if maze:
         _paths(axes[0, 3], episodes)

@@ -76,6 +76,7 @@ class D4RLSource(Source):
         if self._family not in SIZES:
             raise UserError(f"unknown D4RL data set '{self.dataset}': the families are {', '.join(SIZES)}")
         self._is_maze = self._family == "antmaze"
+        self._step_cost = 1.0 if self._is_maze else 0.0
 
     @property
     def name(self) -> str:
@@ -115,7 +116,7 @@ class D4RLSource(Source):
             compact(
                 columns["observations"],
                 columns["actions"],
-                columns["rewards"] - (1.0 if self._is_maze else 0.0),
+                columns["rewards"] - self._step_cost,
                 1.0 - terminals.astype(np.float32),
                 timeouts if self._is_maze else terminals | timeouts,
             ),
@@ -146,6 +147,9 @@ class D4RLSource(Source):
             **kwargs,
         )
         return AntMazeAsInD4RL(env, rows, start)
+
+    def label(self, reward: float) -> float:
+        return reward - self._step_cost
 
     def protocol(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from lightning import LightningDataModule
@@ -70,6 +71,17 @@ class BatchStream(IterableDataset):
         )
 
 
+class OnlineBatches(Protocol):
+    """Batches that partly come from the environment, and so have a state; see `deflow.online`."""
+
+    def start_at(self, first: int, batch_size: int) -> IterableDataset:
+        """The stream from batch `first` on, `batch_size` transitions each."""
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
 class OfflineDataModule(LightningDataModule):
     """Offline transitions in memory, sampled in whole batches without worker processes.
 
@@ -122,13 +134,25 @@ class OfflineDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the data ({len(self.transitions)} transitions)"
             )
 
-    def begin_stage(self, name: str, steps: int, proposals: ProposalCache | None = None) -> None:
-        """What the next `fit` draws: `steps` batches, with cached proposals if given."""
-        self._stage, self._steps, self._proposals = name, steps, proposals
+    def begin_stage(
+        self, name: str, steps: int, proposals: ProposalCache | None = None, online: OnlineBatches | None = None
+    ) -> None:
+        """What the next `fit` draws: `steps` batches of the data, with cached proposals if given, or `online`'s."""
+        self._stage, self._steps, self._proposals, self._online = name, steps, proposals, online
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an online stage needs to go on, of every rank; nothing else has a state."""
+        return {} if self._online is None else {"online": distributed.gather_objects(self._online.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._online is not None:
+            self._online.load_state_dict(state_dict["online"][distributed.rank()])
 
     def train_dataloader(self) -> DataLoader:
         assert self.transitions is not None
         first = self.trainer.global_step if self.trainer is not None else 0
+        if self._online is not None:
+            return DataLoader(self._online.start_at(first, self._rank_batch_size()), batch_size=None)
         seed_parts = (self.seed, self._stage, "batch")
         return self._loader(self.transitions, first, self._steps, seed_parts, self._proposals)
 
@@ -144,9 +168,12 @@ class OfflineDataModule(LightningDataModule):
         seed_parts: tuple[int | str, ...],
         proposals: ProposalCache | None = None,
     ) -> DataLoader:
+        settings = first, last, seed_parts, proposals, self.n_step, self.discount, self.horizon
+        stream = BatchStream(transitions, self._rank_batch_size(), *settings)
+        return DataLoader(stream, batch_size=None)
+
+    def _rank_batch_size(self) -> int:
         ranks = distributed.world_size()
         if self.batch_size % ranks:
             raise UserError(f"data.batch_size={self.batch_size} does not divide by the {ranks} processes")
-        settings = first, last, seed_parts, proposals, self.n_step, self.discount, self.horizon
-        stream = BatchStream(transitions, self.batch_size // ranks, *settings)
-        return DataLoader(stream, batch_size=None)
+        return self.batch_size // ranks

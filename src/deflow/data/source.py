@@ -71,6 +71,10 @@ class Source(ABC):
         """The data set with the rewards of each task that it can be labelled with."""
         return {self.task: self}
 
+    def label(self, reward: float) -> float:
+        """What the data call the environment's reward."""
+        return reward
+
     def score(self, episode_return: float) -> float | None:
         """The normalised score of a return, in the units that `protocol()["score"]` names; None if there is none."""
         return None

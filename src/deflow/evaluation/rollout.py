@@ -35,7 +35,7 @@ class Episode:
 
 
 @dataclass(eq=False)
-class _Seat:
+class Seat:
     """An environment and the episode that is being played in it."""
 
     env: gymnasium.Env
@@ -43,6 +43,28 @@ class _Seat:
     observation: np.ndarray
     rng: np.random.Generator
     plan: deque[np.ndarray] = field(default_factory=deque)  # actions decided and not yet taken
+
+
+def take_seat(env: gymnasium.Env, seed: int, index: int) -> Seat:
+    """Begin episode `index` of `seed` in `env`."""
+    seed = fold_seed(seed, "episode", index)
+    observation, _ = seeded_reset(env, seed % 2**31)
+    return Seat(env, Episode(index), observation, np.random.default_rng(seed))
+
+
+@torch.no_grad()
+def decide(agent: Agent, seats: Sequence[Seat]) -> None:
+    """Plan the next actions of those `seats` that have none left, with one call of the policy."""
+    seats = [seat for seat in seats if not seat.plan]
+    if not seats:
+        return
+    shape = (agent.candidates, agent.spec.action_dim)
+    z = np.stack([seat.rng.standard_normal(shape, dtype=np.float32) for seat in seats])
+    observations = np.stack([seat.observation for seat in seats]).astype(np.float32)
+    actions: Tensor = agent.act(torch.from_numpy(observations).to(agent.device), torch.from_numpy(z).to(agent.device))
+    plans = actions.float().cpu().numpy().reshape(len(seats), agent.spec.horizon, -1)
+    for seat, plan in zip(seats, plans, strict=True):
+        seat.plan.extend(plan)
 
 
 class Evaluator:
@@ -86,45 +108,24 @@ class Evaluator:
         while len(self._envs) < min(self.num_envs, len(indices)):
             self._envs.append(self._make_env())
         # The environments come first in the zip: exhausted first, they leave the next index waiting.
-        seats = [self._seat(env, index) for env, index in zip(self._envs, waiting, strict=False)]
+        seats = [take_seat(env, self.seed, index) for env, index in zip(self._envs, waiting, strict=False)]
         finished = []
         # Threads, not processes: the simulator lets go of Python's lock, and nothing has to be copied.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             while seats:
-                self._decide(agent, [seat for seat in seats if not seat.plan])
+                decide(agent, seats)
                 for seat, over in zip(tuple(seats), self._step_all(seats, pool), strict=True):
                     if over:
                         finished.append(seat.episode)
                         seats.remove(seat)
-                        seats.extend(self._seat(seat.env, i) for i in [next(waiting, None)] if i is not None)
+                        seats.extend(take_seat(seat.env, self.seed, i) for i in [next(waiting, None)] if i is not None)
         agent.train(was_training)
         return finished
 
-    def _seat(self, env: gymnasium.Env, index: int) -> _Seat:
-        seed = fold_seed(self.seed, "episode", index)
-        observation, _ = seeded_reset(env, seed % 2**31)
-        return _Seat(env, Episode(index), observation, np.random.default_rng(seed))
-
-    @staticmethod
-    def _decide(agent: Agent, seats: Sequence[_Seat]) -> None:
-        """Plan the next actions of all `seats` with one call of the policy."""
-        if not seats:
-            return
-        shape = (agent.candidates, agent.spec.action_dim)
-        z = np.stack([seat.rng.standard_normal(shape, dtype=np.float32) for seat in seats])
-        observations = np.stack([seat.observation for seat in seats]).astype(np.float32)
-        with torch.no_grad():
-            actions: Tensor = agent.act(
-                torch.from_numpy(observations).to(agent.device), torch.from_numpy(z).to(agent.device)
-            )
-        plans = actions.float().cpu().numpy().reshape(len(seats), agent.spec.horizon, -1)
-        for seat, plan in zip(seats, plans, strict=True):
-            seat.plan.extend(plan)
-
-    def _step_all(self, seats: Sequence[_Seat], pool: ThreadPoolExecutor) -> list[bool]:
+    def _step_all(self, seats: Sequence[Seat], pool: ThreadPoolExecutor) -> list[bool]:
         """Step every seat, some at the same time; whose episodes are over."""
 
-        def step(some: Sequence[_Seat]) -> list[bool]:
+        def step(some: Sequence[Seat]) -> list[bool]:
             return [self._step(seat, seat.plan.popleft()) for seat in some]
 
         share = -(-len(seats) // (os.cpu_count() or 1))
@@ -132,7 +133,7 @@ class Evaluator:
         return [over for group in pool.map(step, groups) for over in group]
 
     @staticmethod
-    def _step(seat: _Seat, action: np.ndarray) -> bool:
+    def _step(seat: Seat, action: np.ndarray) -> bool:
         """Step one environment; whether its episode is over."""
         episode, maze = seat.episode, seat.env.unwrapped
         if hasattr(maze, "get_xy"):

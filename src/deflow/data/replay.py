@@ -1,0 +1,136 @@
+"""Replay: transitions from the environment, in one ring with the data set's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deflow.data.transitions import Transitions
+from deflow.errors import UserError
+from deflow.types import Batch, Spec
+
+DEFAULT_CAPACITY = 2_000_000
+
+
+class Replay:
+    """A ring that begins with the data set's transitions; each new one beyond its capacity drops the oldest.
+
+    New transitions also go, in order, into a file that is only ever appended to. Together with their number, which a
+    checkpoint holds, it gives back the ring as it was; what a killed process wrote after the checkpoint is cut off.
+
+    Args:
+        data: the data set.
+        starts: its rows at which transitions (or chunks) start, oldest first.
+        spec: sizes of the task.
+        steps: transitions that will be added at most.
+        path: of the file.
+        capacity: of the ring; None is the larger of 2M and one more than the data.
+        added: transitions to take over from the file; the rest of it is dropped.
+
+    Raises:
+        UserError: if the capacity is below 1, or the file holds fewer than `added` transitions.
+    """
+
+    def __init__(
+        self,
+        data: Transitions,
+        starts: Tensor,
+        spec: Spec,
+        steps: int,
+        path: Path,
+        capacity: int | None = None,
+        added: int = 0,
+    ) -> None:
+        self.capacity = max(DEFAULT_CAPACITY, len(starts) + 1) if capacity is None else capacity
+        if self.capacity < 1:
+            raise UserError(f"the replay's capacity must be at least 1, got {capacity}")
+        self._data, self._starts = data, starts
+        self._widths = [spec.observation_dim, spec.action_dim, 1, 1, spec.observation_dim]
+        self._rows = torch.empty(min(self.capacity, steps), sum(self._widths))
+        self.added = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        numbers = added * sum(self._widths)
+        before = np.fromfile(path, np.float32, numbers) if added and path.exists() else np.empty(0, np.float32)
+        if before.size < numbers:
+            raise UserError(f"{path} lacks transitions that the checkpoint counts: the run cannot be resumed")
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(before.nbytes)
+        self._file.seek(before.nbytes)
+        self._keep(torch.from_numpy(before.reshape(added, sum(self._widths))))
+
+    def add(self, transitions: Batch) -> None:
+        """Add transitions, in order."""
+        columns = (
+            transitions.observations,
+            transitions.actions,
+            transitions.rewards[:, None],
+            transitions.masks[:, None],
+            transitions.next_observations,
+        )
+        rows = torch.cat(columns, dim=1).float()
+        self._file.write(rows.numpy().tobytes())
+        self._keep(rows)
+
+    def flush(self) -> None:
+        """See to it that all that was added is on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    @property
+    def kept_data(self) -> int:
+        """Transitions of the data set that are still in the ring."""
+        return min(len(self._starts), max(0, self.capacity - self.added))
+
+    @property
+    def kept_new(self) -> int:
+        """New transitions in the ring."""
+        return min(self.added, len(self._rows))
+
+    def sample(
+        self,
+        size: int,
+        online_share: float | None,
+        generator: torch.Generator,
+        n_step: int = 1,
+        discount: float = 1.0,
+        horizon: int = 1,
+    ) -> Batch:
+        """`size` transitions with replacement.
+
+        Args:
+            size: of the batch.
+            online_share: of new transitions in the batch, in [0, 1]; None draws uniformly from the ring. As long as
+                there are none of one kind, all are of the other.
+            generator: of the draws.
+            n_step: steps of reward in the data set's transitions, see `Transitions.batch`.
+            discount: gamma, read only if `n_step` > 1.
+            horizon: actions of a chunk.
+        """
+        if online_share is None:
+            picks = torch.randint(self.kept_data + self.kept_new, (size,), generator=generator)
+            new = int((picks >= self.kept_data).sum())
+        else:
+            new = round(online_share * size)
+        new = 0 if not self.kept_new else (size if not self.kept_data else new)
+        from_data = torch.randint(max(self.kept_data, 1), (size - new,), generator=generator)
+        from_ring = torch.randint(max(self.kept_new, 1), (new,), generator=generator)
+        oldest = len(self._starts) - self.kept_data
+        batch, _ = self._data.batch(self._starts[oldest + from_data], n_step, discount, horizon)
+        s, a, r, m, s_next = self._rows[from_ring].split(self._widths, dim=1)
+        return Batch(
+            torch.cat([batch.observations, s]),
+            torch.cat([batch.actions, a]),
+            torch.cat([batch.rewards, r[:, 0]]),
+            torch.cat([batch.masks, m[:, 0]]),
+            torch.cat([batch.next_observations, s_next]),
+        )
+
+    def _keep(self, rows: Tensor) -> None:
+        size = len(self._rows)
+        numbers = torch.arange(self.added, self.added + len(rows))
+        self._rows[numbers[-size:] % size] = rows[-size:]
+        self.added += len(rows)

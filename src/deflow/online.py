@@ -1,0 +1,228 @@
+"""Online fine-tuning: the policy plays, its transitions join the data, and batches mix the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from deflow import distributed
+from deflow.agents.base import Agent
+from deflow.data.replay import Replay
+from deflow.data.transitions import ACTION_BOUND
+from deflow.errors import UserError
+from deflow.evaluation.rollout import Episode, Seat, decide, take_seat
+from deflow.seeding import fold_seed, torch_generator
+from deflow.types import Batch
+
+
+@dataclass
+class _Window:
+    """A transition under way: the decision, and the return since."""
+
+    observation: np.ndarray
+    action: np.ndarray
+    rewards: float = 0.0
+    discount: float = 1.0  # of the next reward
+    steps: int = 0
+
+
+@dataclass
+class _Player:
+    """A seat in an environment, with the transitions that are under way there."""
+
+    seat: Seat
+    windows: list[_Window] = field(default_factory=list)
+
+
+class Collector:
+    """Plays the policy in environments side by side and gives finished transitions.
+
+    The policy explores by its own noise. The end of a task sets a transition's mask to 0; a time limit ends the
+    episode and leaves the mask.
+
+    Args:
+        make_env: makes one environment.
+        agent: the policy, as it is at each step.
+        num_envs: environments, each with an episode of its own.
+        steps: of reward in a transition: those of n-step returns, or the chunk's.
+        discount: gamma, between rewards of one transition.
+        label: what the data would call the environment's reward.
+        seed: of resets and the policy's noise.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], gymnasium.Env],
+        agent: Agent,
+        num_envs: int,
+        steps: int,
+        discount: float,
+        label: Callable[[float], float],
+        seed: int,
+    ) -> None:
+        if num_envs < 1:
+            raise UserError(f"the online stage needs at least one environment, got num_envs={num_envs}")
+        self.num_envs = num_envs
+        self._envs = [make_env() for _ in range(num_envs)]
+        self._agent, self._steps, self._discount = agent, steps, discount
+        self._label, self._seed = label, seed
+        self._players: list[_Player] = []
+        self.episodes = 0  # begun
+        self.finished: list[Episode] = []  # since they were last asked for
+
+    def step(self) -> Batch:
+        """One step in every environment; the transitions that it finished."""
+        if not self._players:
+            self._players = [_Player(self._next_seat(env)) for env in self._envs]
+        deciding = [player for player in self._players if not player.seat.plan]
+        decide(self._agent, [player.seat for player in deciding])
+        for player in deciding:
+            plan = np.concatenate(player.seat.plan)
+            player.windows.append(_Window(player.seat.observation, plan))
+        finished = [transition for player in self._players for transition in self._step(player)]
+        return _batch(finished, self._agent)
+
+    def restart(self) -> Batch:
+        """Cut the episodes under way, as a time limit does; the transitions that end by it. New ones begin next."""
+        cut = [
+            (window, window.discount / self._discount, player.seat.observation)
+            for player in self._players
+            for window in player.windows
+            if self._agent.spec.horizon == 1
+        ]
+        self._players = []
+        return _batch(cut, self._agent)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self._envs:
+            env.close()
+
+    def _next_seat(self, env: gymnasium.Env) -> Seat:
+        self.episodes += 1
+        return take_seat(env, fold_seed(self._seed, "online", distributed.rank()), self.episodes)
+
+    def _step(self, player: _Player) -> list[tuple[_Window, float, np.ndarray]]:
+        """Step one environment; `(window, mask, next observation)` of the transitions that end here."""
+        seat = player.seat
+        seat.observation, reward, terminated, truncated, info = seat.env.step(seat.plan.popleft())
+        next_observation = seat.observation
+        seat.episode.episode_return += float(reward)
+        seat.episode.length += 1
+        for window in player.windows:
+            window.rewards += window.discount * self._label(float(reward))
+            window.discount *= self._discount
+            window.steps += 1
+        over = terminated or truncated
+        # A chunk that a time limit cuts was not executed: it is no transition.
+        cut = truncated and self._agent.spec.horizon == 1
+        ends = [window for window in player.windows if window.steps == self._steps or terminated or cut]
+        player.windows = [] if over else [w for w in player.windows if w.steps < self._steps]
+        if over:
+            seat.episode.success = float(info.get("success", 0.0))
+            self.finished.append(seat.episode)
+            player.seat = self._next_seat(seat.env)
+        # The critic multiplies by one more gamma.
+        return [(w, 0.0 if terminated else w.discount / self._discount, next_observation) for w in ends]
+
+
+def _batch(transitions: list[tuple[_Window, float, np.ndarray]], agent: Agent) -> Batch:
+    def rows(values: list[Any], *width: int) -> Tensor:
+        return torch.from_numpy(np.array(values, np.float32).reshape(-1, *width))
+
+    windows = [window for window, _, _ in transitions]
+    return Batch(
+        rows([window.observation for window in windows], agent.spec.observation_dim),
+        rows([window.action for window in windows], agent.spec.action_dim).clamp(-ACTION_BOUND, ACTION_BOUND),
+        rows([window.rewards for window in windows]),
+        rows([mask for _, mask, _ in transitions]),
+        rows([next_observation for _, _, next_observation in transitions], agent.spec.observation_dim),
+    )
+
+
+class OnlineStream(IterableDataset):
+    """Batches of an online stage: before each, the steps in the environment that are due; then a draw from the replay.
+
+    A checkpoint holds how many transitions and episodes there were. Making one cuts the episodes under way, so that a
+    resumed run, which must begin new ones, goes on to the same bits as one that was never stopped.
+
+    Args:
+        collector: plays.
+        make_replay: `make_replay(added)`, the ring after so many new transitions.
+        last: number after the last batch.
+        updates_per_step: updates for each step in an environment, above 0.
+        online_share: of new transitions in a batch; None draws uniformly from the ring.
+        seed_parts: seed and names that tell this stream's draws from all others.
+        n_step: steps of reward in a transition.
+        discount: gamma.
+        horizon: actions of a chunk.
+
+    Raises:
+        UserError: for a share outside [0, 1], or no updates.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        make_replay: Callable[[int], Replay],
+        last: int,
+        updates_per_step: float,
+        online_share: float | None,
+        seed_parts: tuple[int | str, ...],
+        n_step: int,
+        discount: float,
+        horizon: int,
+    ) -> None:
+        if updates_per_step <= 0:
+            raise UserError(f"updates_per_step must be > 0, got {updates_per_step}")
+        if online_share is not None and not 0 <= online_share <= 1:
+            raise UserError(f"online_share must be in [0, 1] or null, got {online_share}")
+        self.collector, self._make_replay = collector, make_replay
+        self.last = last
+        self._updates_per_step, self._online_share = updates_per_step, online_share
+        self._seed_parts = seed_parts
+        self._n_step, self._discount, self._horizon = n_step, discount, horizon
+        self._first, self._batch_size, self._added = 0, 1, 0
+        self.replay: Replay | None = None
+
+    def __len__(self) -> int:
+        return self.last
+
+    def start_at(self, first: int, batch_size: int) -> OnlineStream:
+        """This stream from batch `first` on, `batch_size` transitions each."""
+        self._first, self._batch_size = first, batch_size
+        return self
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.replay = self._make_replay(self._added)
+        for number in range(self._first, self.last):
+            for _ in range(self.rounds(number) - self.rounds(number - 1)):
+                self.replay.add(self.collector.step())
+            generator = torch_generator(torch.device("cpu"), *self._seed_parts, distributed.rank(), number)
+            draw = self._batch_size, self._online_share, generator
+            yield self.replay.sample(*draw, self._n_step, self._discount, self._horizon)
+
+    def rounds(self, number: int) -> int:
+        """Steps that every environment has taken when batch `number` is drawn: one before the first batch."""
+        environments = self.collector.num_envs * distributed.world_size()
+        return 0 if number < 0 else int(number / (self._updates_per_step * environments)) + 1
+
+    def state_dict(self) -> dict[str, int]:
+        """What `load_state_dict` needs; cuts the episodes under way."""
+        cut = self.collector.restart()
+        if self.replay is not None:
+            self.replay.add(cut)
+            self.replay.flush()
+            self._added = self.replay.added
+        return {"added": self._added, "episodes": self.collector.episodes}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where the checkpoint was made."""
+        self._added, self.collector.episodes = state["added"], state["episodes"]

@@ -1,0 +1,189 @@
+"""The online stage: what is collected, how it goes on after a kill, and that every agent can take part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from deflow.data.replay import Replay
+from deflow.data.transitions import Transitions
+from deflow.errors import UserError
+from deflow.loggers import read_metrics
+from deflow.online import Collector
+from deflow.pipeline import train
+from deflow.types import Batch, Spec
+from tests.conftest import tiny_config
+from tests.test_pipeline import assert_equal_weights, weights
+
+LENGTH, GOAL = 7, 4  # a time limit; steps to the goal in episodes that reach it
+
+
+class Corridor(gymnasium.Env):
+    """The observation counts steps; every second episode ends at the goal, the others at the time limit."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    episodes = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        self.episodes += 1
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps += 1
+        at_goal = self.episodes % 2 == 0 and self.steps == GOAL
+        observation = np.full(1, self.steps, np.float32)
+        return observation, float(self.steps), at_goal, self.steps == LENGTH, {"success": at_goal}
+
+
+class Policy:
+    """Acts with a tenth of the observation, and a chunk of it."""
+
+    candidates, device = 1, torch.device("cpu")
+
+    def __init__(self, horizon: int = 1) -> None:
+        self.spec = Spec(1, horizon, horizon)
+
+    def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return observations.repeat(1, self.spec.horizon) / 10
+
+
+def collect(steps: int, horizon: int = 1, num_envs: int = 1, rounds: int = 2 * LENGTH) -> Batch:
+    collector = Collector(Corridor, Policy(horizon), num_envs, steps, 0.9, lambda reward: reward - 1, seed=0)
+    batches = [collector.step() for _ in range(rounds)]
+    return Batch(*(torch.cat(column) for column in list(zip(*batches, strict=True))[:5]))
+
+
+def test_time_limits_leave_the_mask_and_goals_do_not() -> None:
+    batch = collect(steps=1, rounds=LENGTH + GOAL)
+    assert batch.observations[:, 0].tolist() == [*range(LENGTH), *range(GOAL)]
+    assert batch.next_observations[:, 0].tolist() == [*range(1, LENGTH + 1), *range(1, GOAL + 1)]
+    assert batch.rewards.tolist() == [*range(LENGTH), *range(GOAL)]  # as the data call them
+    assert batch.masks.tolist() == [1.0] * (LENGTH + GOAL - 1) + [0.0]
+    assert torch.allclose(batch.actions, batch.observations / 10)
+
+
+@pytest.mark.parametrize("n_step", [2, 3, 20])
+def test_n_step_returns_are_those_of_the_data(n_step: int) -> None:
+    # The same two episodes as a data set: the last state of a trajectory is a row of its own.
+    observations = [*range(LENGTH + 1), *range(GOAL + 1)]
+    arrays = {
+        "observations": np.array(observations, np.float32)[:, None],
+        "actions": np.array(observations, np.float32)[:, None] / 10,
+        "rewards": np.array(observations, np.float32),
+        "masks": np.array([1.0] * (LENGTH + GOAL) + [0.0] + [1.0]),
+        "valids": np.array([1.0] * LENGTH + [0.0] + [1.0] * GOAL + [0.0]),
+    }
+    data = Transitions.from_compact(arrays, "test")
+    expected, _ = data.batch(data.starts, n_step, 0.9)
+    batch = collect(steps=n_step, rounds=LENGTH + GOAL)
+
+    def rows(b: Batch) -> list[tuple[float, ...]]:  # sorted: they end in another order than they begin
+        columns = b.observations[:, 0], b.next_observations[:, 0], b.rewards, b.masks
+        return sorted(zip(*(column.tolist() for column in columns), strict=True))
+
+    assert np.allclose(rows(batch), rows(expected))
+
+
+def test_chunks() -> None:
+    batch = collect(steps=3, horizon=3, rounds=LENGTH + GOAL)
+    # 7 steps are two whole chunks and one that the time limit cuts; 4 steps are one and one that ends at the goal.
+    assert batch.observations[:, 0].tolist() == [0, 3, 0, 3]
+    assert batch.next_observations[:, 0].tolist() == [3, 6, 3, 4]
+    assert batch.actions.shape == (4, 3)
+    assert batch.masks.tolist() == pytest.approx([0.81, 0.81, 0.81, 0.0])
+    assert batch.rewards.tolist() == pytest.approx([0 + 0.9 + 2 * 0.81, 3 + 4 * 0.9 + 5 * 0.81, 2.52, 3.0])
+
+
+def test_environments_side_by_side() -> None:
+    batch = collect(steps=1, num_envs=3, rounds=4)
+    assert batch.observations[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+ONLINE = ("experiment=pointmaze", "online_updates=8", "eval.every=4", "updates=4")
+
+
+def run(folder: Path, data: Path, *overrides: str) -> dict:
+    return train(tiny_config(data, *ONLINE, *overrides), folder)
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("stages.online.freeze=[behavior_flow]", "stages.online.environment.online_share=0.5"),
+        ("agent.horizon=3", "stages.online.environment.online_share=1"),
+        ("data.n_step=3", "stages.online.environment.num_envs=2"),
+        ("agent=fql", "stages.online.environment.updates_per_step=2"),
+        ("agent=ifql", "agent.best_of_n=2"),
+    ],
+)
+def test_offline_to_online(overrides: tuple[str, ...], point_data: Path, tmp_path: Path) -> None:
+    summary = run(tmp_path, point_data, "stages=offline_to_online", *overrides)
+    assert summary["updates"] == 12
+    assert set(summary["updates_per_second"]) == {"joint", "online"}
+    before, after = (weights(tmp_path, stage) for stage in ("0_joint", "1_online"))
+    frozen = any("freeze" in override for override in overrides)
+    for name in before:
+        if name.startswith("behavior_flow"):
+            assert torch.equal(before[name], after[name]) == frozen, name
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Stop the run, as a kill does, when its batch `number` of the online stage is drawn."""
+    sample, drawn = Replay.sample, []
+
+    def counting(self: Replay, *args: Any) -> Batch:
+        drawn.append(1)
+        if len(drawn) == number:
+            raise SystemExit("killed")
+        return sample(self, *args)
+
+    monkeypatch.setattr(Replay, "sample", counting)
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize("overrides", [(), ("data.n_step=3", "stages.online.environment.num_envs=2")])
+def test_resume_is_bit_for_bit(overrides: tuple[str, ...], point_data: Path, tmp_path: Path) -> None:
+    settings = ("stages=offline_to_online", "online_updates=30", "checkpoint_every=4", *overrides)
+    run(tmp_path / "whole", point_data, *settings)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        kill_at(monkeypatch, 27)  # after episodes of 20 steps have ended
+        with pytest.raises(SystemExit):
+            run(tmp_path / "killed", point_data, *settings)
+    train(tiny_config(point_data, *ONLINE, f"resume={tmp_path / 'killed'}"), tmp_path / "killed")
+    assert_equal_weights(*(weights(tmp_path / name, "1_online") for name in ("whole", "killed")))
+    logs = [(tmp_path / name / "replay" / "online_0.bin").read_bytes() for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 30 * (2 * 2 + 2 + 2) * 4  # every step in the environment is the start of a transition
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_online_from_a_checkpoint_of_an_offline_run(point_data: Path, tmp_path: Path) -> None:
+    train(tiny_config(point_data, "experiment=pointmaze"), tmp_path / "offline")
+    offline = tmp_path / "offline" / "checkpoints" / "0_joint" / "final.ckpt"
+    summary = run(tmp_path / "online", point_data, "stages=online", f"ckpt={offline}", "trainer.log_every_n_steps=1")
+    assert summary["stages"] == {"online": 8}
+    rows = read_metrics(tmp_path / "online" / "metrics.csv")
+    assert any("train/refiner/trust_region/multiplier" in row for row in rows)
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("stages.online.environment.num_envs=0", "at least one environment"),
+        ("stages.online.environment.updates_per_step=0", "updates_per_step must be > 0"),
+        ("stages.online.environment.online_share=2", "online_share must be in"),
+    ],
+)
+def test_impossible_settings(override: str, says: str, point_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        run(tmp_path, point_data, "stages=online", override)
