@@ -1,0 +1,96 @@
+"""RLPD: soft actor-critic from scratch, with half of every batch from the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent, Loss
+from deflow.errors import UserError
+from deflow.modules.critic import Critic
+from deflow.modules.gaussian import GaussianActor
+from deflow.types import Batch, Spec
+
+
+class SoftNoise(NamedTuple):
+    """Every random number of an update."""
+
+    z: Tensor  # of the policy at s, shape (batch, action_dim)
+    z_next: Tensor  # of the policy at s', shape (batch, action_dim)
+    members: Tensor  # of the ensemble in the target, shape (target_members,)
+
+
+class RLPD(Agent):
+    r"""Online reinforcement learning with offline data (arXiv 2302.02948), for `stages=from_scratch`.
+
+    .. math::
+        y &= r + \gamma m (\min_{k \in Z} \bar Q_k(s', a') - \alpha \log \pi(a' \mid s')) \\
+        \min_\theta &\; E(Q_\theta(s, a) - y)^2 \\
+        \max_\phi &\; E[\mathrm{mean}_k Q_k(s, a_\pi) - \alpha \log \pi(a_\pi \mid s)]
+
+    :math:`Z` is a random subset of the ensemble, drawn anew at every update; critics have layer normalisation. In
+    training (and so in collection) actions are drawn from the policy, in evaluation its mode is taken.
+
+    Args:
+        spec: sizes of the task.
+        critic: makes the Critic.
+        actor: makes the GaussianActor.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+        target_members: size of the subset Z.
+        entropy_backup: whether the target counts the next action's entropy.
+
+    Raises:
+        UserError: if the subset is not within the ensemble.
+    """
+
+    critic: Critic
+    actor: GaussianActor
+    trains_jointly = True
+
+    def __init__(
+        self,
+        spec: Spec,
+        critic: Callable[[Spec], Critic],
+        actor: Callable[[Spec], GaussianActor],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+        target_members: int = 2,
+        entropy_backup: bool = True,
+    ) -> None:
+        super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed)
+        self.target_members, self.entropy_backup = target_members, entropy_backup
+        if not 1 <= target_members <= self.critic.online.members:
+            raise UserError(
+                f"agent.target_members must be 1 to agent.critic.members={self.critic.online.members}, "
+                f"got {target_members}"
+            )
+
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> SoftNoise:
+        shape, device = batch.actions.shape, batch.actions.device
+        z, z_next = torch.randn(2, *shape, generator=generator, device=device)
+        members = torch.randperm(self.critic.online.members, generator=generator, device=device)
+        return SoftNoise(z, z_next, members[: self.target_members])
+
+    def losses(self, batch: Batch, noise: SoftNoise) -> Iterator[Loss]:
+        # Critic: a cautious soft value of the policy at s'.
+        if self.trains("critic"):
+            with torch.no_grad():
+                next_actions, log_probabilities = self.actor.sample(batch.next_observations, noise.z_next)
+                values = self.critic.target_values(batch.next_observations, next_actions)
+                next_value = values.index_select(0, noise.members).amin(0)
+                if self.entropy_backup:
+                    next_value = next_value - self.actor.temperature * log_probabilities
+            yield "critic", *self.critic.loss_from(batch, next_value)
+
+        # Actor: pathwise through Q, with entropy.
+        if self.trains("actor"):
+            yield "actor", *self.actor.loss(batch.observations, noise.z, self.critic.frozen_values)
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.actor.sample(observations, z[:, 0] if self.training else torch.zeros_like(z[:, 0]))[0]

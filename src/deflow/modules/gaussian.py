@@ -1,0 +1,93 @@
+"""GaussianActor: a squashed Gaussian policy with a learned temperature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from deflow.errors import UserError
+from deflow.nets.mlp import MLP, Activation
+from deflow.types import Metrics, Spec
+
+LOG_STD_RANGE = (-5.0, 2.0)
+
+
+class GaussianActor(LightningModule):
+    r"""Policy :math:`a = \tanh(\mu(s) + \sigma(s) \, z)` that maximises value and entropy.
+
+    .. math:: L(\phi) = E[\alpha \log \pi(a \mid s) - \bar Q(s, a)], \quad
+              L(\alpha) = \log\alpha \, (sg[H] - H_0), \quad H = -E \log \pi
+
+    with :math:`\bar Q` the mean over the ensemble. The temperature :math:`\alpha` falls while the entropy is above its
+    target :math:`H_0` and rises otherwise. Source: SAC (arXiv 1812.05905).
+
+    Args:
+        spec: sizes of the task.
+        hidden: widths of the hidden layers.
+        activation: `gelu` (exact) or `gelu_tanh`.
+        target_entropy: in nats; None is minus half the action dimensions, as in RLPD's released code.
+        temperature: alpha at the start, > 0.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        activation: Activation = "gelu",
+        target_entropy: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise UserError(f"agent.actor.temperature must be > 0, got {temperature}")
+        self.net = MLP(spec.observation_dim, hidden, 2 * spec.action_dim, activation)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.target_entropy = -spec.action_dim / 2 if target_entropy is None else target_entropy
+
+    def loss(
+        self, observations: Tensor, z: Tensor, values: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Metrics]:
+        """Value and entropy, and the temperature's loss.
+
+        Args:
+            observations: shape (batch, observation_dim).
+            z: standard normal noise, shape (batch, action_dim).
+            values: `values(s, a)` of shape (members, batch) with a gradient into `a` only.
+        """
+        actions, log_probabilities = self.sample(observations, z)
+        q = values(observations, actions).mean(0)
+        policy_loss = (self.temperature.detach() * log_probabilities - q).mean()
+        entropy = -log_probabilities.detach().mean()
+        temperature_loss = self.log_temperature * (entropy - self.target_entropy)
+        loss = policy_loss + temperature_loss
+        return loss, {
+            "loss": loss.detach(),
+            "q": q.detach().mean(),
+            "entropy": entropy,
+            "temperature": self.temperature.detach(),
+        }
+
+    def sample(self, observations: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions in (-1, 1), shape (batch, action_dim), and their log densities, shape (batch,).
+
+        Args:
+            observations: shape (batch, observation_dim).
+            z: standard normal noise, shape (batch, action_dim); zeros give the mode before squashing.
+        """
+        mean, log_std = self.net(observations).chunk(2, dim=-1)
+        log_std = log_std.clamp(*LOG_STD_RANGE)
+        before = mean + log_std.exp() * z
+        gaussian = -0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)
+        # log(1 - tanh(x)^2), without loss of digits.
+        squashing = 2 * (math.log(2) - before - F.softplus(-2 * before))
+        return before.tanh(), (gaussian - squashing).sum(-1)
+
+    @property
+    def temperature(self) -> Tensor:
+        """alpha, a scalar."""
+        return self.log_temperature.exp()

@@ -1,0 +1,92 @@
+"""RLPD: the shared checks, the density of its policy, its temperature, and a run from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+from deflow.build import build_agent
+from deflow.errors import UserError
+from deflow.modules.gaussian import LOG_STD_RANGE, GaussianActor
+from deflow.pipeline import train
+from deflow.types import Spec
+from tests.agents.tester import check_agent, random_batch
+from tests.conftest import compose_config, tiny_config
+
+
+def make(*overrides: str) -> Any:
+    torch.manual_seed(0)
+    config = compose_config("experiment=cube_single", "agent=rlpd", "networks.hidden=[16,16]", *overrides)
+    return build_agent(config.agent, Spec(5, 3))
+
+
+@pytest.mark.parametrize("overrides", [(), ("agent.entropy_backup=false",), ("agent.horizon=2",)])
+def test_shared_checks(overrides: tuple[str, ...]) -> None:
+    check_agent(make(*overrides))
+
+
+def test_the_density_is_that_of_a_squashed_gaussian() -> None:
+    torch.manual_seed(0)
+    actor = GaussianActor(Spec(5, 3), hidden=(16,)).double()
+    observations, z = torch.randn(2, 20, 5).double()[0], torch.randn(20, 3).double()
+    actions, log_probabilities = actor.sample(observations, z)
+    mean, log_std = actor.net(observations).chunk(2, dim=-1)
+    log_std = log_std.clamp(*LOG_STD_RANGE)
+    squashed = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), TanhTransform(cache_size=1))
+    torch.testing.assert_close(log_probabilities, squashed.log_prob(actions))
+
+
+def test_the_temperature_holds_the_entropy() -> None:
+    # With a flat value the entropy would grow without end but for the temperature, and fall without it.
+    torch.manual_seed(0)
+    actor = GaussianActor(Spec(1, 2), hidden=(16,), target_entropy=-1.5)
+    optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3)
+    metrics = {}
+    for _ in range(1500):
+        steep = lambda s, a: -20 * a.square().sum(-1)[None]  # noqa: E731 (prefers no noise at all)
+        loss, metrics = actor.loss(torch.zeros(256, 1), torch.randn(256, 2), steep)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(metrics["entropy"]) == pytest.approx(-1.5, abs=0.15)
+
+
+def test_the_target_is_the_smallest_of_the_drawn_members() -> None:
+    agent = make("agent.entropy_backup=false")
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    assert len(set(noise.members.tolist())) == 2
+    with torch.no_grad():
+        actions, _ = agent.actor.sample(batch.next_observations, noise.z_next)
+        values = agent.critic.target_values(batch.next_observations, actions)
+        expected = agent.critic.loss_from(batch, values[noise.members].amin(0))[0]
+    loss = next(loss for part, loss, _ in agent.losses(batch, noise) if part == "critic")
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_it_explores_in_training_and_takes_the_mode_in_evaluation() -> None:
+    agent = make()
+    observations, z = torch.randn(4, 5), torch.randn(2, 4, 1, 3)
+    agent.train()
+    assert not torch.equal(agent.act(observations, z[0]), agent.act(observations, z[1]))
+    agent.eval()
+    assert torch.equal(agent.act(observations, z[0]), agent.act(observations, z[1]))
+
+
+def test_impossible_settings() -> None:
+    with pytest.raises(UserError, match=r"target_members must be 1 to agent.critic.members=10"):
+        make("agent.target_members=11")
+    with pytest.raises(UserError, match="temperature must be > 0"):
+        make("agent.actor.temperature=0")
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_a_run_from_scratch(point_data: Path, tmp_path: Path) -> None:
+    overrides = ("experiment=pointmaze", "agent=rlpd", "stages=from_scratch", "online_updates=6")
+    summary = train(tiny_config(point_data, *overrides), tmp_path)
+    assert summary["stages"] == {"online": 6}
+    assert summary["agent"] == "RLPD"
