@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from deflow.checkpoints import load_checkpoint
 from deflow.loggers import read_metrics
-from deflow.pipeline import load_checkpoint
 from tests.commands import ROOT, run, start, tiny_overrides
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from deflow import pipeline
+from deflow.checkpoints import load_checkpoint
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.loggers import read_metrics
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.pipeline import load_checkpoint, train
+from deflow.pipeline import train
 from tests.conftest import compose_config, tiny_config
 
 pytestmark = pytest.mark.usefixtures("short_episodes")

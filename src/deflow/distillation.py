@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deflow.agents.base import Agent
+from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.data.source import Source
 from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.evaluation.statistics import summarise
-from deflow.pipeline import agent_of, load_checkpoint, train
+from deflow.pipeline import train
 from deflow.report import write_json
 
 

@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.data import card
 from deflow.data.iav import ActionVariance, intrinsic_action_variance
 from deflow.data.source import Source
 from deflow.evaluation.diversity import policy_samples
-from deflow.pipeline import agent_of, load_checkpoint
 from deflow.report import write_json
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -15,7 +16,8 @@ from torch.utils.data import IterableDataset
 from deflow import distributed
 from deflow.agents.base import Agent
 from deflow.data.replay import Replay
-from deflow.data.transitions import ACTION_BOUND
+from deflow.data.source import Source
+from deflow.data.transitions import ACTION_BOUND, Transitions
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Seat, decide, take_seat
 from deflow.seeding import fold_seed, torch_generator
@@ -191,6 +193,37 @@ class OnlineStream(IterableDataset):
         self._n_step, self._discount, self._horizon = n_step, discount, horizon
         self._first, self._batch_size, self._added = 0, 1, 0
         self.replay: Replay | None = None
+
+    @classmethod
+    def of(
+        cls,
+        agent: Agent,
+        source: Source,
+        data: Transitions,
+        folder: Path,
+        stage: str,
+        updates: int,
+        seed: int,
+        n_step: int,
+        discount: float,
+        num_envs: int,
+        updates_per_step: float,
+        online_share: float | None,
+        capacity: int | None,
+    ) -> OnlineStream:
+        """The stream of a stage with `updates` updates; its new transitions are written into `folder`."""
+        horizon = agent.spec.horizon
+        collector = Collector(source.make_env, agent, num_envs, n_step, discount, source.label, seed)
+        starts = data.chunk_starts(horizon)
+
+        def make_replay(added: int) -> Replay:
+            steps = stream.rounds(updates) * num_envs
+            path = folder / f"{stage}_{distributed.rank()}.bin"
+            return Replay(data, starts, agent.spec, steps, path, capacity, added)
+
+        draw = (seed, stage, "batch"), n_step, discount, horizon
+        stream = cls(collector, make_replay, updates, updates_per_step, online_share, *draw)
+        return stream
 
     def __len__(self) -> int:
         return self.last

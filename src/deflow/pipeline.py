@@ -30,12 +30,12 @@ from deflow.callbacks import (
     StageProgress,
     SystemMetrics,
 )
+from deflow.checkpoints import agent_of, load_checkpoint, load_weights
 from deflow.config import CONFIG_FILE, check, plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.proposals import ProposalCache
-from deflow.data.replay import Replay
 from deflow.data.source import Source
-from deflow.distributed import is_main_process, rank
+from deflow.distributed import is_main_process
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions
@@ -45,8 +45,7 @@ from deflow.evaluation.statistics import summarise
 from deflow.files import replacing
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.online import Collector, OnlineStream
-from deflow.types import Spec
+from deflow.online import OnlineStream
 
 log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
@@ -216,33 +215,22 @@ def _proposals(run: Run, stage: DictConfig) -> ProposalCache | None:
 
 def _online(run: Run, name: str, stage: DictConfig) -> OnlineStream | None:
     """The batches of a stage in the environment; None for a stage on the data alone."""
-    settings = stage.get("environment")
-    if settings is None:
+    if stage.get("environment") is None:
         return None
-    data, agent, seed = run.data, run.agent, run.config.seed
+    data = run.data
     assert data.transitions is not None
-    collector = Collector(
-        data.source.make_env, agent, settings.num_envs, data.n_step, data.discount, data.source.label, seed
-    )
-    ring = data.transitions, data.transitions.chunk_starts(agent.spec.horizon), agent.spec
-    stream = OnlineStream(
-        collector,
-        lambda added: Replay(
-            *ring,
-            steps=stream.rounds(stage.steps) * settings.num_envs,
-            path=run.folder / "replay" / f"{name}_{rank()}.bin",
-            capacity=settings.capacity,
-            added=added,
-        ),
-        last=stage.steps,
-        updates_per_step=settings.updates_per_step,
-        online_share=settings.online_share,
-        seed_parts=(seed, name, "batch"),
+    return OnlineStream.of(
+        run.agent,
+        data.source,
+        data.transitions,
+        folder=run.folder / "replay",
+        stage=name,
+        updates=stage.steps,
+        seed=run.config.seed,
         n_step=data.n_step,
         discount=data.discount,
-        horizon=agent.spec.horizon,
+        **plain(stage.environment),
     )
-    return stream
 
 
 def finish(run: Run, seconds: float) -> dict[str, Any]:
@@ -320,47 +308,6 @@ def _record(run: Run) -> None:
         video.record_video(run.data.source.make_env, run.agent, run.folder / "video.mp4", *settings)
     except UserError as error:
         log.warning("%s", error)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's plain contents.
-
-    Raises:
-        UserError: if it is missing or not one of ours.
-    """
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not a checkpoint
-        raise UserError(f"cannot read {path}: it is not a whole checkpoint") from error
-    if "deflow" not in checkpoint:
-        raise UserError(f"{path} is a checkpoint of something else: it lacks the entry 'deflow'")
-    return checkpoint
-
-
-def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
-    """The agent of a loaded checkpoint with its weights; `settings` replace those it was trained with."""
-    card = checkpoint["deflow"]
-    agent = build_agent(card["config"]["agent"] | settings, Spec(*card["spec"]))
-    agent.load_state_dict(checkpoint["state_dict"])
-    return agent
-
-
-def load_weights(agent: Agent, path: Path, task: str) -> None:
-    """Load the weights of a checkpoint of the same task and the same networks into `agent`.
-
-    Raises:
-        UserError: if it is of another task or its networks have other shapes.
-    """
-    checkpoint = load_checkpoint(path)
-    of = checkpoint["deflow"]["task"]
-    if of != task:
-        raise UserError(f"{path} is a checkpoint of {of}, not of {task}")
-    try:
-        agent.start_from(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"the networks of {path} differ from the configured ones: {error}") from error
 
 
 def _keep(run: Run, episodes: list[Episode]) -> dict[str, float]:

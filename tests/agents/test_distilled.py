@@ -10,10 +10,11 @@ import torch
 
 from deflow.agents.distilled import Distilled
 from deflow.build import build_agent
+from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.distillation import distill
 from deflow.errors import UserError
-from deflow.pipeline import agent_of, evaluate, load_checkpoint, train
+from deflow.pipeline import evaluate, train
 from deflow.types import Spec
 from tests.agents.tester import check_agent
 from tests.conftest import compose_config, tiny_config

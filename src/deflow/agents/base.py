@@ -100,9 +100,11 @@ class Agent(LightningModule, ABC):
         train = tuple(self._trainable) if train == "all" else train
         unknown = sorted({*train, *freeze} - set(self._trainable))
         train = [part for part in train if part not in freeze]
-        if unknown or not train:
+        if unknown:
             known = ", ".join(self._trainable)
-            raise UserError(f"stage '{name}' trains {unknown or 'nothing'}: choose among the agent's parts {known}")
+            raise UserError(f"stage '{name}' trains {unknown}: choose among the agent's parts {known}")
+        if not train:
+            raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")
         self._stage, self._active, self._first_step = name, tuple(train), first_step
         self._lr, self._cosine_decay_steps = lr, cosine_decay_steps
         for part, parameters in self._trainable.items():
