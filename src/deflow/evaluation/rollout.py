@@ -130,6 +130,8 @@ class Evaluator:
 
         share = -(-len(seats) // (os.cpu_count() or 1))
         groups = [seats[first : first + share] for first in range(0, len(seats), share)]
+        if len(groups) == 1:  # here: a renderer belongs to the thread that made it
+            return step(seats)
         return [over for group in pool.map(step, groups) for over in group]
 
     @staticmethod
