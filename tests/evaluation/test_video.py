@@ -27,7 +27,7 @@ def test_one_frame_a_state(tmp_path: Path) -> None:
         record_video(make_env, agent, tmp_path / "video.mp4", episodes=2, seed=0)
     except UserError as error:
         pytest.skip(str(error))
-    frames = list(imageio.get_reader(tmp_path / "video.mp4"))
+    frames = imageio.mimread(tmp_path / "video.mp4")
     assert len(frames) == 2 * 6
     assert frames[0].std() > 10  # a picture, not a blank
     assert frames[0].shape == (256, 256, 3)
