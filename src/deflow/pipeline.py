@@ -279,7 +279,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     source: Source = instantiate(card["config"]["data"]["source"])
     if not source.has_env:
         raise UserError(f"{path}: {card['task']} has no environment to evaluate in")
-    evaluator = Evaluator(source.make_env, config.episodes, config.num_envs, config.seed)
+    num_envs = config.num_envs or card["config"]["eval"]["num_envs"]
+    evaluator = Evaluator(source.make_env, config.episodes, num_envs, config.seed)
     episodes = evaluator.run(agent)
     evaluator.close()
     result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
