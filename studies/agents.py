@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from original_comparison import seeds
 
 from deflow.benchmark import bare_seconds, random_transitions
 from deflow.build import build_agent
@@ -32,8 +33,8 @@ CUBE = Spec(observation_dim=28, action_dim=5)
 
 def run(data: str) -> None:
     """Train every agent jointly, with the papers' settings where there are any."""
-    for agent, seeds in SEEDS.items():
-        for seed in range(seeds):
+    for agent, count in SEEDS.items():
+        for seed in range(count):
             command = [sys.executable, "train.py", "experiment=original_comparison", f"agent={agent}", "stages=joint"]
             command += [f"seed={seed}", f"name=table_{agent}", f"data.source.path={data}"]
             subprocess.run(command, cwd=ROOT, check=True)
@@ -51,7 +52,7 @@ def table(logs: Path) -> None:
             continue
         curves = [success_of(folder) for folder in runs]
         at = {n: [curve[n] for curve in curves if n in curve] for n in UPDATES}
-        cells = [seeds(values) for values in at.values()]
+        cells = [seeds(values) if values else "-" for values in at.values()]
         config = yaml.safe_load((runs[0] / "config.yaml").read_text())
         speed, milliseconds = speed_of(config["agent"])
         row = [f"{agent} ({len(runs)})", *cells, interval(at[UPDATES[-1]]), f"{speed:.0f}", f"{milliseconds:.2f} ms"]
@@ -79,11 +80,6 @@ def interval(successes: list[float]) -> str:
     episodes = [float(i < round(success * EPISODES)) for success in successes for i in range(EPISODES)]
     low, high = bootstrap_interval(episodes)
     return f"{low:.2f} to {high:.2f}"
-
-
-def seeds(values: list[float]) -> str:
-    """The mean, and each seed's."""
-    return f"**{sum(values) / len(values):.2f}** ({', '.join(f'{v:.2f}' for v in values)})" if values else "-"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -275,19 +275,16 @@ def _agent(config: DictConfig, name: str, spec: Spec) -> Agent:
     return build_agent(config.agent, spec)
 
 
-class _precision(AbstractContextManager):
+@contextmanager
+def _precision(name: str) -> Iterator[AbstractContextManager]:
     """Products as `PRECISIONS` says; gives the autocast context that losses belong into."""
-
-    def __init__(self, name: str) -> None:
-        self.matmul, self.autocast = PRECISIONS[name]
-
-    def __enter__(self) -> AbstractContextManager:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.matmul)
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
+    matmul, autocast = PRECISIONS[name]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        yield torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _ratio(numerators: Any, denominators: Any) -> float:

@@ -10,14 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from deflow.agents.base import Agent
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.data.source import Source
 from deflow.evaluation.latency import latency
-from deflow.evaluation.rollout import Evaluator
-from deflow.evaluation.statistics import summarise
-from deflow.pipeline import train
+from deflow.pipeline import play, train
 from deflow.report import write_json
 
 
@@ -34,8 +31,10 @@ def distill(config: DictConfig, folder: Path) -> dict[str, Any]:
     train(_training_config(plain(config), card["deflow"]["config"]), folder)
     final = load_checkpoint(folder / "checkpoints" / "0_distillation" / "final.ckpt")
     result: dict[str, Any] = {"ckpt": str(config.ckpt)}
+    source: Source = instantiate(card["deflow"]["config"]["data"]["source"])
+    settings = config.eval.episodes, config.eval.num_envs, config.eval.seed
     for name, agent in (("teacher", agent_of(card, **plain(config.teacher))), ("one_step", agent_of(final))):
-        result[name] = _evaluate(agent, config, card) | latency(agent)
+        result[name] = (play(agent, source, *settings) if source.has_env else {}) | latency(agent)
     write_json(folder / "distillation.json", result)
     _print(result)
     return result
@@ -49,16 +48,6 @@ def _training_config(config: dict[str, Any], taught: dict[str, Any]) -> DictConf
     changed = {key: config[key] for key in own} | {"agent": agent, "resume": None}
     stage = {"train": "all", "steps": config["updates"], "lr": config["lr"], "cosine_decay": True, "evaluate": True}
     return OmegaConf.create(taught | changed | {"stages": {"distillation": stage}})
-
-
-def _evaluate(agent: Agent, config: DictConfig, card: dict[str, Any]) -> dict[str, float]:
-    source: Source = instantiate(card["deflow"]["config"]["data"]["source"])
-    if not source.has_env:
-        return {}
-    evaluator = Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed)
-    episodes = evaluator.run(agent)
-    evaluator.close()
-    return summarise(episodes, source.score)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -280,11 +280,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if not source.has_env:
         raise UserError(f"{path}: {card['task']} has no environment to evaluate in")
     num_envs = config.num_envs or card["config"]["eval"]["num_envs"]
-    evaluator = Evaluator(source.make_env, config.episodes, num_envs, config.seed)
-    episodes = evaluator.run(agent)
-    evaluator.close()
     result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
-    result |= summarise(episodes, source.score) | latency(agent)
+    result |= play(agent, source, config.episodes, num_envs, config.seed) | latency(agent)
     settings = card["config"]["agent"] | chosen
     result |= {key: settings[key] for key in ("best_of_n", "refine_steps") if key in settings}
     report.write_json(path.with_name("evaluation.json"), result)
@@ -300,6 +297,14 @@ def _measure_diversity(run: Run, summary: dict[str, Any]) -> None:
     around = Neighbourhoods.of(run.data.transitions, settings.states, settings.neighbours, horizon, run.config.seed)
     summary["diversity"] = diversity(run.agent, around, settings.samples, settings.radius, run.config.seed)
     draw_actions(run.agent, around, settings.samples, run.folder / "actions.png", run.config.seed)
+
+
+def play(agent: Agent, source: Source, episodes: int, num_envs: int, seed: int) -> dict[str, float]:
+    """What `episodes` episodes of the policy in the source's environment came to."""
+    evaluator = Evaluator(source.make_env, episodes, num_envs, seed)
+    played = evaluator.run(agent)
+    evaluator.close()
+    return summarise(played, source.score)
 
 
 def _record(run: Run) -> None:

@@ -77,6 +77,8 @@ class Transitions:
         Raises:
             UserError: if no trajectory is that long.
         """
+        if horizon == 1:
+            return self.starts  # not a copy: they may be mapped, and more than fit into memory
         whole = torch.ones(len(self.starts), dtype=torch.bool)
         for step in range(1, horizon):
             whole &= self.has_successor[(self.starts + step).clamp(max=len(self.states) - 1)]
