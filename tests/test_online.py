@@ -47,8 +47,9 @@ class Policy:
 
     candidates, device = 1, torch.device("cpu")
 
-    def __init__(self, horizon: int = 1) -> None:
+    def __init__(self, horizon: int = 1, uses_returns: bool = False) -> None:
         self.spec = Spec(1, horizon, horizon)
+        self.uses_returns = uses_returns
 
     def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return observations.repeat(1, self.spec.horizon) / 10
@@ -106,6 +107,25 @@ def test_environments_side_by_side() -> None:
     assert batch.observations[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
+def test_returns_are_those_of_the_data() -> None:
+    collector = Collector(Corridor, Policy(uses_returns=True), 1, 1, 0.9, lambda reward: reward - 1, seed=0)
+    batches = [collector.step() for _ in range(LENGTH + GOAL + 2)]
+    # An episode is given when it is over; what was cut by the time limit goes on with its last reward.
+    sizes = [len(batch.rewards) for batch in batches]
+    assert sizes == [LENGTH if n == LENGTH else GOAL if n == LENGTH + GOAL else 0 for n in range(1, len(sizes) + 1)]
+    cut, whole = batches[LENGTH - 1], batches[LENGTH + GOAL - 1]
+    assert cut.returns is not None
+    assert whole.returns is not None
+    forever = 0.9**LENGTH * (LENGTH - 1) / (1 - 0.9)
+    assert float(cut.returns[0]) == pytest.approx(sum(0.9**k * k for k in range(LENGTH)) + forever)
+    assert whole.returns.tolist() == pytest.approx([0.9 + 2 * 0.81 + 3 * 0.729, 1 + 1.8 + 2.43, 2 + 2.7, 3])
+    # So does a restart in the middle.
+    rest = collector.restart()
+    assert rest.observations[:, 0].tolist() == [0, 1]
+    assert rest.returns is not None
+    assert rest.returns.tolist() == pytest.approx([0 + 0.9 * 10, 10])
+
+
 ONLINE = ("experiment=pointmaze", "online_updates=8", "eval.every=4", "updates=4")
 
 
@@ -123,6 +143,7 @@ def run(folder: Path, data: Path, *overrides: str) -> dict:
         ("data.n_step=3", "stages.online.environment.num_envs=2"),
         ("agent=fql", "stages.online.environment.updates_per_step=2"),
         ("agent=ifql", "agent.best_of_n=2"),
+        ("agent=cal_ql", "agent.samples=2", "stages.online.environment.online_share=0.5"),
     ],
 )
 def test_offline_to_online(overrides: tuple[str, ...], point_data: Path, tmp_path: Path) -> None:
@@ -150,7 +171,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 @pytest.mark.usefixtures("short_episodes")
-@pytest.mark.parametrize("overrides", [(), ("data.n_step=3", "stages.online.environment.num_envs=2")])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("data.n_step=3", "stages.online.environment.num_envs=2"), ("agent=cal_ql", "agent.samples=2")],
+)
 def test_resume_is_bit_for_bit(overrides: tuple[str, ...], point_data: Path, tmp_path: Path) -> None:
     settings = ("stages=offline_to_online", "online_updates=30", "checkpoint_every=4", *overrides)
     run(tmp_path / "whole", point_data, *settings)
@@ -162,7 +186,8 @@ def test_resume_is_bit_for_bit(overrides: tuple[str, ...], point_data: Path, tmp
     assert_equal_weights(*(weights(tmp_path / name, "1_online") for name in ("whole", "killed")))
     logs = [(tmp_path / name / "replay" / "online_0.bin").read_bytes() for name in ("whole", "killed")]
     assert logs[0] == logs[1]
-    assert len(logs[0]) == 30 * (2 * 2 + 2 + 2) * 4  # every step in the environment is the start of a transition
+    numbers = 2 * 2 + 2 + 2 + ("agent=cal_ql" in overrides)
+    assert len(logs[0]) == 30 * numbers * 4  # every step in the environment is the start of a transition
 
 
 @pytest.mark.usefixtures("short_episodes")

@@ -255,7 +255,7 @@ def startup() -> dict[str, float]:
 def random_transitions(spec: Spec) -> Transitions:
     """Random numbers in place of data."""
     arrays = _random_arrays(spec) | {"masks": np.ones(ROWS), "valids": np.ones(ROWS)}
-    return Transitions.from_compact(arrays, "random data")
+    return Transitions.from_compact(arrays, "random data").with_returns(discount=0.99)
 
 
 def _random_arrays(spec: Spec) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from deflow import distributed
 from deflow.agents.base import Agent
 from deflow.data.replay import Replay
 from deflow.data.source import Source
-from deflow.data.transitions import ACTION_BOUND, Transitions
+from deflow.data.transitions import ACTION_BOUND, Transitions, returns_to_go
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Seat, decide, take_seat
 from deflow.seeding import fold_seed, torch_generator
@@ -30,24 +30,32 @@ class _Window:
 
     observation: np.ndarray
     action: np.ndarray
+    start: int  # step of the episode
     rewards: float = 0.0
     discount: float = 1.0  # of the next reward
     steps: int = 0
+    return_to_go: float = 0.0  # of the whole episode from here on, once it is known and if it is asked for
+
+
+# A window that ended, with the mask and the next observation.
+_Ended = tuple[_Window, float, np.ndarray]
 
 
 @dataclass
 class _Player:
-    """A seat in an environment, with the transitions that are under way there."""
+    """A seat in an environment, with the transitions of its episode that are under way or not yet given."""
 
     seat: Seat
     windows: list[_Window] = field(default_factory=list)
+    ended: list[_Ended] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
 
 
 class Collector:
     """Plays the policy in environments side by side and gives finished transitions.
 
     The policy explores by its own noise. The end of a task sets a transition's mask to 0; a time limit ends the
-    episode and leaves the mask.
+    episode and leaves the mask. An agent that reads returns gets an episode's transitions when it is over.
 
     Args:
         make_env: makes one environment.
@@ -87,20 +95,19 @@ class Collector:
         decide(self._agent, [player.seat for player in deciding])
         for player in deciding:
             plan = np.concatenate(player.seat.plan)
-            player.windows.append(_Window(player.seat.observation, plan))
+            player.windows.append(_Window(player.seat.observation, plan, start=len(player.rewards)))
         finished = [transition for player in self._players for transition in self._step(player)]
         return _batch(finished, self._agent)
 
     def restart(self) -> Batch:
         """Cut the episodes under way, as a time limit does; the transitions that end by it. New ones begin next."""
-        cut = [
-            (window, window.discount / self._discount, player.seat.observation)
-            for player in self._players
-            for window in player.windows
-            if self._agent.spec.horizon == 1
-        ]
+        finished: list[_Ended] = []
+        for player in self._players:
+            if self._agent.spec.horizon == 1:  # a chunk that is cut was not executed: it is no transition
+                player.ended += [(w, w.discount / self._discount, player.seat.observation) for w in player.windows]
+            finished += self._take(player, terminated=False)
         self._players = []
-        return _batch(cut, self._agent)
+        return _batch(finished, self._agent)
 
     def close(self) -> None:
         """Close the environments."""
@@ -111,31 +118,45 @@ class Collector:
         self.episodes += 1
         return take_seat(env, fold_seed(self._seed, "online", distributed.rank()), self.episodes)
 
-    def _step(self, player: _Player) -> list[tuple[_Window, float, np.ndarray]]:
-        """Step one environment; `(window, mask, next observation)` of the transitions that end here."""
+    def _step(self, player: _Player) -> list[_Ended]:
+        """Step one environment; the transitions that can be given."""
         seat = player.seat
         seat.observation, reward, terminated, truncated, info = seat.env.step(seat.plan.popleft())
         next_observation = seat.observation
         seat.episode.episode_return += float(reward)
         seat.episode.length += 1
+        player.rewards.append(self._label(float(reward)))
         for window in player.windows:
-            window.rewards += window.discount * self._label(float(reward))
+            window.rewards += window.discount * player.rewards[-1]
             window.discount *= self._discount
             window.steps += 1
         over = terminated or truncated
-        # A chunk that a time limit cuts was not executed: it is no transition.
         cut = truncated and self._agent.spec.horizon == 1
         ends = [window for window in player.windows if window.steps == self._steps or terminated or cut]
         player.windows = [] if over else [w for w in player.windows if w.steps < self._steps]
+        # The critic multiplies by one more gamma.
+        player.ended += [(w, 0.0 if terminated else w.discount / self._discount, next_observation) for w in ends]
+        finished = self._take(player, terminated) if over or not self._agent.uses_returns else []
         if over:
             seat.episode.success = float(info.get("success", 0.0))
             self.finished.append(seat.episode)
-            player.seat = self._next_seat(seat.env)
-        # The critic multiplies by one more gamma.
-        return [(w, 0.0 if terminated else w.discount / self._discount, next_observation) for w in ends]
+            player.seat, player.rewards = self._next_seat(seat.env), []
+        return finished
+
+    def _take(self, player: _Player, terminated: bool) -> list[_Ended]:
+        """The transitions that ended since they were last taken, with returns if the agent reads them."""
+        ended, player.ended = player.ended, []
+        if self._agent.uses_returns and ended:
+            last = len(player.rewards) - 1
+            ends = [step == last for step in range(last + 1)]
+            masks = [0.0 if end and terminated else 1.0 for end in ends]
+            returns = returns_to_go(player.rewards, masks, ends, self._discount)
+            for window, _, _ in ended:
+                window.return_to_go = returns[window.start]
+        return ended
 
 
-def _batch(transitions: list[tuple[_Window, float, np.ndarray]], agent: Agent) -> Batch:
+def _batch(transitions: list[_Ended], agent: Agent) -> Batch:
     def rows(values: list[Any], *width: int) -> Tensor:
         return torch.from_numpy(np.array(values, np.float32).reshape(-1, *width))
 
@@ -146,6 +167,7 @@ def _batch(transitions: list[tuple[_Window, float, np.ndarray]], agent: Agent) -
         rows([window.rewards for window in windows]),
         rows([mask for _, mask, _ in transitions]),
         rows([next_observation for _, _, next_observation in transitions], agent.spec.observation_dim),
+        returns=rows([window.return_to_go for window in windows]) if agent.uses_returns else None,
     )
 
 

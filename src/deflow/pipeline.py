@@ -132,6 +132,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
             raise UserError(f"stage '{name}' plays in the environment, and these data have none")
     data.prepare_data()  # before anything is tracked: a missing file is the commonest error
     data.setup()
+    if agent.uses_returns:
+        data.add_returns()
     if decide(config, data.transitions):
         torch.manual_seed(config.seed)
         agent = build_agent(config.agent, spec)

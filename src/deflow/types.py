@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     next_observations: Tensor  # (batch, observation_dim)
     base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s
     next_base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s'
+    returns: Tensor | None = None  # (batch,): the discounted return that the data earned from s on
 
 
 class Spec(NamedTuple):

@@ -36,6 +36,7 @@ class NoWaiting(TorchDispatchMode):
         "agent=ifql",
         "agent=fawac",
         "agent=flow_bc",
+        "agent=cal_ql",
     ],
 )
 def test_an_update_never_waits(overrides: str) -> None:

@@ -13,7 +13,8 @@ def random_batch(agent: Agent, size: int = 16) -> Batch:
     observations, next_observations = torch.randn(2, size, agent.spec.observation_dim, generator=generator)
     actions = torch.rand(size, agent.spec.action_dim, generator=generator) * 2 - 1
     masks = (torch.arange(size) % 4 != 0).float()
-    return Batch(observations, actions, torch.randn(size, generator=generator), masks, next_observations)
+    rewards, returns = torch.randn(2, size, generator=generator)
+    return Batch(observations, actions, rewards, masks, next_observations, returns=returns)
 
 
 def check_agent(agent: Agent) -> None:

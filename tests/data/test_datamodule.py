@@ -67,6 +67,21 @@ def test_n_step_returns_equal_the_sum_written_out() -> None:
             assert batch.next_observations[i].item() == row == next_rows[i]
 
 
+def test_returns_end_with_the_task_and_go_on_where_a_trajectory_is_cut() -> None:
+    # Rows 0 to 3 reach the goal at row 1 and go on, as OGBench's data do; rows 4 and 5 are cut.
+    arrays = {
+        "observations": np.zeros((6, 1)),
+        "actions": np.zeros((6, 1)),
+        "rewards": np.array([-1, 0, -2, 7, -3, 7]),
+        "masks": np.array([1, 0, 1, 1, 1, 1]),
+        "valids": np.array([1, 1, 1, 0, 1, 0]),
+    }
+    data = Transitions.from_compact(arrays, "test").with_returns(discount=0.5)
+    batch, _ = data.batch(data.starts)
+    assert batch.returns is not None
+    assert batch.returns.tolist() == [-1.0, 0.0, -4.0, -6.0]
+
+
 def test_chunks_stay_inside_their_trajectory() -> None:
     # Trajectories of 7 transitions in 8 rows; the task ends at row 11.
     rows, length, discount, horizon = 40, 8, 0.9, 3

@@ -38,6 +38,8 @@ class Agent(LightningModule, ABC):
     candidates: int = 1
     # Whether the losses take cached proposals from the batch, which come without the noise they started from.
     uses_cached_proposals: bool = False
+    # Whether the losses read the returns of the data from the batch.
+    uses_returns: bool = False
     # Whether policy and values only make sense when they train in the same stage.
     trains_jointly: bool = False
 

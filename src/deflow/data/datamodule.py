@@ -134,6 +134,13 @@ class OfflineDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the data ({len(self.transitions)} transitions)"
             )
 
+    def add_returns(self) -> None:
+        """Let batches hold `returns`."""
+        assert self.transitions is not None
+        assert self.validation is not None
+        self.transitions = self.transitions.with_returns(self.discount)
+        self.validation = self.validation.with_returns(self.discount)
+
     def begin_stage(
         self, name: str, steps: int, proposals: ProposalCache | None = None, online: OnlineBatches | None = None
     ) -> None:

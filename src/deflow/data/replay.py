@@ -50,6 +50,8 @@ class Replay:
             raise UserError(f"the replay's capacity must be at least 1, got {capacity}")
         self._data, self._starts = data, starts
         self._widths = [spec.observation_dim, spec.action_dim, 1, 1, spec.observation_dim]
+        if data.returns is not None:
+            self._widths.append(1)
         self._rows = torch.empty(min(self.capacity, steps), sum(self._widths))
         self.added = 0
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,13 +66,15 @@ class Replay:
 
     def add(self, transitions: Batch) -> None:
         """Add transitions, in order."""
-        columns = (
+        columns = [
             transitions.observations,
             transitions.actions,
             transitions.rewards[:, None],
             transitions.masks[:, None],
             transitions.next_observations,
-        )
+        ]
+        if transitions.returns is not None:
+            columns.append(transitions.returns[:, None])
         rows = torch.cat(columns, dim=1).float()
         self._file.write(rows.numpy().tobytes())
         self._keep(rows)
@@ -120,13 +124,14 @@ class Replay:
         from_ring = torch.randint(max(self.kept_new, 1), (new,), generator=generator)
         oldest = len(self._starts) - self.kept_data
         batch, _ = self._data.batch(self._starts[oldest + from_data], n_step, discount, horizon)
-        s, a, r, m, s_next = self._rows[from_ring].split(self._widths, dim=1)
+        s, a, r, m, s_next, *returns = self._rows[from_ring].split(self._widths, dim=1)
         return Batch(
             torch.cat([batch.observations, s]),
             torch.cat([batch.actions, a]),
             torch.cat([batch.rewards, r[:, 0]]),
             torch.cat([batch.masks, m[:, 0]]),
             torch.cat([batch.next_observations, s_next]),
+            returns=None if batch.returns is None else torch.cat([batch.returns, returns[0][:, 0]]),
         )
 
     def _keep(self, rows: Tensor) -> None:

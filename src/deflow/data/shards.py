@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from deflow.files import replacing
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"  # which shards the columns were made of, and their shapes; written last
-COLUMNS = tuple(field.name for field in fields(Transitions))
+COLUMNS = tuple(field.name for field in fields(Transitions) if field.default is MISSING)
 
 
 def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path) -> Transitions:

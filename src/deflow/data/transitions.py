@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,7 @@ class Transitions:
     rewards: Tensor  # (rows,), float32
     masks: Tensor  # (rows,), float32
     starts: Tensor  # (transitions,), int64: the rows that have a successor
+    returns: Tensor | None = None  # (rows,), float32; see `with_returns`
 
     @classmethod
     def from_compact(cls, arrays: Mapping[str, Any], origin: str) -> Transitions:
@@ -70,6 +71,13 @@ class Transitions:
     def has_successor(self) -> Tensor:
         """Whether a transition starts at each row, bool of shape (rows,)."""
         return torch.zeros(len(self.states), dtype=torch.bool).index_fill_(0, self.starts, True)
+
+    def with_returns(self, discount: float) -> Transitions:
+        """The same transitions with `returns`, for agents that read `Batch.returns`; see `returns_to_go`."""
+        ends = ~self.has_successor.roll(-1)
+        ends[-1] = True
+        returns = returns_to_go(self.rewards.tolist(), self.masks.tolist(), ends.tolist(), discount)
+        return replace(self, returns=torch.tensor(returns))
 
     def chunk_starts(self, horizon: int) -> Tensor:
         """The rows from which the data go on for `horizon` transitions, int64 of shape (chunks,).
@@ -115,5 +123,29 @@ class Transitions:
             rewards=rewards,
             masks=masks,
             next_observations=self.states.index_select(0, next_rows),
+            returns=None if self.returns is None else self.returns.index_select(0, rows),
         )
         return batch, next_rows
+
+
+def returns_to_go(
+    rewards: Sequence[float], masks: Sequence[float], ends: Sequence[bool], discount: float
+) -> list[float]:
+    r"""The return from each row on, :math:`G_t = r_t + \gamma m_t G_{t+1}`.
+
+    A trajectory that was cut is taken to go on with its last reward for ever. Where every step costs the same until
+    the task is done that is exact, and it is what Cal-QL's released code does there.
+
+    Args:
+        rewards: of each row.
+        masks: 0 where the task ended.
+        ends: whether the row after this one is of another trajectory.
+        discount: gamma.
+    """
+    returns, later = [], 0.0
+    for reward, mask, end in zip(reversed(rewards), reversed(masks), reversed(ends), strict=True):
+        if end:
+            later = reward / (1.0 - discount)
+        later = reward + discount * mask * later
+        returns.append(later)
+    return returns[::-1]

@@ -1,0 +1,136 @@
+"""Cal-QL: conservative values that never fall below what the data's policy earned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent, Loss
+from deflow.errors import UserError
+from deflow.modules.critic import Critic
+from deflow.modules.gaussian import GaussianActor
+from deflow.types import Batch, Spec
+
+
+class ConservativeNoise(NamedTuple):
+    """Every random number of an update."""
+
+    z: Tensor  # of the actor's loss, shape (batch, action_dim)
+    z_target: Tensor  # of the actions at s' in the target, shape (samples, batch, action_dim)
+    z_policy: Tensor  # of the policy's actions in the gap, at s and at s', shape (2, samples, batch, action_dim)
+    uniform: Tensor  # actions in [-1, 1] of the gap, shape (samples, batch, action_dim)
+
+
+class CalQL(Agent):
+    r"""Calibrated Q-learning (arXiv 2303.05479): soft actor-critic with a calibrated conservative critic.
+
+    .. math::
+        y &= r + \gamma m \max_{i \le n} \min_k \bar Q_k(s', a'_i), \quad a'_i \sim \pi(s') \\
+        \min_\theta &\; E(Q_\theta(s, a) - y)^2 + \beta E[\log \sum_j \exp(\hat Q_\theta(s, a_j) - \log p(a_j))
+            - Q_\theta(s, a)] \\
+        \max_\phi &\; E[\min_k Q_k(s, a_\pi) - \alpha \log \pi(a_\pi \mid s)]
+
+    The :math:`a_j` are n uniform actions, n of the policy at s and n of the policy at s'; :math:`p` is the density each
+    was drawn with, and :math:`\hat Q = \max(Q, G(s))` for those of the policy: where their value is below the return
+    :math:`G` that the data earned from s, it is pushed down no further. The losses of the members are averaged, as
+    every critic's here. In training (and so in collection) actions are drawn from the policy, in evaluation its mode
+    is taken.
+
+    Args:
+        spec: sizes of the task.
+        critic: makes the Critic.
+        actor: makes the GaussianActor.
+        optimizer: makes the optimizer from parameter groups.
+        seed: of every noise draw.
+        conservatism: beta, weight of the gap, >= 0.
+        samples: n, actions of each kind, at least 1.
+        max_backup: take the best of n actions at s' in the target; otherwise one is drawn.
+
+    Raises:
+        UserError: for a negative weight, or fewer than one sample.
+    """
+
+    critic: Critic
+    actor: GaussianActor
+    trains_jointly = True
+    uses_returns = True
+
+    def __init__(
+        self,
+        spec: Spec,
+        critic: Callable[[Spec], Critic],
+        actor: Callable[[Spec], GaussianActor],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+        conservatism: float = 5.0,
+        samples: int = 10,
+        max_backup: bool = True,
+    ) -> None:
+        if conservatism < 0 or samples < 1:
+            raise UserError(
+                f"agent.conservatism must be >= 0 and agent.samples at least 1, got {conservatism} and {samples}"
+            )
+        super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed)
+        self.conservatism, self.samples, self.max_backup = conservatism, samples, max_backup
+
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> ConservativeNoise:
+        shape, device = batch.actions.shape, batch.actions.device
+        in_target = self.samples if self.max_backup else 1
+        normal = torch.randn(1 + in_target + 2 * self.samples, *shape, generator=generator, device=device)
+        z, z_target, z_policy = normal.split([1, in_target, 2 * self.samples])
+        uniform = torch.rand(self.samples, *shape, generator=generator, device=device) * 2 - 1
+        return ConservativeNoise(z[0], z_target, z_policy.unflatten(0, (2, self.samples)), uniform)
+
+    def losses(self, batch: Batch, noise: ConservativeNoise) -> Iterator[Loss]:
+        # Critic: temporal difference toward the policy at s', and the calibrated conservative gap.
+        if self.trains("critic"):
+            loss, metrics = self.critic.loss_from(batch, self._next_value(batch, noise.z_target))
+            gap = self._gap(batch, noise)
+            metrics |= {"gap": gap.detach(), "loss": (loss + self.conservatism * gap).detach()}
+            yield "critic", loss + self.conservatism * gap, metrics
+
+        # Actor: pathwise through the smaller Q, with entropy.
+        if self.trains("actor"):
+            yield "actor", *self.actor.loss(batch.observations, noise.z, self._smaller_value)
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.actor.sample(observations, z[:, 0] if self.training else torch.zeros_like(z[:, 0]))[0]
+
+    @torch.no_grad()
+    def _next_value(self, batch: Batch, z: Tensor) -> Tensor:
+        """The target's value of s', shape (batch,)."""
+        actions, _ = self._sample(batch.next_observations, z)
+        return _on_each(self.critic.target_values, batch.next_observations, actions).amin(0).amax(0)
+
+    def _gap(self, batch: Batch, noise: ConservativeNoise) -> Tensor:
+        """How far the values of other actions lie above those of the data's, a scalar."""
+        assert batch.returns is not None
+        with torch.no_grad():
+            here, log_here = self._sample(batch.observations, noise.z_policy[0])
+            there, log_there = self._sample(batch.next_observations, noise.z_policy[1])
+        values = _on_each(self.critic.values, batch.observations, torch.cat([noise.uniform, here, there]))
+        of_uniform, of_policy = values.split([self.samples, 2 * self.samples], dim=1)
+        of_policy = of_policy.maximum(batch.returns)
+        log_uniform = -self.spec.action_dim * math.log(2.0)
+        logits = torch.cat([of_uniform - log_uniform, of_policy - torch.cat([log_here, log_there])], dim=1)
+        return (logits.logsumexp(1) - self.critic.values(batch.observations, batch.actions)).mean()
+
+    def _sample(self, observations: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy's actions, shape (samples, batch, action_dim), and their log densities, (samples, batch)."""
+        actions, log_probabilities = self.actor.sample(observations.repeat(len(z), 1), z.flatten(0, 1))
+        return actions.unflatten(0, z.shape[:2]), log_probabilities.unflatten(0, z.shape[:2])
+
+    def _smaller_value(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return self.critic.frozen_values(observations, actions).amin(0, keepdim=True)
+
+
+def _on_each(value: Callable[[Tensor, Tensor], Tensor], observations: Tensor, actions: Tensor) -> Tensor:
+    """Values of several actions a state, (samples, batch, action_dim) -> (members, samples, batch), in one batch."""
+    samples, batch, _ = actions.shape
+    return value(observations.repeat(samples, 1), actions.flatten(0, 1)).unflatten(1, (samples, batch))

@@ -1,0 +1,77 @@
+"""Cal-QL: the shared checks, its target, and what calibration does to the gap."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deflow.agents.cal_ql import CalQL
+from deflow.build import build_agent
+from deflow.errors import UserError
+from deflow.types import Spec
+from tests.agents.tester import check_agent, random_batch
+from tests.conftest import compose_config
+
+
+def make(*overrides: str) -> Any:
+    torch.manual_seed(0)
+    overrides = ("experiment=cube_single", "agent=cal_ql", "networks.hidden=[16,16]", "agent.samples=3", *overrides)
+    return build_agent(compose_config(*overrides).agent, Spec(5, 2))
+
+
+@pytest.mark.parametrize("overrides", [(), ("agent.max_backup=false",), ("agent.horizon=2",)])
+def test_shared_checks(overrides: tuple[str, ...]) -> None:
+    check_agent(make(*overrides))
+
+
+def test_the_target_is_the_best_of_the_policys_actions() -> None:
+    agent = make("agent.conservatism=0")
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        values = []
+        for z in noise.z_target:
+            actions, _ = agent.actor.sample(batch.next_observations, z)
+            values.append(agent.critic.target_values(batch.next_observations, actions).amin(0))
+        expected = agent.critic.loss_from(batch, torch.stack(values).amax(0))[0]
+    loss = next(loss for part, loss, _ in agent.losses(batch, noise) if part == "critic")
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def gap(agent: CalQL, returns: float, values: float) -> Tensor:
+    """The gap if the critic gives the same value to every action."""
+    with torch.no_grad():
+        agent.critic.online.layers[-1].weight.zero_()
+        agent.critic.online.layers[-1].bias.fill_(values)
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    return agent._gap(batch._replace(returns=torch.full_like(batch.rewards, returns)), noise)
+
+
+def test_values_above_the_return_are_pushed_down_and_those_below_are_not() -> None:
+    agent = make()
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        log_here = agent.actor.sample(batch.observations.repeat(3, 1), noise.z_policy[0].flatten(0, 1))[1]
+        log_there = agent.actor.sample(batch.next_observations.repeat(3, 1), noise.z_policy[1].flatten(0, 1))[1]
+    logs = torch.cat([log_here, log_there]).unflatten(0, (6, 16))
+    uniform = torch.full((3, 16), 2 * math.log(2.0))
+    # All values equal and above the return: importance weights are all that is left.
+    expected = torch.cat([uniform, -logs]).logsumexp(0).mean()
+    torch.testing.assert_close(gap(agent, returns=-5.0, values=-4.0).detach(), expected)
+    # Below it, the policy's actions count with the return, which has no gradient.
+    low = gap(agent, returns=1000.0, values=-4.0)
+    low.backward()
+    torch.testing.assert_close(low.detach(), ((1000.0 - logs).logsumexp(0) + 4.0).mean())
+    bias = agent.critic.online.layers[-1].bias.grad
+    assert float(bias.sum()) == pytest.approx(-1.0)  # what is left raises the value of the data's action
+
+
+def test_impossible_settings() -> None:
+    with pytest.raises(UserError, match=r"conservatism must be >= 0"):
+        make("agent.conservatism=-1")
