@@ -73,6 +73,41 @@ def test_d4rl_experiments_run(experiment: str, tmp_path: Path) -> None:
     assert summary["eval/score"]["last"] == pytest.approx(score)
 
 
+# tasks.md of the papers: alpha of FQL, delta of DeFlow.
+ONLINE = {
+    "humanoidmaze_medium": (100, 0.001),
+    "antsoccer_arena": (30, 0.01),
+    "cube_double": (300, 0.001),
+    "scene": (300, 0.001),
+    "puzzle_4x4": (1000, 0.005),
+    "antmaze-umaze-v2": (10, 0.015),
+    "antmaze-umaze-diverse-v2": (10, 0.015),
+    "antmaze-medium-play-v2": (10, 0.015),
+    "antmaze-medium-diverse-v2": (10, 0.015),
+    "antmaze-large-play-v2": (3, 0.015),
+    "antmaze-large-diverse-v2": (3, 0.015),
+    "pen-cloned-v1": (1000, 0.01),
+    "door-cloned-v1": (1000, 0.001),
+    "hammer-cloned-v1": (1000, 0.001),
+    "relocate-cloned-v1": (10000, 0.001),
+}
+
+
+def test_the_papers_offline_to_online_tasks() -> None:
+    assert {path.stem for path in (CONFIGS / "experiment" / "online").glob("*.yaml")} == set(ONLINE)
+
+
+@pytest.mark.parametrize("task", ONLINE)
+def test_the_papers_settings_offline_to_online(task: str) -> None:
+    fql = compose_config(f"experiment=online/{task}", "agent=fql")
+    deflow = compose_config(f"experiment=online/{task}")
+    assert (fql.agent.actor.alpha, deflow.agent.trust_region) == ONLINE[task]
+    offline = compose_config(f"experiment={task}")  # nothing else changes but the length of a D4RL run
+    assert (deflow.task, deflow.agent, deflow.data) == (offline.task, offline.agent, offline.data)
+    steps = {name: (stage.steps, "environment" in stage) for name, stage in deflow.stages.items()}
+    assert steps == {"joint": (1_000_000, False), "online": (1_000_000, True)}
+
+
 @pytest.mark.usefixtures("short_episodes")
 @pytest.mark.parametrize(
     "override",
