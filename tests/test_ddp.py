@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -79,14 +80,18 @@ def test_two_halves_make_the_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(ranks[0][name], expected, **tolerance, msg=name)
 
 
-@pytest.mark.parametrize("stages,updates", [("joint", 6), ("staged", 12)])
-def test_ddp_sim_trains(stages: str, updates: int, point_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", ["offline_to_online", "staged"])
+def test_ddp_sim_trains(stages: str, point_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    result = run(
-        "train.py", *tiny_overrides(point_data, folder, "trainer=ddp_sim", f"stages={stages}", "eval.episodes=3")
-    )
+    overrides = ("trainer=ddp_sim", f"stages={stages}", "online_updates=6", "eval.every=6", "eval.episodes=3")
+    result = run("train.py", *tiny_overrides(point_data, folder, *overrides))
     assert result.returncode == 0, result.stderr
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["updates"] == updates
+    assert summary["updates"] == 12
     rows = [row for row in read_metrics(folder / "metrics.csv") if "eval/success" in row]
-    assert [row["eval/episodes"] for row in rows] == [3, 3]  # split over the ranks, each played once
+    assert {row["eval/episodes"] for row in rows} == {3}  # split over the ranks, each played once
+    if stages == "offline_to_online":
+        # One step for each update, shared out: the first batch is drawn after one step on either rank.
+        replays = [np.fromfile(folder / "replay" / f"online_{rank}.bin", np.float32) for rank in (0, 1)]
+        assert [replay.size / (2 * 2 + 2 + 2) for replay in replays] == [3, 3]
+        assert not np.array_equal(*replays)

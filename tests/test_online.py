@@ -150,6 +150,10 @@ def test_offline_to_online(overrides: tuple[str, ...], point_data: Path, tmp_pat
     summary = run(tmp_path, point_data, "stages=offline_to_online", *overrides)
     assert summary["updates"] == 12
     assert set(summary["updates_per_second"]) == {"joint", "online"}
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "eval/success" in row]
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    before_and_after = {"joint": rows[0]["eval/return"], "online": rows[2]["eval/return"]}
+    assert summary["eval/return"]["last_of_stage"] == before_and_after
     before, after = (weights(tmp_path, stage) for stage in ("0_joint", "1_online"))
     frozen = any("freeze" in override for override in overrides)
     for name in before:

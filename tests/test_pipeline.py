@@ -45,7 +45,13 @@ def test_what_a_run_leaves(stages: str, point_data: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["updates"] == 6 * len(STAGES[stages])
     assert summary["evaluations"] == 2
-    assert set(summary["eval/success"]) == {"last", "mean_of_last_three", "best", "last_interval_95"}
+    assert set(summary["eval/success"]) == {
+        "last",
+        "mean_of_last_three",
+        "best",
+        "last_interval_95",
+        "last_of_stage",
+    }
     assert set(summary["updates_per_second"]) == {stage[2:] for stage in STAGES[stages]}
     assert summary["success_timing"] == "pre"
     assert {"torch", "ogbench", "mujoco"} <= set(summary["versions"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def summarise_run(
                 "mean_of_last_three": float(np.mean(values[-LAST_EVALUATIONS:])),
                 "best": min(values) if key == "length" else max(values),
                 "last_interval_95": [evaluations[-1][f"eval/{key}_low"], evaluations[-1][f"eval/{key}_high"]],
+                "last_of_stage": _last_of_stages(evaluations, key, summary["stages"]),
             }
     return summary | {
         "evaluations": len(evaluations),
@@ -72,6 +73,16 @@ def summarise_run(
         "trust_region": {"delta": config["agent"].get("trust_region"), "iav": config["iav"]["result"]},
         "versions": {name: version(name) for name in ("deflow", "torch", "lightning", "ogbench", "mujoco", "numpy")},
     }
+
+
+def _last_of_stages(evaluations: Sequence[Row], key: str, stages: Mapping[str, int]) -> dict[str, float]:
+    """The last evaluation in each stage that had one."""
+    found, first = {}, 0
+    for name, steps in stages.items():
+        values = [row[f"eval/{key}"] for row in evaluations if first < row["step"] <= first + steps]
+        found |= {name: values[-1]} if values else {}
+        first += steps
+    return found
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -94,6 +105,9 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
             table.add_row(key, last, f"{low:.2f} to {high:.2f}", mean, best)
     console = Console()
     console.print(table)
+    stages = summary.get("eval/success", {}).get("last_of_stage", {})
+    if len(stages) > 1:
+        console.print(f"success {' -> '.join(f'{success:.2f} ({name})' for name, success in stages.items())}")
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in summary["updates_per_second"].items())
     data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
     timing = f", success timing '{summary['success_timing']}'" if "success_timing" in summary else ""
