@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deflow import pipeline
-from deflow.checkpoints import load_checkpoint
+from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.loggers import read_metrics
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -106,12 +106,15 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("stages,at", [("joint", 4), ("staged", 3), ("staged", 6), ("staged", 9), ("staged", 11)])
+@pytest.mark.parametrize(
+    "stages,at,seeds",
+    [("joint", 4, 1), ("staged", 3, 1), ("staged", 6, 1), ("staged", 9, 1), ("staged", 11, 1), ("staged", 9, 2)],
+)
 def test_resume_is_bit_for_bit(
-    stages: str, at: int, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stages: str, at: int, seeds: int, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decay = ("stages.behavior.cosine_decay=true",) if stages == "staged" else ()
-    run(tmp_path / "whole", point_data, f"stages={stages}", *decay)
+    run(tmp_path / "whole", point_data, f"stages={stages}", f"seeds={seeds}", *decay)
     updates = 0
     training_step = pipeline.Agent.training_step
 
@@ -125,7 +128,7 @@ def test_resume_is_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.Agent, "training_step", dies)
         with pytest.raises(Killed):
-            run(tmp_path / "killed", point_data, f"stages={stages}", *decay)
+            run(tmp_path / "killed", point_data, f"stages={stages}", f"seeds={seeds}", *decay)
     resumed = compose_config(f"resume={tmp_path / 'killed'}")
     train(resumed, tmp_path / "killed")
     for stage in STAGES[stages]:
@@ -188,6 +191,28 @@ def test_bad_settings_leave_no_folder(override: str, says: str, point_data: Path
     with pytest.raises(UserError, match=says):
         run(folder, point_data, *override.split())
     assert not folder.exists()
+
+
+def test_each_of_several_seeds_is_as_alone(point_data: Path, tmp_path: Path) -> None:
+    overrides = ("stages=staged", "stages.extraction.proposals=2", "data.n_step=2")
+    summary = run(tmp_path / "both", point_data, *overrides, "seed=3", "seeds=2")
+    assert set(summary["eval/success"]["last_of_seed"]) == {3, 4}
+    folder = tmp_path / "both" / "checkpoints" / "1_extraction"
+    for seed in (3, 4):
+        run(tmp_path / str(seed), point_data, *overrides, f"seed={seed}")
+        together = load_checkpoint(folder / f"seed_{seed}.ckpt")
+        assert together["deflow"]["config"]["agent"]["seed"] == seed
+        for name, expected in weights(tmp_path / str(seed), "1_extraction").items():
+            torch.testing.assert_close(together["state_dict"][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    assert agent_of(load_checkpoint(folder / "seed_4.ckpt")).parts == ("behavior_flow", "critic", "refiner")
+    with pytest.raises(UserError, match=r"holds 2 seeds: take one of those beside it, as seed_3\.ckpt"):
+        agent_of(load_checkpoint(folder / "final.ckpt"))
+
+
+@pytest.mark.parametrize("override", ["stages=offline_to_online", "trainer=ddp_sim"])
+def test_several_seeds_where_they_cannot_be_stacked(override: str, point_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train the seeds one by one"):
+        run(tmp_path, point_data, "seeds=2", override)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(

@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from deflow.agents.base import Agent
+from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
-from deflow.data.datamodule import BatchStream
+from deflow.data.datamodule import BatchStream, SeedStream
 from deflow.data.proposals import ProposalCache
 from deflow.data.transitions import Transitions
 from deflow.envs import ogbench
@@ -73,6 +74,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         "ceiling": lambda: ceiling(config),
         "updates": lambda: {name: updates(config, agent) for name, agent in agents.items()},
         "lightning": lambda: lightning_overhead(config, first),
+        "seeds": lambda: several_seeds(config, spec),
         "sampling": lambda: sampling(config, first),
         "latency": lambda: {name: latency(agent) for name, agent in agents.items()},
         "evaluation": lambda: evaluation(config),
@@ -159,14 +161,43 @@ def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
     }
 
 
-def bare_seconds(agent: Agent, stream: BatchStream, context: AbstractContextManager | None = None) -> float:
+def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
+    """Joint updates/s of one seed alone and of several in one process, the updates of all counted."""
+    agents = [_agent(config, config.agents[0], spec) for _ in range(1 + config.seeds)]
+    transitions = random_transitions(spec)
+    numbers = range(config.seeds)
+    streams = [BatchStream(transitions, config.batch_size, 0, config.updates, (seed, "benchmark")) for seed in numbers]
+    competitors: dict[str, tuple[Agent, BatchStream | SeedStream]] = {
+        "alone": (agents[0], streams[0]),
+        "together": (SeedStack(agents[1:]), SeedStream(streams)),
+    }
+    result: dict[str, Any] = {"seeds": config.seeds}
+    for precision in PRECISIONS:
+        seconds: dict[str, list[float]] = {name: [] for name in competitors}
+        for _ in range(config.rounds + 1):
+            for name, (agent, stream) in competitors.items():
+                agent.begin_stage("joint", "all", first_step=0)
+                with _precision(precision) as context:
+                    seconds[name].append(bare_seconds(agent, stream, context))
+        alone, together = (measured[1:] for measured in seconds.values())  # the first round warms up
+        result[precision] = {
+            "alone": config.updates / median(alone),
+            "together": config.seeds * config.updates / median(together),
+            "together_over_alone": config.seeds * _ratio(alone, together),
+        }
+    return result
+
+
+def bare_seconds(
+    agent: Agent, stream: BatchStream | SeedStream, context: AbstractContextManager | None = None
+) -> float:
     """Seconds of one pass over `stream` in the smallest loop that computes the same updates; losses in `context`."""
     optimizer = agent.configure_optimizers()
     started = time.perf_counter()
     for number, batch in enumerate(stream):
-        generator = torch_generator(agent.device, 0, "noise", number)
         with context or nullcontext():
-            loss = torch.stack([loss for _, loss, _ in agent.losses(batch, agent.draw_noise(batch, generator))]).sum()
+            terms = agent.losses(batch, agent.noise(batch, "noise", number))
+            loss = torch.stack([loss for _, loss, _ in terms]).sum()
         optimizer.zero_grad()
         loss.backward()
         agent.on_before_optimizer_step(optimizer)

@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from deflow.agents.base import Agent
 from deflow.errors import UserError
-from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.files import replacing
 from deflow.online import Collector
 
@@ -56,16 +55,14 @@ class StageCheckpoint(ModelCheckpoint):
 
 
 class PeriodicEvaluation(Callback):
-    """Plays the evaluation episodes every `every` updates of a stage and at its end.
+    """Calls `evaluate` every `every` updates of a stage and at its end, and logs the numbers it gives.
 
-    `on_result` says what is logged of them. Runs before checkpoints are written, so that a checkpoint never lacks the
+    Runs before checkpoints are written, so that a checkpoint never lacks the
     evaluation of its step.
     """
 
-    def __init__(
-        self, evaluator: Evaluator, every: int, on_result: Callable[[list[Episode]], dict[str, float]]
-    ) -> None:
-        self.evaluator, self.every, self.on_result = evaluator, every, on_result
+    def __init__(self, evaluate: Callable[[], dict[str, float]], every: int) -> None:
+        self.evaluate, self.every = evaluate, every
         self.seconds = 0.0
 
     def on_train_batch_end(
@@ -75,8 +72,7 @@ class PeriodicEvaluation(Callback):
         if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
             return
         started = time.perf_counter()
-        result = self.on_result(self.evaluator.run(pl_module))
-        metrics = {f"eval/{key}": value for key, value in result.items()}
+        metrics = {f"eval/{key}": value for key, value in self.evaluate().items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=pl_module.run_step)
         self.seconds += time.perf_counter() - started

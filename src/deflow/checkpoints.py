@@ -31,8 +31,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
-    """The agent of a loaded checkpoint with its weights; `settings` replace those it was trained with."""
+    """The agent of a loaded checkpoint with its weights; `settings` replace those it was trained with.
+
+    Raises:
+        UserError: if the checkpoint holds several seeds.
+    """
     card = checkpoint["deflow"]
+    _refuse_several(card)
     agent = build_agent(card["config"]["agent"] | settings, Spec(*card["spec"]))
     agent.load_state_dict(checkpoint["state_dict"])
     return agent
@@ -42,9 +47,10 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
     """Load the weights of a checkpoint of the same task and the same networks into `agent`.
 
     Raises:
-        UserError: if it is of another task or its networks have other shapes.
+        UserError: if it is of another task, its networks have other shapes, or it holds several seeds.
     """
     checkpoint = load_checkpoint(path)
+    _refuse_several(checkpoint["deflow"])
     of = checkpoint["deflow"]["task"]
     if of != task:
         raise UserError(f"{path} is a checkpoint of {of}, not of {task}")
@@ -52,3 +58,10 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
         agent.start_from(checkpoint["state_dict"])
     except RuntimeError as error:
         raise UserError(f"the networks of {path} differ from the configured ones: {error}") from error
+
+
+def _refuse_several(card: dict[str, Any]) -> None:
+    seeds = card["config"]["seeds"]
+    if seeds > 1:
+        first = card["config"]["seed"]
+        raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as seed_{first}.ckpt")

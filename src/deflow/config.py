@@ -125,7 +125,7 @@ def check(config: DictConfig) -> None:
     """Checks that no single component can make.
 
     Raises:
-        UserError: for stages without steps, or intervals below 1.
+        UserError: for stages without steps, intervals below 1, or several seeds where they cannot be stacked.
     """
     if not config.stages:
         raise UserError("no stages: choose stages=joint or stages=staged")
@@ -135,3 +135,8 @@ def check(config: DictConfig) -> None:
     for key in ("eval.every", "checkpoint_every", "validate_every"):
         if OmegaConf.select(config, key) < 1:
             raise UserError(f"{key} must be at least 1, got {OmegaConf.select(config, key)}")
+    if config.seeds < 1:
+        raise UserError(f"seeds must be at least 1, got {config.seeds}")
+    online = any(stage.get("environment") is not None for stage in config.stages.values())
+    if config.seeds > 1 and (online or config.trainer.devices != 1):
+        raise UserError("seeds > 1 trains on data alone and in one process: train the seeds one by one")

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deflow import report
 from deflow.agents.base import Agent
+from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent, decide
 from deflow.callbacks import (
     FINAL,
@@ -46,6 +47,7 @@ from deflow.files import replacing
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import OnlineStream
+from deflow.types import Spec
 
 log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
@@ -68,7 +70,8 @@ class Run:
     folder: Path
     config: DictConfig
     resume: bool
-    agent: Agent
+    agents: list[Agent]  # one a seed
+    module: Agent  # what is trained: the only agent, or all of them as one
     data: OfflineDataModule
     evaluator: Evaluator | None  # None: the data have no environment
     loggers: list[Any]
@@ -76,6 +79,11 @@ class Run:
     first_update_at: float | None = None  # seconds since the epoch
     stage_speed: dict[str, float] = field(default_factory=dict)
     episodes: list[Episode] = field(default_factory=list)
+
+    @property
+    def agent(self) -> Agent:
+        """The first seed's."""
+        return self.agents[0]
 
     @property
     def card(self) -> dict[str, Any]:
@@ -122,12 +130,12 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     data = instantiate(config.data)
     source = data.source
     spec = source.spec()
-    torch.manual_seed(config.seed)
-    agent = build_agent(config.agent, spec)  # before the data, which may take an hour to come
+    agents = _build_agents(config, spec)  # before the data, which may take an hour to come
+    agent = agents[0] if len(agents) == 1 else SeedStack(agents)
     for name, stage in config.stages.items():
         agent.begin_stage(name, stage.train, first_step=0, freeze=stage.get("freeze", ()))
         if agent.trains_jointly and not all(agent.trains(part) for part in agent.parts):
-            raise UserError(f"{type(agent).__name__} trains its policy and its critic together: use stages=joint")
+            raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: use stages=joint")
         if stage.get("environment") is not None and not source.has_env:
             raise UserError(f"stage '{name}' plays in the environment, and these data have none")
     data.prepare_data()  # before anything is tracked: a missing file is the commonest error
@@ -135,8 +143,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if agent.uses_returns:
         data.add_returns()
     if decide(config, data.transitions):
-        torch.manual_seed(config.seed)
-        agent = build_agent(config.agent, spec)
+        agents = _build_agents(config, spec)
+        agent = agents[0] if len(agents) == 1 else SeedStack(agents)
     if config.ckpt is not None:
         load_weights(agent, Path(config.ckpt), source.task)
     evaluator = None
@@ -153,7 +161,17 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if not resume:
         for logger in loggers:
             logger.log_hyperparams(plain(config))
-    return Run(folder, config, resume, agent, data, evaluator, loggers, metrics)
+    return Run(folder, config, resume, agents, agent, data, evaluator, loggers, metrics)
+
+
+def _build_agents(config: DictConfig, spec: Spec) -> list[Agent]:
+    """One agent a seed, each as it would be alone."""
+    agents = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        torch.manual_seed(seed)
+        settings = plain(config.agent) | ({"seed": seed} if config.seeds > 1 else {})
+        agents.append(build_agent(settings, spec))
+    return agents
 
 
 def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:
@@ -161,11 +179,11 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     final = checkpoints / FINAL
     if run.resume and final.exists():
         card = load_checkpoint(final)
-        run.agent.load_state_dict(card["state_dict"])
+        run.module.load_state_dict(card["state_dict"])
         run.stage_speed[name] = card["deflow"]["updates_per_second"]
         return
     decay = stage.steps if stage.get("cosine_decay") else None
-    run.agent.begin_stage(name, stage.train, first_step, stage.get("freeze", ()), stage.get("lr"), decay)
+    run.module.begin_stage(name, stage.train, first_step, stage.get("freeze", ()), stage.get("lr"), decay)
     online = _online(run, name, stage)
     run.data.begin_stage(name, stage.steps, _proposals(run, stage), online)
     clock = StageClock()
@@ -173,7 +191,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     callbacks: list[Callback] = [clock, StageProgress(name), checkpoint]
     evaluation = None
     if run.evaluator is not None and stage.get("evaluate", True):
-        evaluation = PeriodicEvaluation(run.evaluator, run.config.eval.every, lambda episodes: _keep(run, episodes))
+        evaluation = PeriodicEvaluation(lambda: _evaluate(run), run.config.eval.every)
         callbacks.insert(1, evaluation)  # before the checkpoint of the same step
     callbacks += [SystemMetrics(logger) for logger in run.loggers if isinstance(logger, MLFlowLogger)]
     trainer: Trainer = instantiate(run.config.trainer, _partial_=True)(
@@ -191,7 +209,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         with warnings.catch_warnings():
             for message in LIGHTNING_WARNINGS:
                 warnings.filterwarnings("ignore", message)
-            trainer.fit(run.agent, run.data, ckpt_path=str(last) if resuming else None)
+            trainer.fit(run.module, run.data, ckpt_path=str(last) if resuming else None)
     except NonFiniteLossError as error:
         kept = f"last good checkpoint: {last}" if last.exists() else "no checkpoint had been written yet"
         raise NonFiniteLossError(f"{error}; {kept}") from error
@@ -202,17 +220,32 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     run.first_update_at = run.first_update_at or clock.first_update_at
     run.stage_speed[name] = clock.updates / max(clock.seconds - (evaluation.seconds if evaluation else 0), 1e-9)
     checkpoint.card = run.card | {"updates_per_second": run.stage_speed[name]}
+    if len(run.agents) > 1:
+        _save_each(run, checkpoints)
     trainer.save_checkpoint(final)
 
 
-def _proposals(run: Run, stage: DictConfig) -> ProposalCache | None:
-    """The stage's cached proposals, if it asks for them and the agent can use them."""
+def _save_each(run: Run, checkpoints: Path) -> None:
+    """Each seed's agent by itself, for whatever takes a checkpoint."""
+    for seed, agent in zip(run.data.seeds, run.agents, strict=True):
+        card = run.card
+        card["config"] |= {"seed": seed, "seeds": 1, "agent": card["config"]["agent"] | {"seed": seed}}
+        weights = {name: weight.clone() for name, weight in agent.state_dict().items()}  # not the whole stack
+        content = {"state_dict": weights, "deflow": card}
+        AtomicCheckpointIO().save_checkpoint(content, checkpoints / f"seed_{seed}.ckpt")
+
+
+def _proposals(run: Run, stage: DictConfig) -> list[ProposalCache] | None:
+    """The stage's cached proposals of each seed, if it asks for them and the agent can use them."""
     if not stage.get("proposals") or not run.agent.uses_cached_proposals:
         return None
     assert run.data.transitions is not None
-    flow = cast(BehaviorFlow, run.agent.behavior_flow)
-    path = run.folder / "proposals.npy"
-    return ProposalCache.load_or_compute(flow, run.data.transitions, stage.proposals, run.config.seed, path)
+    caches = []
+    for seed, agent in zip(run.data.seeds, run.agents, strict=True):
+        flow = cast(BehaviorFlow, agent.behavior_flow)
+        path = run.folder / ("proposals.npy" if len(run.agents) == 1 else f"proposals_{seed}.npy")
+        caches.append(ProposalCache.load_or_compute(flow, run.data.transitions, stage.proposals, seed, path))
+    return caches
 
 
 def _online(run: Run, name: str, stage: DictConfig) -> OnlineStream | None:
@@ -318,12 +351,18 @@ def _record(run: Run) -> None:
         log.warning("%s", error)
 
 
-def _keep(run: Run, episodes: list[Episode]) -> dict[str, float]:
-    """Remember the newest episodes for the report; what they came to."""
-    run.episodes = episodes
-    result = summarise(episodes, run.data.source.score)
+def _evaluate(run: Run) -> dict[str, float]:
+    """Play every seed's policy and remember the episodes for the report; what they came to, all and of each seed."""
+    assert run.evaluator is not None
+    played = [run.evaluator.run(agent) for agent in run.agents]
+    run.episodes = [episode for episodes in played for episode in episodes]
+    result = summarise(run.episodes, run.data.source.score)
+    if len(played) > 1:
+        for seed, episodes in zip(run.data.seeds, played, strict=True):
+            result[f"success/seed_{seed}"] = summarise(episodes, run.data.source.score)["success"]
     if is_main_process():
-        log.info("update %d: success %.2f over %d episodes", run.agent.run_step, result["success"], len(episodes))
+        step, episodes_played = run.module.run_step, len(run.episodes)
+        log.info("update %d: success %.2f over %d episodes", step, result["success"], episodes_played)
     return result
 
 

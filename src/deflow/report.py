@@ -48,6 +48,7 @@ def summarise_run(
         "task": task,
         "agent": _agent_name(config),
         "seed": config["seed"],
+        "seeds": config["seeds"],
         "n_step": config["data"]["n_step"],
         "stages": {name: stage["steps"] for name, stage in config["stages"].items()},
     }
@@ -61,6 +62,9 @@ def summarise_run(
                 "last_interval_95": [evaluations[-1][f"eval/{key}_low"], evaluations[-1][f"eval/{key}_high"]],
                 "last_of_stage": _last_of_stages(evaluations, key, summary["stages"]),
             }
+    if config["seeds"] > 1 and evaluations:
+        seeds = range(config["seed"], config["seed"] + config["seeds"])
+        summary["eval/success"]["last_of_seed"] = {seed: evaluations[-1][f"eval/success/seed_{seed}"] for seed in seeds}
     return summary | {
         "evaluations": len(evaluations),
         "eval_episodes": config["eval"]["episodes"],
@@ -77,7 +81,8 @@ def summarise_run(
 
 def _last_of_stages(evaluations: Sequence[Row], key: str, stages: Mapping[str, int]) -> dict[str, float]:
     """The last evaluation in each stage that had one."""
-    found, first = {}, 0
+    found: dict[str, float] = {}
+    first = 0
     for name, steps in stages.items():
         values = [row[f"eval/{key}"] for row in evaluations if first < row["step"] <= first + steps]
         found |= {name: values[-1]} if values else {}
@@ -93,7 +98,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def print_table(summary: dict[str, Any], folder: Path) -> None:
     """The result as a table on the terminal."""
-    table = Table(title=f"{summary['agent']} on {summary['task']}, seed {summary['seed']}", show_header=True)
+    first, seeds = summary["seed"], summary["seeds"]
+    named = f"seed {first}" if seeds == 1 else f"seeds {first} to {first + seeds - 1}"
+    table = Table(title=f"{summary['agent']} on {summary['task']}, {named}", show_header=True)
     for column in ("", "last", "95% interval", f"mean of last {LAST_EVALUATIONS}", "best"):
         table.add_column(column, justify="right" if column else "left")
     for key in EVALUATED:
@@ -108,7 +115,11 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     stages = summary.get("eval/success", {}).get("last_of_stage", {})
     if len(stages) > 1:
         console.print(f"success {' -> '.join(f'{success:.2f} ({name})' for name, success in stages.items())}")
+    of_seeds = summary.get("eval/success", {}).get("last_of_seed", {})
+    if of_seeds:
+        console.print(f"success of each seed: {', '.join(f'{success:.2f}' for success in of_seeds.values())}")
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in summary["updates_per_second"].items())
+    speeds += f" (each of {seeds} seeds)" if seeds > 1 else ""
     data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
     timing = f", success timing '{summary['success_timing']}'" if "success_timing" in summary else ""
     console.print(f"data: {summary['data']['name']} ({data}); {summary['protocol']}{timing}")

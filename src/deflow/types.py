@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
+Columns = TypeVar("Columns", bound=tuple)  # a named tuple of tensors, some of them None
 
 
 class Batch(NamedTuple):
@@ -24,6 +27,12 @@ class Batch(NamedTuple):
     base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s
     next_base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s'
     returns: Tensor | None = None  # (batch,): the discounted return that the data earned from s on
+
+
+def stack(several: Sequence[Columns]) -> Columns:
+    """Named tuples of tensors as one, stacked along a new first axis."""
+    columns = zip(*several, strict=True)
+    return cast(Any, type(several[0]))(*(None if column[0] is None else torch.stack(column) for column in columns))
 
 
 class Spec(NamedTuple):

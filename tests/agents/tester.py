@@ -8,8 +8,8 @@ from deflow.agents.base import Agent
 from deflow.types import Batch
 
 
-def random_batch(agent: Agent, size: int = 16) -> Batch:
-    generator = torch.Generator().manual_seed(0)
+def random_batch(agent: Agent, size: int = 16, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     observations, next_observations = torch.randn(2, size, agent.spec.observation_dim, generator=generator)
     actions = torch.rand(size, agent.spec.action_dim, generator=generator) * 2 - 1
     masks = (torch.arange(size) % 4 != 0).float()

@@ -40,6 +40,8 @@ class Agent(LightningModule, ABC):
     uses_cached_proposals: bool = False
     # Whether the losses read the returns of the data from the batch.
     uses_returns: bool = False
+    # Whether the losses are plain enough for several seeds to be one `vmap`, see `SeedStack`.
+    stackable: bool = True
     # Whether policy and values only make sense when they train in the same stage.
     trains_jointly: bool = False
 
@@ -136,7 +138,7 @@ class Agent(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         own_lr = {} if self._lr is None else {"lr": self._lr}
-        groups = [{"params": self._trainable[part], "name": part} | own_lr for part in self._active]
+        groups = [{"params": self.parameters_of(part), "name": part} | own_lr for part in self._active]
         optimizer = self._make_optimizer(groups)
         if self._cosine_decay_steps is None:
             return optimizer
@@ -144,8 +146,7 @@ class Agent(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        generator = torch_generator(self.device, self._seed, self._stage, "noise", rank(), self.global_step)
-        terms = list(self.losses(batch, self.draw_noise(batch, generator)))
+        terms = list(self.losses(batch, self.noise(batch, self._stage, "noise", rank(), self.global_step)))
         self._watch_for_nan(terms)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_finite()
@@ -154,8 +155,7 @@ class Agent(LightningModule, ABC):
         return torch.stack([loss for _, loss, _ in terms]).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        generator = torch_generator(self.device, self._seed, "validation", rank(), batch_idx)
-        metrics = _named("val", self.losses(batch, self.draw_noise(batch, generator)))
+        metrics = _named("val", self.losses(batch, self.noise(batch, "validation", rank(), batch_idx)))
         self.log_dict(metrics | {"step": float(self.run_step)}, batch_size=len(batch.rewards), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -172,6 +172,14 @@ class Agent(LightningModule, ABC):
         self._check_finite()
 
     # Helpers.
+
+    def noise(self, batch: Batch, *names: int | str) -> Any:
+        """The random numbers that belong to the agent's seed and `names`."""
+        return self.draw_noise(batch, torch_generator(self.device, self._seed, *names))
+
+    def parameters_of(self, part: str) -> list[Tensor]:
+        """What the optimizer steps for a part."""
+        return list(self._trainable[part])
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """`(online, target, tau)` of the parts that train."""

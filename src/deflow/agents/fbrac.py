@@ -41,6 +41,7 @@ class FBRAC(Agent):
     behavior_flow: BehaviorFlow
     critic: Critic
     trains_jointly = True
+    stackable = False  # torchdiffeq writes into tensors that are not stacked
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from deflow.data.source import Source
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
 from deflow.seeding import torch_generator
-from deflow.types import Batch
+from deflow.types import Batch, stack
 
 
 class BatchStream(IterableDataset):
@@ -71,6 +71,20 @@ class BatchStream(IterableDataset):
         )
 
 
+class SeedStream(IterableDataset):
+    """The batches of several seeds' streams, stacked along a new first axis."""
+
+    def __init__(self, streams: Sequence[BatchStream]) -> None:
+        self.streams = streams
+
+    def __len__(self) -> int:
+        return len(self.streams[0])
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batches in zip(*self.streams, strict=True):
+            yield stack(batches)
+
+
 class OnlineBatches(Protocol):
     """Batches that partly come from the environment, and so have a state; see `deflow.online`."""
 
@@ -92,6 +106,7 @@ class OfflineDataModule(LightningDataModule):
         batch_size: transitions of one update over all ranks.
         validation_batches: batches of the validation split on which the losses are evaluated.
         seed: of the sampling.
+        seeds: above 1, the batches of so many seeds from `seed` on are stacked, see `SeedStack`.
         n_step: steps of reward before the bootstrap; 1 is the papers' setting.
         discount: gamma, for the rewards of n-step returns.
         horizon: actions that the policy decides at once; above 1 the return spans as many steps.
@@ -103,6 +118,7 @@ class OfflineDataModule(LightningDataModule):
         batch_size: int,
         validation_batches: int,
         seed: int,
+        seeds: int = 1,
         n_step: int = 1,
         discount: float = 1.0,
         horizon: int = 1,
@@ -117,7 +133,8 @@ class OfflineDataModule(LightningDataModule):
         if batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
         self.source, self.batch_size = source, batch_size
-        self.validation_batches, self.seed = validation_batches, seed
+        self.validation_batches = validation_batches
+        self.seeds = range(seed, seed + seeds)
         self.transitions: Transitions | None = None
         self.validation: Transitions | None = None
         self.begin_stage("unnamed", steps=1)
@@ -142,9 +159,13 @@ class OfflineDataModule(LightningDataModule):
         self.validation = self.validation.with_returns(self.discount)
 
     def begin_stage(
-        self, name: str, steps: int, proposals: ProposalCache | None = None, online: OnlineBatches | None = None
+        self,
+        name: str,
+        steps: int,
+        proposals: Sequence[ProposalCache] | None = None,
+        online: OnlineBatches | None = None,
     ) -> None:
-        """What the next `fit` draws: `steps` batches of the data, with cached proposals if given, or `online`'s."""
+        """What the next `fit` draws: `steps` batches of the data, with each seed's proposals, or `online`'s."""
         self._stage, self._steps, self._proposals, self._online = name, steps, proposals, online
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,24 +181,35 @@ class OfflineDataModule(LightningDataModule):
         first = self.trainer.global_step if self.trainer is not None else 0
         if self._online is not None:
             return DataLoader(self._online.start_at(first, self._rank_batch_size()), batch_size=None)
-        seed_parts = (self.seed, self._stage, "batch")
-        return self._loader(self.transitions, first, self._steps, seed_parts, self._proposals)
+        return self._loader(self.transitions, first, self._steps, self._stage, self._proposals)
 
     def val_dataloader(self) -> DataLoader:
         assert self.validation is not None
-        return self._loader(self.validation, 0, self.validation_batches, (self.seed, "validation", "batch"))
+        return self._loader(self.validation, 0, self.validation_batches, "validation")
 
     def _loader(
         self,
         transitions: Transitions,
         first: int,
         last: int,
-        seed_parts: tuple[int | str, ...],
-        proposals: ProposalCache | None = None,
+        name: str,
+        proposals: Sequence[ProposalCache] | None = None,
     ) -> DataLoader:
-        settings = first, last, seed_parts, proposals, self.n_step, self.discount, self.horizon
-        stream = BatchStream(transitions, self._rank_batch_size(), *settings)
-        return DataLoader(stream, batch_size=None)
+        streams = [
+            BatchStream(
+                transitions,
+                self._rank_batch_size(),
+                first,
+                last,
+                seed_parts=(seed, name, "batch"),
+                proposals=proposals[number] if proposals else None,
+                n_step=self.n_step,
+                discount=self.discount,
+                horizon=self.horizon,
+            )
+            for number, seed in enumerate(self.seeds)
+        ]
+        return DataLoader(streams[0] if len(streams) == 1 else SeedStream(streams), batch_size=None)
 
     def _rank_batch_size(self) -> int:
         ranks = distributed.world_size()

@@ -65,6 +65,7 @@ class Constraint(nn.Module):
             raise UserError(f"the multiplier of the constraint '{kind}' must be > 0, got {multiplier}")
         self.quantity = QUANTITIES[kind]
         self.register_buffer("limit", limits, persistent=False)  # a setting, not a weight
+        self.learned = multiplier is None
         if multiplier is None:
             self.log_multiplier = nn.Parameter(torch.ones_like(limits))
         else:
@@ -86,4 +87,4 @@ class Constraint(nn.Module):
         }
         if self.limit.ndim:
             metrics |= {f"multiplier_{i}": value for i, value in enumerate(multiplier)}
-        return penalty, multiplier_loss if self.log_multiplier.requires_grad else torch.zeros_like(penalty), metrics
+        return penalty, multiplier_loss if self.learned else torch.zeros_like(penalty), metrics

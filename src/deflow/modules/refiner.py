@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.func import grad
 
 from deflow.errors import UserError
 from deflow.modules.constraints import Constraint, Refinement
@@ -130,10 +131,11 @@ class Refiner(LightningModule):
     def _gradient_step_loss(
         self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value
     ) -> tuple[Tensor, Metrics]:
-        with torch.enable_grad():
-            start = base_actions.detach().requires_grad_()
-            q = value(batch.observations, start)
-            (uphill,) = torch.autograd.grad(q.sum(), start)
+        def total(actions: Tensor) -> tuple[Tensor, Tensor]:
+            q = value(batch.observations, actions)
+            return q.sum(), q
+
+        uphill, q = grad(total, has_aux=True)(base_actions)
         step = self.eta * uphill / value_scale(q)
         loss = (actions - (base_actions + step).clamp(-1.0, 1.0)).square().sum(-1).mean() / (2 * self.eta)
         return loss, {"regression": loss.detach(), "step": step.square().mean(), "q": q.detach().mean()}

@@ -1,0 +1,91 @@
+"""A stack of seeds: every agent becomes what it would have become alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from deflow.agents.base import Agent
+from deflow.agents.seed_stack import SeedStack
+from deflow.build import build_agent
+from deflow.errors import UserError
+from deflow.types import Spec, stack
+from tests.agents.tester import random_batch
+from tests.conftest import compose_config
+
+SEEDS, UPDATES = 3, 4
+
+
+def make_agents(overrides: str) -> list[Agent]:
+    agents = []
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        settings = ("experiment=cube_single", "networks.hidden=[16,16]", f"seed={seed}", *overrides.split())
+        agents.append(build_agent(compose_config(*settings).agent, Spec(5, 3)))
+    return agents
+
+
+def train(agent: Agent, batches: list[Any], train: Any, freeze: tuple[str, ...]) -> None:
+    agent.begin_stage("test", train, first_step=0, freeze=freeze)
+    optimizer = agent.configure_optimizers()
+    for number, batch in enumerate(batches):
+        terms = list(agent.losses(batch, agent.noise(batch, "test", number)))
+        optimizer.zero_grad()
+        torch.stack([loss for _, loss, _ in terms]).sum().backward()
+        agent.on_before_optimizer_step(optimizer)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "agent=deflow",
+        "agent=deflow agent.refiner.objective=gradient_step solver=rk4",
+        "agent=deflow agent.refiner.objective=demonstration agent.refiner.lagrange=false",
+        "agent=deflow agent/critic=flow agent.critic.value_range=[-1,0]",
+        "agent=fql",
+        "agent=ifql",
+        "agent=fawac",
+        "agent=flow_bc",
+        "agent=cal_ql agent.samples=2",
+        "agent=rlpd",
+    ],
+)
+def test_each_seed_is_as_alone(overrides: str) -> None:
+    alone, together = make_agents(overrides), make_agents(overrides)
+    seeds = SeedStack(together)
+    size = 16
+    batches = [[random_batch(agent, size, seed=10 * i + n) for n in range(UPDATES)] for i, agent in enumerate(alone)]
+    stages: list[tuple[Any, tuple[str, ...]]] = [("all", ())]
+    if not alone[0].trains_jointly and len(alone[0].parts) > 1:
+        stages.append(("all", alone[0].parts[:1]))
+    for stage in stages:  # the second stage stacks what the first left
+        for agent, own in zip(alone, batches, strict=True):
+            train(agent, own, *stage)
+        train(seeds, [stack(column) for column in zip(*batches, strict=True)], *stage)
+    for one, other in zip(alone, together, strict=True):
+        for name, expected in one.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    assert not torch.equal(*(next(iter(agent.state_dict().values())) for agent in together[:2]))
+
+
+@pytest.mark.parametrize("overrides", ["agent=fbrac", "agent=fql solver=dopri5"])
+def test_what_does_not_stack_is_refused(overrides: str) -> None:
+    with pytest.raises(UserError, match="train the seeds one by one"):
+        SeedStack(make_agents(overrides))
+
+
+def test_a_stack_saves_and_loads() -> None:
+    agents, others = make_agents("agent=deflow"), make_agents("agent=deflow seed=9")
+    saved = SeedStack(agents).state_dict()
+    assert not any("_alike" in key or "_stacked" in key for key in saved)
+    restored = SeedStack(others)
+    restored.load_state_dict(saved)
+    restored.configure_optimizers()
+    restored.load_state_dict(saved)  # into the views
+    for one, other in zip(agents, others, strict=True):
+        for name, expected in one.state_dict().items():
+            assert torch.equal(other.state_dict()[name], expected)
+    assert torch.equal(restored._stacked["critic.online.layers.0.weight"][1], agents[1].critic.online.layers[0].weight)
