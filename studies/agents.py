@@ -16,7 +16,8 @@ import torch
 import yaml
 from original_comparison import seeds
 
-from deflow.benchmark import bare_seconds, random_transitions
+from deflow.bare_loop import bare_seconds
+from deflow.benchmark import random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
 from deflow.evaluation.latency import latency

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from deflow import pipeline
+from deflow import bare_loop, pipeline
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.loggers import read_metrics
@@ -213,6 +214,28 @@ def test_each_of_several_seeds_is_as_alone(point_data: Path, tmp_path: Path) -> 
 def test_several_seeds_where_they_cannot_be_stacked(override: str, point_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train the seeds one by one"):
         run(tmp_path, point_data, "seeds=2", override)
+
+
+def test_the_faster_precision_is_taken_and_kept(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    timings = iter([9.0, 9.0, *[2.0, 1.0] * 4])  # the first round warms up
+    monkeypatch.setattr(bare_loop, "bare_seconds", lambda *_: next(timings))
+    with caplog.at_level("INFO"):
+        run(tmp_path, point_data, "trainer.precision=auto")
+    assert "precision bf16-mixed: an update in bf16-mixed is 2.00 times as fast" in caplog.text
+    card = load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "final.ckpt")["deflow"]
+    assert card["config"]["trainer"]["precision"] == "bf16-mixed"
+    assert OmegaConf.load(tmp_path / "config.yaml").trainer.precision == "bf16-mixed"
+
+
+def test_comparing_changes_no_weight(point_data: Path, tmp_path: Path) -> None:
+    run(tmp_path / "auto", point_data, "trainer.precision=auto")
+    precision = OmegaConf.load(tmp_path / "auto" / "config.yaml").trainer.precision
+    run(tmp_path / "chosen", point_data, f"trainer.precision={precision}")
+    assert_equal_weights(*(weights(tmp_path / name, "0_joint") for name in ("auto", "chosen")))
+    with pytest.raises(UserError, match="compares on trainer=cpu alone"):
+        run(tmp_path / "ddp", point_data, "trainer.precision=auto", "trainer=ddp_sim")
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(

@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deflow.agents.base import Agent
 from deflow.agents.seed_stack import SeedStack
+from deflow.bare_loop import bare_seconds
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
 from deflow.data.datamodule import BatchStream, SeedStream
@@ -186,23 +187,6 @@ def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
             "together_over_alone": config.seeds * _ratio(alone, together),
         }
     return result
-
-
-def bare_seconds(
-    agent: Agent, stream: BatchStream | SeedStream, context: AbstractContextManager | None = None
-) -> float:
-    """Seconds of one pass over `stream` in the smallest loop that computes the same updates; losses in `context`."""
-    optimizer = agent.configure_optimizers()
-    started = time.perf_counter()
-    for number, batch in enumerate(stream):
-        with context or nullcontext():
-            terms = agent.losses(batch, agent.noise(batch, "noise", number))
-            loss = torch.stack([loss for _, loss, _ in terms]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        agent.on_before_optimizer_step(optimizer)
-        optimizer.step()
-    return time.perf_counter() - started
 
 
 def lightning_seconds(agent: Agent, stream: BatchStream, log_every: int) -> float:

@@ -17,7 +17,7 @@ from deflow.types import Spec
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"  # in the place of a setting that the data decide
+AUTO = "auto"  # in the place of a setting that the data (or the machine) decide
 
 # Such settings, and what stands in for them in an agent that is built before the data are there.
 STAND_IN: dict[str, Any] = {"trust_region": 1.0, "critic.value_range": [-1.0, 0.0]}

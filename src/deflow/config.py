@@ -125,7 +125,8 @@ def check(config: DictConfig) -> None:
     """Checks that no single component can make.
 
     Raises:
-        UserError: for stages without steps, intervals below 1, or several seeds where they cannot be stacked.
+        UserError: for stages without steps, intervals below 1, several seeds where they cannot be stacked, or
+            a precision that cannot be compared.
     """
     if not config.stages:
         raise UserError("no stages: choose stages=joint or stages=staged")
@@ -140,3 +141,5 @@ def check(config: DictConfig) -> None:
     online = any(stage.get("environment") is not None for stage in config.stages.values())
     if config.seeds > 1 and (online or config.trainer.devices != 1):
         raise UserError("seeds > 1 trains on data alone and in one process: train the seeds one by one")
+    if config.trainer.precision == "auto" and (config.trainer.accelerator, config.trainer.devices) != ("cpu", 1):
+        raise UserError("trainer.precision=auto compares on trainer=cpu alone: choose 32-true or bf16-mixed")

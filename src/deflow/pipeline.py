@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from deflow import report
 from deflow.agents.base import Agent
 from deflow.agents.seed_stack import SeedStack
-from deflow.build import build_agent, decide
+from deflow.bare_loop import faster_precision
+from deflow.build import AUTO, build_agent, decide
 from deflow.callbacks import (
     FINAL,
     LAST,
@@ -61,6 +62,8 @@ LIGHTNING_WARNINGS = (
     ".*exists and is not empty",
     r".*isinstance\(treespec, LeafSpec\)",
 )
+
+TIMED_UPDATES = 4  # of each round in which `trainer.precision=auto` compares
 
 
 @dataclass
@@ -147,6 +150,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         agent = agents[0] if len(agents) == 1 else SeedStack(agents)
     if config.ckpt is not None:
         load_weights(agent, Path(config.ckpt), source.task)
+    if config.trainer.precision == AUTO:
+        config.trainer.precision = faster_precision(agent, data.sample_stream(TIMED_UPDATES))
     evaluator = None
     if source.has_env:
         evaluator = Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed)

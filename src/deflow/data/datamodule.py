@@ -181,20 +181,26 @@ class OfflineDataModule(LightningDataModule):
         first = self.trainer.global_step if self.trainer is not None else 0
         if self._online is not None:
             return DataLoader(self._online.start_at(first, self._rank_batch_size()), batch_size=None)
-        return self._loader(self.transitions, first, self._steps, self._stage, self._proposals)
+        stream = self._stream(self.transitions, first, self._steps, self._stage, self._proposals)
+        return DataLoader(stream, batch_size=None)
+
+    def sample_stream(self, steps: int) -> BatchStream | SeedStream:
+        """A few batches of the data, for whoever wants to time an update."""
+        assert self.transitions is not None
+        return self._stream(self.transitions, 0, steps, "sample")
 
     def val_dataloader(self) -> DataLoader:
         assert self.validation is not None
-        return self._loader(self.validation, 0, self.validation_batches, "validation")
+        return DataLoader(self._stream(self.validation, 0, self.validation_batches, "validation"), batch_size=None)
 
-    def _loader(
+    def _stream(
         self,
         transitions: Transitions,
         first: int,
         last: int,
         name: str,
         proposals: Sequence[ProposalCache] | None = None,
-    ) -> DataLoader:
+    ) -> BatchStream | SeedStream:
         streams = [
             BatchStream(
                 transitions,
@@ -209,7 +215,7 @@ class OfflineDataModule(LightningDataModule):
             )
             for number, seed in enumerate(self.seeds)
         ]
-        return DataLoader(streams[0] if len(streams) == 1 else SeedStream(streams), batch_size=None)
+        return streams[0] if len(streams) == 1 else SeedStream(streams)
 
     def _rank_batch_size(self) -> int:
         ranks = distributed.world_size()
