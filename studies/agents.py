@@ -27,6 +27,8 @@ from deflow.types import Spec
 
 ROOT = Path(__file__).parents[1]
 SEEDS = {"deflow": 3, "fql": 3, "fbrac": 2, "ifql": 2, "fawac": 2, "flow_bc": 2}
+# FBRAC as in the released commands of Value Flows for manipulation tasks; the others as configured.
+SETTINGS = {"fbrac": ("agent.alpha=100", "agent.normalize_q=false")}
 UPDATES = (15_000, 30_000, 45_000, 60_000)
 EPISODES, TIMED, ROUNDS = 50, 50, 5
 CUBE = Spec(observation_dim=28, action_dim=5)
@@ -37,7 +39,7 @@ def run(data: str) -> None:
     for agent, count in SEEDS.items():
         for seed in range(count):
             command = [sys.executable, "train.py", "experiment=original_comparison", f"agent={agent}", "stages=joint"]
-            command += [f"seed={seed}", f"name=table_{agent}", f"data.source.path={data}"]
+            command += [f"seed={seed}", f"name=table_{agent}", f"data.source.path={data}", *SETTINGS.get(agent, ())]
             subprocess.run(command, cwd=ROOT, check=True)
 
 
