@@ -71,7 +71,7 @@ def success_of(folder: Path) -> dict[int, float]:
 def speed_of(settings: dict[str, Any]) -> tuple[float, float]:
     """Updates/s in a bare loop and the median latency of one decision in ms, both on one thread."""
     agent = build_agent(settings, CUBE)
-    stream = BatchStream(random_transitions(CUBE), 256, 0, TIMED, (0, "speed"))
+    stream = BatchStream(random_transitions(agent), 256, 0, TIMED, (0, "speed"))
     seconds = median([bare_seconds(agent, stream) for _ in range(ROUNDS + 1)][1:])
     return TIMED / seconds, latency(agent)["latency_ms_p50"]
 

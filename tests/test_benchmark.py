@@ -30,6 +30,7 @@ def test_every_measurement(tmp_path: Path) -> None:
     assert 0 < written["startup"]["seconds_to_first_update"] < 200
     assert written["latency"]["ifql"]["latency_ms_p50"] > 0
     assert written["seeds"]["fp32"]["together"] > 0
+    assert 0 < written["online"]["online_over_offline"] < 1.5
     assert "aten::addmm" in result.stdout
     assert "ceiling" in result.stdout
 
@@ -37,7 +38,7 @@ def test_every_measurement(tmp_path: Path) -> None:
 def test_the_count_of_products() -> None:
     # A forward pass, and as much again for the gradients of the weights and of the inputs, but for the first inputs.
     agent = build_agent(compose_config("agent=flow_bc", *TINY, config_name="benchmark").agent, Spec(5, 3))
-    stream = BatchStream(random_transitions(agent.spec), 32, 0, 1, (0, "test"))
+    stream = BatchStream(random_transitions(agent), 32, 0, 1, (0, "test"))
     layers = [9 * 16, 16 * 16, 16 * 3]
     assert _gflop(agent, stream) == pytest.approx(2 * 32 * (3 * sum(layers) - layers[0]) / 1e9)
 

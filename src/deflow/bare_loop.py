@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 
 import torch
 
 from deflow.agents.base import Agent
-from deflow.data.datamodule import BatchStream, SeedStream
+from deflow.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +20,7 @@ FLOAT32, BFLOAT16 = "32-true", "bf16-mixed"  # Lightning's names
 ROUNDS = 5  # of each precision, in turns; the first warms up
 
 
-def bare_seconds(
-    agent: Agent, stream: BatchStream | SeedStream, context: AbstractContextManager | None = None
-) -> float:
+def bare_seconds(agent: Agent, stream: Iterable[Batch], context: AbstractContextManager | None = None) -> float:
     """Seconds of one pass over `stream` in the smallest loop that computes the same updates; losses in `context`."""
     optimizer = agent.configure_optimizers()
     started = time.perf_counter()
@@ -36,7 +35,7 @@ def bare_seconds(
     return time.perf_counter() - started
 
 
-def faster_precision(agent: Agent, stream: BatchStream | SeedStream) -> str:
+def faster_precision(agent: Agent, stream: Iterable[Batch]) -> str:
     """`bf16-mixed` if a copy of `agent` passes over `stream` faster in it than in float32, else `32-true`."""
     agent = copy.deepcopy(agent)
     agent.begin_stage("precision", "all", first_step=0)

@@ -36,11 +36,13 @@ from deflow.build import build_agent
 from deflow.callbacks import StageClock
 from deflow.data.datamodule import BatchStream, SeedStream
 from deflow.data.proposals import ProposalCache
+from deflow.data.replay import Replay
 from deflow.data.transitions import Transitions
 from deflow.envs import ogbench
 from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.online import Collector, OnlineStream
 from deflow.pipeline import LIGHTNING_WARNINGS
 from deflow.report import write_json
 from deflow.seeding import torch_generator
@@ -79,6 +81,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         "sampling": lambda: sampling(config, first),
         "latency": lambda: {name: latency(agent) for name, agent in agents.items()},
         "evaluation": lambda: evaluation(config),
+        "online": lambda: online(config),
         "startup": lambda: startup(),
     }
     for name in config.measure:
@@ -111,7 +114,7 @@ def ceiling(config: DictConfig) -> dict[str, float]:
 
 def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
     """Updates/s of every stage in every precision, and their ratios: bf16 over fp32, cached proposals over solved."""
-    transitions = random_transitions(agent.spec)
+    transitions = random_transitions(agent)
     plain_stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
     cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half())
     cached_stream = BatchStream(
@@ -149,7 +152,7 @@ def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
 
 def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
     """The joint update in a bare loop and under Lightning's Trainer: same batches, noise, losses and steps."""
-    stream = BatchStream(random_transitions(agent.spec), config.batch_size, 0, config.updates, (config.seed, "bare"))
+    stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "bare"))
     rounds = [
         (bare_seconds(agent, stream), lightning_seconds(agent, stream, config.log_every))
         for _ in range(config.rounds + 1)
@@ -165,7 +168,7 @@ def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
 def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
     """Joint updates/s of one seed alone and of several in one process, the updates of all counted."""
     agents = [_agent(config, config.agents[0], spec) for _ in range(1 + config.seeds)]
-    transitions = random_transitions(spec)
+    transitions = random_transitions(agents[0])
     numbers = range(config.seeds)
     streams = [BatchStream(transitions, config.batch_size, 0, config.updates, (seed, "benchmark")) for seed in numbers]
     competitors: dict[str, tuple[Agent, BatchStream | SeedStream]] = {
@@ -251,6 +254,41 @@ def evaluation(config: DictConfig) -> dict[str, float]:
     return {"steps_per_second": batched, "one_by_one": one_by_one, "batched_over_one_by_one": batched / one_by_one}
 
 
+def online(config: DictConfig) -> dict[str, float]:
+    """Joint updates/s on data alone, and with a step in the task's environment before each."""
+    name = ogbench.task_name(config.task.env, config.task.dataset, None)
+    spec = ogbench.spec_of(ogbench.make_env(name))
+    agent = _agent(config, config.agents[0], spec)
+    data = random_transitions(agent)
+    collector = Collector(lambda: ogbench.make_env(name), agent, 1, 1, 0.99, lambda reward: reward, config.seed)
+    draw = (config.seed, "benchmark"), 1, 0.99, spec.horizon
+    with tempfile.TemporaryDirectory() as folder:
+        ring = Path(folder) / "replay.bin"
+        streams = {
+            "offline": BatchStream(data, config.batch_size, 0, config.updates, draw[0]),
+            "online": OnlineStream(
+                collector,
+                lambda added: Replay(data, data.starts, spec, config.updates, ring, added=added),
+                config.updates,
+                1,
+                None,
+                *draw,
+            ).start_at(0, config.batch_size),
+        }
+        agent.begin_stage("joint", "all", first_step=0)
+        seconds: dict[str, list[float]] = {kind: [] for kind in streams}
+        for _ in range(config.rounds + 1):
+            for kind, stream in streams.items():
+                seconds[kind].append(bare_seconds(agent, stream))
+    collector.close()
+    offline, with_steps = (measured[1:] for measured in seconds.values())  # the first round warms up
+    return {
+        "offline_updates_per_second": config.updates / median(offline),
+        "online_updates_per_second": config.updates / median(with_steps),
+        "online_over_offline": _ratio(offline, with_steps),
+    }
+
+
 def startup() -> dict[str, float]:
     """Seconds from the start of `train.py` to its first update, with data on disk and every default on."""
     with tempfile.TemporaryDirectory() as folder:
@@ -267,10 +305,11 @@ def startup() -> dict[str, float]:
         return {"seconds_to_first_update": json.loads((run / "summary.json").read_text())["seconds_to_first_update"]}
 
 
-def random_transitions(spec: Spec) -> Transitions:
-    """Random numbers in place of data."""
-    arrays = _random_arrays(spec) | {"masks": np.ones(ROWS), "valids": np.ones(ROWS)}
-    return Transitions.from_compact(arrays, "random data").with_returns(discount=0.99)
+def random_transitions(agent: Agent) -> Transitions:
+    """Random numbers in place of data, with all that the agent reads of them."""
+    arrays = _random_arrays(agent.spec) | {"masks": np.ones(ROWS), "valids": np.ones(ROWS)}
+    data = Transitions.from_compact(arrays, "random data")
+    return data.with_returns(discount=0.99) if agent.uses_returns else data
 
 
 def _random_arrays(spec: Spec) -> dict[str, np.ndarray]:
@@ -318,7 +357,7 @@ def _gflop(agent: Agent, stream: BatchStream) -> float:
 
 def _print_profile(config: DictConfig, agent: Agent) -> None:
     """Where the time of the joint update goes, operation by operation."""
-    stream = BatchStream(random_transitions(agent.spec), config.batch_size, 0, PROFILED_UPDATES, (config.seed, "bare"))
+    stream = BatchStream(random_transitions(agent), config.batch_size, 0, PROFILED_UPDATES, (config.seed, "bare"))
     for name in PRECISIONS:
         with _precision(name) as context:
             bare_seconds(agent, stream, context)
