@@ -16,6 +16,7 @@ from minari.data_collector import EpisodeBuffer
 from deflow.data.d4rl import D4RLSource
 from deflow.data.minari import MinariSource
 from deflow.data.own import OwnSource
+from deflow.data.shards import COLUMNS
 from deflow.data.source import compact, split
 from deflow.errors import UserError
 from deflow.pipeline import train
@@ -107,7 +108,7 @@ def test_own_npz_and_hdf5_agree(tmp_path: Path) -> None:
     one = OwnSource(str(tmp_path / "mine.npz"), KEYS).load()
     two = OwnSource(str(tmp_path / "mine.h5"), {key: f"robot/{key}" for key in KEYS}).load()
     for a, b in zip(one, two, strict=True):
-        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
     assert len(one[0]) + len(one[1]) == 15
 
 
