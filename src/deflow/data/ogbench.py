@@ -7,6 +7,7 @@ import logging
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +112,20 @@ class OGBenchSource(Source):
         return {source.task: source for source in numbered}
 
     def spec(self) -> Spec:
-        env = self.make_env()
-        env.close()
-        return ogbench.spec_of(env)
+        return self._of_env[0]
 
     def make_env(self, **kwargs: Any) -> gymnasium.Env:
         return ogbench.make_env(self.task, **kwargs)
 
     def protocol(self) -> dict[str, Any]:
+        return {"protocol": "OGBench single-task, no action chunking", "success_timing": self._of_env[1]}
+
+    @cached_property
+    def _of_env(self) -> tuple[Spec, str]:
+        """Sizes and success timing, for which an environment has to be made."""
         env = self.make_env()
         env.close()
-        timing = getattr(env.unwrapped, "_success_timing", "unknown")
-        return {"protocol": "OGBench single-task, no action chunking", "success_timing": timing}
+        return ogbench.spec_of(env), getattr(env.unwrapped, "_success_timing", "unknown")
 
     def provenance(self) -> dict[str, Any]:
         path = self._find()
