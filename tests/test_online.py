@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from deflow.checkpoints import load_checkpoint
 from deflow.data.replay import Replay
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
@@ -139,7 +140,7 @@ def run(folder: Path, data: Path, *overrides: str) -> dict:
     [
         (),
         ("stages.online.freeze=[behavior_flow]", "stages.online.environment.online_share=0.5"),
-        ("agent.horizon=3", "stages.online.environment.online_share=1"),
+        ("agent.horizon=3", "stages.online.environment.online_share=1", "checkpoint_every=8"),
         ("data.n_step=3", "stages.online.environment.num_envs=2"),
         ("agent=fql", "stages.online.environment.updates_per_step=2"),
         ("agent=ifql", "agent.best_of_n=2"),
@@ -154,6 +155,15 @@ def test_offline_to_online(overrides: tuple[str, ...], point_data: Path, tmp_pat
     assert [row["step"] for row in rows] == [4, 8, 12]
     before_and_after = {"joint": rows[0]["eval/return"], "online": rows[2]["eval/return"]}
     assert summary["eval/return"]["last_of_stage"] == before_and_after
+    # The optimizer goes on where it was.
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "1_online" / "final.ckpt")
+    (optimizer,) = checkpoint["optimizer_states"]
+    assert {float(moments["step"]) for moments in optimizer["state"].values()} == {12.0}
+    # Whose transitions the batches were made of.
+    online = [row for row in read_metrics(tmp_path / "metrics.csv") if "online/transitions" in row]
+    assert [row["step"] for row in online] == [6, 8, 10, 12]
+    asked = next((float(o.split("=")[1]) for o in overrides if "online_share" in o), None)
+    assert asked in (None, online[-1]["online/share_of_batch"])
     before, after = (weights(tmp_path, stage) for stage in ("0_joint", "1_online"))
     frozen = any("freeze" in override for override in overrides)
     for name in before:
@@ -176,14 +186,19 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 @pytest.mark.usefixtures("short_episodes")
 @pytest.mark.parametrize(
-    "overrides",
-    [(), ("data.n_step=3", "stages.online.environment.num_envs=2"), ("agent=cal_ql", "agent.samples=2")],
+    ("at", "overrides"),
+    [
+        (2, ()),  # before the stage has a checkpoint of its own
+        (27, ()),  # after episodes of 20 steps have ended
+        (27, ("data.n_step=3", "stages.online.environment.num_envs=2")),
+        (27, ("agent=cal_ql", "agent.samples=2")),
+    ],
 )
-def test_resume_is_bit_for_bit(overrides: tuple[str, ...], point_data: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_for_bit(at: int, overrides: tuple[str, ...], point_data: Path, tmp_path: Path) -> None:
     settings = ("stages=offline_to_online", "online_updates=30", "checkpoint_every=4", *overrides)
     run(tmp_path / "whole", point_data, *settings)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        kill_at(monkeypatch, 27)  # after episodes of 20 steps have ended
+        kill_at(monkeypatch, at)
         with pytest.raises(SystemExit):
             run(tmp_path / "killed", point_data, *settings)
     train(tiny_config(point_data, *ONLINE, f"resume={tmp_path / 'killed'}"), tmp_path / "killed")

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.files import replacing
-from deflow.online import Collector
+from deflow.online import OnlineStream
 
 LAST = "last.ckpt"
 FINAL = "final.ckpt"
@@ -78,23 +78,35 @@ class PeriodicEvaluation(Callback):
         self.seconds += time.perf_counter() - started
 
 
-class OnlineEpisodes(Callback):
-    """Logs what the episodes of an online stage came to, on the log interval."""
+class OnlineProgress(Callback):
+    """Logs, on the log interval of an online stage, what its episodes came to and where its batches come from.
 
-    def __init__(self, collector: Collector) -> None:
-        self.collector = collector
+    `online/share_of_batch` is the share of new transitions in the batches since the last row.
+    """
+
+    def __init__(self, stream: OnlineStream) -> None:
+        self.stream = stream
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Agent)
-        if trainer.global_step % trainer.log_every_n_steps or not self.collector.finished:  # type: ignore[attr-defined]
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        episodes, self.collector.finished = self.collector.finished, []
-        means = {"success": "success", "return": "episode_return", "length": "length"}
-        metrics = {f"online/{key}": mean(getattr(e, name) for e in episodes) for key, name in means.items()}
+        collector, replay = self.stream.collector, self.stream.replay
+        assert replay is not None
+        metrics = {
+            "online/episodes": float(collector.episodes),
+            "online/transitions": float(replay.added),
+            "online/share_of_batch": replay.drawn_new / replay.drawn,
+        }
+        replay.drawn, replay.drawn_new = 0, 0
+        if collector.finished:
+            episodes, collector.finished = collector.finished, []
+            means = {"success": "success", "return": "episode_return", "length": "length"}
+            metrics |= {f"online/{key}": mean(getattr(e, name) for e in episodes) for key, name in means.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics | {"online/episodes": self.collector.episodes}, step=pl_module.run_step)
+            logger.log_metrics(metrics, step=pl_module.run_step)
 
 
 class StageClock(Callback):

@@ -55,7 +55,7 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
     if of != task:
         raise UserError(f"{path} is a checkpoint of {of}, not of {task}")
     try:
-        agent.start_from(checkpoint["state_dict"])
+        agent.start_from(checkpoint)
     except RuntimeError as error:
         raise UserError(f"the networks of {path} differ from the configured ones: {error}") from error
 

@@ -25,7 +25,7 @@ from deflow.callbacks import (
     FINAL,
     LAST,
     AtomicCheckpointIO,
-    OnlineEpisodes,
+    OnlineProgress,
     PeriodicEvaluation,
     StageCheckpoint,
     StageClock,
@@ -184,7 +184,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     final = checkpoints / FINAL
     if run.resume and final.exists():
         card = load_checkpoint(final)
-        run.module.load_state_dict(card["state_dict"])
+        run.module.start_from(card)
         run.stage_speed[name] = card["deflow"]["updates_per_second"]
         return
     decay = stage.steps if stage.get("cosine_decay") else None
@@ -198,6 +198,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     if run.evaluator is not None and stage.get("evaluate", True):
         evaluation = PeriodicEvaluation(lambda: _evaluate(run), run.config.eval.every)
         callbacks.insert(1, evaluation)  # before the checkpoint of the same step
+    if online is not None:
+        callbacks.insert(0, OnlineProgress(online))
     callbacks += [SystemMetrics(logger) for logger in run.loggers if isinstance(logger, MLFlowLogger)]
     trainer: Trainer = instantiate(run.config.trainer, _partial_=True)(
         max_steps=stage.steps,
@@ -206,8 +208,6 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
         plugins=[AtomicCheckpointIO()],
         val_check_interval=min(run.config.validate_every, stage.steps),
     )
-    if online is not None:
-        callbacks.insert(0, OnlineEpisodes(online.collector))
     last = checkpoints / LAST
     resuming = run.resume and last.exists()
     try:
@@ -228,6 +228,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     if len(run.agents) > 1:
         _save_each(run, checkpoints)
     trainer.save_checkpoint(final)
+    run.module.keep_moments({"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]})
 
 
 def _save_each(run: Run, checkpoints: Path) -> None:

@@ -55,6 +55,7 @@ class Agent(LightningModule, ABC):
         # Targets and other fixed parameters are never unfrozen, so remember what is trainable at all.
         self._trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
         self._make_optimizer = optimizer
+        self._moments: dict[str, list[dict[str, Any] | None]] = {}
         self._seed = seed
         self.begin_stage("unnamed", "all", first_step=0)
 
@@ -116,9 +117,16 @@ class Agent(LightningModule, ABC):
                 parameter.requires_grad_(part in train)
         self._bad_step: Tensor | None = None
 
-    def start_from(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the initial weights from a checkpoint of an agent like this one."""
-        self.load_state_dict(state_dict)
+    def start_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from the weights, and the optimizer's moments if it has them, of an agent like this one."""
+        self.load_state_dict(checkpoint["state_dict"])
+        self.keep_moments(checkpoint)
+
+    def keep_moments(self, checkpoint: Mapping[str, Any]) -> None:
+        """Let the next stages' optimizers go on with the moments of the parts that `checkpoint` was training."""
+        for state in checkpoint.get("optimizer_states", ()):
+            for group in state["param_groups"]:
+                self._moments[group["name"]] = [state["state"].get(number) for number in group["params"]]
 
     def trains(self, part: str) -> bool:
         """Whether `part` trains in the current stage."""
@@ -140,6 +148,11 @@ class Agent(LightningModule, ABC):
         own_lr = {} if self._lr is None else {"lr": self._lr}
         groups = [{"params": self.parameters_of(part), "name": part} | own_lr for part in self._active]
         optimizer = self._make_optimizer(groups)
+        fresh = optimizer.state_dict()
+        for group in fresh["param_groups"]:
+            moments = zip(group["params"], self._moments.get(group["name"], ()), strict=False)
+            fresh["state"] |= {number: of_one for number, of_one in moments if of_one is not None}
+        optimizer.load_state_dict(fresh)
         if self._cosine_decay_steps is None:
             return optimizer
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._cosine_decay_steps)

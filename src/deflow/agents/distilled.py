@@ -64,5 +64,5 @@ class Distilled(Agent):
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.actor.act(observations, z[:, 0])
 
-    def start_from(self, state_dict: Mapping[str, Tensor]) -> None:
-        self.teacher.load_state_dict(state_dict)
+    def start_from(self, checkpoint: Mapping[str, Any]) -> None:
+        self.teacher.load_state_dict(checkpoint["state_dict"])

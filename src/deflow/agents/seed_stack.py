@@ -55,9 +55,9 @@ class SeedStack(Agent):
         for agent in self._alike:
             agent.begin_stage(*settings, **more)
 
-    def start_from(self, state_dict: Any) -> None:
+    def start_from(self, checkpoint: Any) -> None:
         for agent in self._alike:
-            agent.start_from(state_dict)
+            agent.start_from(checkpoint)
 
     def configure_optimizers(self) -> Any:
         for agent in self._alike:

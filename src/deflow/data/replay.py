@@ -54,6 +54,7 @@ class Replay:
             self._widths.append(1)
         self._rows = torch.empty(min(self.capacity, steps), sum(self._widths))
         self.added = 0
+        self.drawn, self.drawn_new = 0, 0  # transitions, and new ones among them, since they were last set to 0
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = added * sum(self._widths)
         before = np.fromfile(path, np.float32, numbers) if added and path.exists() else np.empty(0, np.float32)
@@ -120,6 +121,7 @@ class Replay:
         else:
             new = round(online_share * size)
         new = 0 if not self.kept_new else (size if not self.kept_data else new)
+        self.drawn, self.drawn_new = self.drawn + size, self.drawn_new + new
         from_data = torch.randint(max(self.kept_data, 1), (size - new,), generator=generator)
         from_ring = torch.randint(max(self.kept_new, 1), (new,), generator=generator)
         oldest = len(self._starts) - self.kept_data
