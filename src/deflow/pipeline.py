@@ -184,7 +184,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     final = checkpoints / FINAL
     if run.resume and final.exists():
         card = load_checkpoint(final)
-        run.module.start_from(card)
+        run.module.load_state_dict(card["state_dict"])
+        run.module.keep_moments(card)
         run.stage_speed[name] = card["deflow"]["updates_per_second"]
         return
     decay = stage.steps if stage.get("cosine_decay") else None
