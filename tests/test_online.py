@@ -144,6 +144,8 @@ def run(folder: Path, data: Path, *overrides: str) -> dict:
         ("data.n_step=3", "stages.online.environment.num_envs=2"),
         ("agent=fql", "stages.online.environment.updates_per_step=2"),
         ("agent=ifql", "agent.best_of_n=2"),
+        ("agent=fawac",),
+        ("agent=fbrac",),
         ("agent=cal_ql", "agent.samples=2", "stages.online.environment.online_share=0.5"),
     ],
 )
