@@ -98,9 +98,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def print_table(summary: dict[str, Any], folder: Path) -> None:
     """The result as a table on the terminal."""
-    first, seeds = summary["seed"], summary["seeds"]
-    named = f"seed {first}" if seeds == 1 else f"seeds {first} to {first + seeds - 1}"
-    table = Table(title=f"{summary['agent']} on {summary['task']}, {named}", show_header=True)
+    table = Table(title=f"{summary['agent']} on {summary['task']}, {_seeds(summary)}", show_header=True)
     for column in ("", "last", "95% interval", f"mean of last {LAST_EVALUATIONS}", "best"):
         table.add_column(column, justify="right" if column else "left")
     for key in EVALUATED:
@@ -119,7 +117,7 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     if of_seeds:
         console.print(f"success of each seed: {', '.join(f'{success:.2f}' for success in of_seeds.values())}")
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in summary["updates_per_second"].items())
-    speeds += f" (each of {seeds} seeds)" if seeds > 1 else ""
+    speeds += f" (each of {summary['seeds']} seeds)" if summary["seeds"] > 1 else ""
     data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
     timing = f", success timing '{summary['success_timing']}'" if "success_timing" in summary else ""
     console.print(f"data: {summary['data']['name']} ({data}); {summary['protocol']}{timing}")
@@ -157,7 +155,7 @@ def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: d
     """Losses, the multiplier and its constraint, values, success and, in mazes, the visited paths, in one picture."""
     maze = any(episode.path for episode in episodes)
     figure = Figure(figsize=(20 if maze else 15, 8), layout="constrained")
-    figure.suptitle(f"{_agent_name(config)} on {task}, seed {config['seed']}")
+    figure.suptitle(f"{_agent_name(config)} on {task}, {_seeds(config)}")
     axes = figure.subplots(2, 4 if maze else 3)
     flow = {"train/behavior_flow/loss": "train", "val/behavior_flow/loss": "validation"}
     critic = {"train/critic/loss": "train", "val/critic/loss": "validation"}
@@ -181,6 +179,11 @@ def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: d
         axes[1, 3].set_axis_off()
     with replacing(path) as part:
         figure.savefig(part, dpi=80)
+
+
+def _seeds(settings: Mapping[str, Any]) -> str:
+    first, count = settings["seed"], settings["seeds"]
+    return f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
 
 
 def _agent_name(config: dict[str, Any]) -> str:
