@@ -236,7 +236,9 @@ def _save_each(run: Run, checkpoints: Path) -> None:
     """Each seed's agent by itself, for whatever takes a checkpoint."""
     for seed, agent in zip(run.data.seeds, run.agents, strict=True):
         card = run.card
-        card["config"] |= {"seed": seed, "seeds": 1, "agent": card["config"]["agent"] | {"seed": seed}}
+        alone = {"seed": seed, "seeds": 1}
+        of_data, of_agent = card["config"]["data"] | alone, card["config"]["agent"] | {"seed": seed}
+        card["config"] |= alone | {"data": of_data, "agent": of_agent}
         weights = {name: weight.clone() for name, weight in agent.state_dict().items()}  # not the whole stack
         content = {"state_dict": weights, "deflow": card}
         AtomicCheckpointIO().save_checkpoint(content, checkpoints / f"seed_{seed}.ckpt")
