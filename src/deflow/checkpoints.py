@@ -61,7 +61,7 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
 
 
 def _refuse_several(card: dict[str, Any]) -> None:
-    seeds = card["config"]["seeds"]
+    seeds = card["config"].get("seeds", 1)  # older ones hold one and do not say so
     if seeds > 1:
         first = card["config"]["seed"]
         raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as seed_{first}.ckpt")
