@@ -199,10 +199,12 @@ def _curves(
             axis.plot(*zip(*points, strict=True), label=label, lw=1)
     if limit is not None:
         axis.axhline(limit, color="k", ls="--", lw=1, label="delta")
-    axis.set(title=title)
-    if axis.lines:
+    if len(axis.lines) > (limit is not None):
+        axis.set(title=title)
         axis.legend(fontsize=8)
         axis.set_yscale("log" if log else "linear")
+    else:
+        axis.set_axis_off()  # not every agent has all of it
 
 
 def _success(axis: Axes, rows: Sequence[Row]) -> None:
@@ -217,6 +219,10 @@ def _success(axis: Axes, rows: Sequence[Row]) -> None:
         axis.errorbar(
             steps, success, (success - low, high - success), fmt="o-", capsize=3, color="tab:green", clip_on=False
         )
+    played = [(row["step"], row["online/success"]) for row in rows if "online/success" in row]
+    if played:
+        axis.plot(*zip(*played, strict=True), ".", color="tab:gray", markersize=3, label="episodes learnt from, online")
+        axis.legend(fontsize=8)
 
 
 def _paths(axis: Axes, episodes: Sequence[Episode]) -> None:
