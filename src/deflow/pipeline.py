@@ -133,8 +133,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     data = instantiate(config.data)
     source = data.source
     spec = source.spec()
-    agents = _build_agents(config, spec)  # before the data, which may take an hour to come
-    agent = agents[0] if len(agents) == 1 else SeedStack(agents)
+    agents, agent = _build_agents(config, spec)  # before the data, which may take an hour to come
     for name, stage in config.stages.items():
         agent.begin_stage(name, stage.train, first_step=0, freeze=stage.get("freeze", ()))
         if agent.trains_jointly and not all(agent.trains(part) for part in agent.parts):
@@ -146,8 +145,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if agent.uses_returns:
         data.add_returns()
     if decide(config, data.transitions):
-        agents = _build_agents(config, spec)
-        agent = agents[0] if len(agents) == 1 else SeedStack(agents)
+        agents, agent = _build_agents(config, spec)
     if config.ckpt is not None:
         load_weights(agent, Path(config.ckpt), source.task)
     if config.trainer.precision == AUTO:
@@ -169,14 +167,14 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     return Run(folder, config, resume, agents, agent, data, evaluator, loggers, metrics)
 
 
-def _build_agents(config: DictConfig, spec: Spec) -> list[Agent]:
-    """One agent a seed, each as it would be alone."""
+def _build_agents(config: DictConfig, spec: Spec) -> tuple[list[Agent], Agent]:
+    """One agent a seed, each as it would be alone, and what trains them: the only one itself, or a stack of all."""
     agents = []
     for seed in range(config.seed, config.seed + config.seeds):
         torch.manual_seed(seed)
         settings = plain(config.agent) | ({"seed": seed} if config.seeds > 1 else {})
         agents.append(build_agent(settings, spec))
-    return agents
+    return agents, agents[0] if len(agents) == 1 else SeedStack(agents)
 
 
 def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:

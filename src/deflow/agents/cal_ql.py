@@ -100,7 +100,7 @@ class CalQL(Agent):
 
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.actor.sample(observations, z[:, 0] if self.training else torch.zeros_like(z[:, 0]))[0]
+        return self.actor.act(observations, z[:, 0])
 
     @torch.no_grad()
     def _next_value(self, batch: Batch, z: Tensor) -> Tensor:

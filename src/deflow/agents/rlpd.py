@@ -93,4 +93,4 @@ class RLPD(Agent):
 
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.actor.sample(observations, z[:, 0] if self.training else torch.zeros_like(z[:, 0]))[0]
+        return self.actor.act(observations, z[:, 0])

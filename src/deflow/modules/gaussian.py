@@ -72,6 +72,10 @@ class GaussianActor(LightningModule):
             "temperature": self.temperature.detach(),
         }
 
+    def act(self, observations: Tensor, z: Tensor) -> Tensor:
+        """Actions in (-1, 1), shape (batch, action_dim): drawn in training, in evaluation the mode; see `sample`."""
+        return self.sample(observations, z if self.training else torch.zeros_like(z))[0]
+
     def sample(self, observations: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Actions in (-1, 1), shape (batch, action_dim), and their log densities, shape (batch,).
 
