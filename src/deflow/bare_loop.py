@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -17,7 +18,9 @@ from deflow.types import Batch
 log = logging.getLogger(__name__)
 
 FLOAT32, BFLOAT16 = "32-true", "bf16-mixed"  # Lightning's names
-ROUNDS = 5  # of each precision, in turns; the first warms up
+ROUNDS = 4  # in which precisions are compared
+
+Name = TypeVar("Name")
 
 
 def bare_seconds(agent: Agent, stream: Iterable[Batch], context: AbstractContextManager | None = None) -> float:
@@ -35,17 +38,29 @@ def bare_seconds(agent: Agent, stream: Iterable[Batch], context: AbstractContext
     return time.perf_counter() - started
 
 
+def in_turns(measurements: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, list[float]]:
+    """`rounds` results of each measurement, after one that warms up.
+
+    They take turns, so that a machine that slows down slows all of them; compare them by `ratio`.
+    """
+    results = [[measure() for measure in measurements.values()] for _ in range(rounds + 1)][1:]
+    return {name: list(column) for name, column in zip(measurements, zip(*results, strict=True), strict=True)}
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Median of the rounds' ratios."""
+    return median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
 def faster_precision(agent: Agent, stream: Iterable[Batch]) -> str:
     """`bf16-mixed` if a copy of `agent` passes over `stream` faster in it than in float32, else `32-true`."""
     agent = copy.deepcopy(agent)
     agent.begin_stage("precision", "all", first_step=0)
-    seconds: dict[str, list[float]] = {FLOAT32: [], BFLOAT16: []}
-    for _ in range(ROUNDS):
-        for precision, measured in seconds.items():
-            context = torch.autocast("cpu", torch.bfloat16, enabled=precision == BFLOAT16)
-            measured.append(bare_seconds(agent, stream, context))
-    pairs = zip(seconds[FLOAT32][1:], seconds[BFLOAT16][1:], strict=True)
-    ratio = median(float32 / bfloat16 for float32, bfloat16 in pairs)
-    chosen = BFLOAT16 if ratio > 1 else FLOAT32
-    log.info("precision %s: an update in bf16-mixed is %.2f times as fast as in 32-true here", chosen, ratio)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    seconds = in_turns(
+        {FLOAT32: lambda: bare_seconds(agent, stream), BFLOAT16: lambda: bare_seconds(agent, stream, autocast)}, ROUNDS
+    )
+    gain = ratio(seconds[FLOAT32], seconds[BFLOAT16])
+    chosen = BFLOAT16 if gain > 1 else FLOAT32
+    log.info("precision %s: an update in bf16-mixed is %.2f times as fast as in 32-true here", chosen, gain)
     return chosen

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deflow.agents.base import Agent
 from deflow.agents.seed_stack import SeedStack
-from deflow.bare_loop import bare_seconds
+from deflow.bare_loop import bare_seconds, in_turns, ratio
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
 from deflow.data.datamodule import BatchStream, SeedStream
@@ -127,25 +128,25 @@ def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
         if agent.uses_cached_proposals:
             stages["extraction_cached"] = (frozen, cached_stream)
 
-    seconds: dict[tuple[str, str], list[float]] = {(stage, name): [] for stage in stages for name in PRECISIONS}
-    for _ in range(config.rounds + 1):
-        for (stage, name), measured in seconds.items():
-            settings, stream = stages[stage]
-            agent.begin_stage(stage, first_step=0, **settings)
-            with _precision(name) as context:
-                measured.append(bare_seconds(agent, stream, context))
-    seconds = {key: measured[1:] for key, measured in seconds.items()}  # the first round warms up
+    def measure(stage: str, name: str) -> float:
+        settings, stream = stages[stage]
+        agent.begin_stage(stage, first_step=0, **settings)
+        with _precision(name) as context:
+            return bare_seconds(agent, stream, context)
+
+    pairs = [(stage, name) for stage in stages for name in PRECISIONS]
+    seconds = in_turns({pair: partial(measure, *pair) for pair in pairs}, config.rounds)
 
     result: dict[str, Any] = {}
     for stage, (settings, stream) in stages.items():
         agent.begin_stage(stage, first_step=0, **settings)
         result[stage] = {name: config.updates / median(seconds[stage, name]) for name in PRECISIONS}
         result[stage]["gflop"] = _gflop(agent, stream)
-        result[stage]["bf16_over_fp32"] = _ratio(seconds[stage, "fp32"], seconds[stage, "bf16"])
+        result[stage]["bf16_over_fp32"] = ratio(seconds[stage, "fp32"], seconds[stage, "bf16"])
     if "extraction_cached" in stages:
         for name in PRECISIONS:
             pair = seconds["extraction", name], seconds["extraction_cached", name]
-            result["extraction_cached"][f"over_solved_{name}"] = _ratio(*pair)
+            result["extraction_cached"][f"over_solved_{name}"] = ratio(*pair)
     agent.begin_stage("joint", "all", first_step=0)
     return result
 
@@ -153,15 +154,15 @@ def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
 def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
     """The joint update in a bare loop and under Lightning's Trainer: same batches, noise, losses and steps."""
     stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "bare"))
-    rounds = [
-        (bare_seconds(agent, stream), lightning_seconds(agent, stream, config.log_every))
-        for _ in range(config.rounds + 1)
-    ][1:]
-    bare, lightning = zip(*rounds, strict=True)
+    loops = {
+        "bare": lambda: bare_seconds(agent, stream),
+        "lightning": lambda: lightning_seconds(agent, stream, config.log_every),
+    }
+    seconds = in_turns(loops, config.rounds)
     return {
-        "bare_updates_per_second": config.updates / median(bare),
-        "lightning_updates_per_second": config.updates / median(lightning),
-        "lightning_over_bare": _ratio(lightning, bare),
+        "bare_updates_per_second": config.updates / median(seconds["bare"]),
+        "lightning_updates_per_second": config.updates / median(seconds["lightning"]),
+        "lightning_over_bare": ratio(seconds["lightning"], seconds["bare"]),
     }
 
 
@@ -177,17 +178,13 @@ def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
     }
     result: dict[str, Any] = {"seeds": config.seeds}
     for precision in PRECISIONS:
-        seconds: dict[str, list[float]] = {name: [] for name in competitors}
-        for _ in range(config.rounds + 1):
-            for name, (agent, stream) in competitors.items():
-                agent.begin_stage("joint", "all", first_step=0)
-                with _precision(precision) as context:
-                    seconds[name].append(bare_seconds(agent, stream, context))
-        alone, together = (measured[1:] for measured in seconds.values())  # the first round warms up
+        with _precision(precision) as context:
+            loops = {name: partial(bare_seconds, *competitor, context) for name, competitor in competitors.items()}
+            seconds = in_turns(loops, config.rounds)
         result[precision] = {
-            "alone": config.updates / median(alone),
-            "together": config.seeds * config.updates / median(together),
-            "together_over_alone": config.seeds * _ratio(alone, together),
+            "alone": config.updates / median(seconds["alone"]),
+            "together": config.seeds * config.updates / median(seconds["together"]),
+            "together_over_alone": config.seeds * ratio(seconds["alone"], seconds["together"]),
         }
     return result
 
@@ -275,17 +272,13 @@ def online(config: DictConfig) -> dict[str, float]:
                 *draw,
             ).start_at(0, config.batch_size),
         }
-        agent.begin_stage("joint", "all", first_step=0)
-        seconds: dict[str, list[float]] = {kind: [] for kind in streams}
-        for _ in range(config.rounds + 1):
-            for kind, stream in streams.items():
-                seconds[kind].append(bare_seconds(agent, stream))
+        loops = {kind: partial(bare_seconds, agent, stream) for kind, stream in streams.items()}
+        seconds = in_turns(loops, config.rounds)
     collector.close()
-    offline, with_steps = (measured[1:] for measured in seconds.values())  # the first round warms up
     return {
-        "offline_updates_per_second": config.updates / median(offline),
-        "online_updates_per_second": config.updates / median(with_steps),
-        "online_over_offline": _ratio(offline, with_steps),
+        "offline_updates_per_second": config.updates / median(seconds["offline"]),
+        "online_updates_per_second": config.updates / median(seconds["online"]),
+        "online_over_offline": ratio(seconds["offline"], seconds["online"]),
     }
 
 
@@ -339,11 +332,6 @@ def _precision(name: str) -> Iterator[AbstractContextManager]:
         yield torch.autocast("cpu", torch.bfloat16, enabled=autocast)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _ratio(numerators: Any, denominators: Any) -> float:
-    """Median of the rounds' ratios."""
-    return median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def _gflop(agent: Agent, stream: BatchStream) -> float:
