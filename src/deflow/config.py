@@ -28,7 +28,7 @@ CONFIG_DIR = str(Path(__file__).resolve().parents[2] / "configs")
 
 
 def new_run_folder(root: str, name: str, resume: str | None) -> str:
-    """`root/name/date_time`, with a number behind it if two runs start in the same second; or the run to resume.
+    """`root/name/date_time`, made here so that no other run takes it, with a number behind it if one has; or `resume`.
 
     Raises:
         UserError: if `resume` is not a run.
@@ -38,11 +38,14 @@ def new_run_folder(root: str, name: str, resume: str | None) -> str:
             raise UserError(f"{resume} is not a run to resume: it has no {CONFIG_FILE}")
         return resume
     folder = Path(root) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    taken, number = folder, 1
-    while taken.exists():
-        number += 1
-        taken = folder.with_name(f"{folder.name}-{number}")
-    return str(taken)
+    mine, number = folder, 1
+    while True:
+        try:
+            mine.mkdir(parents=True)
+            return str(mine)
+        except FileExistsError:  # of a run that began in the same second, perhaps at this very moment
+            number += 1
+            mine = folder.with_name(f"{folder.name}-{number}")
 
 
 OmegaConf.register_new_resolver("run_folder", new_run_folder, use_cache=True, replace=True)
