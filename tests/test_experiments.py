@@ -15,6 +15,7 @@ from tests.conftest import compose_config, tiny_config, write_d4rl
 CONFIGS = Path(CONFIG_DIR)
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 OTHER_DATA = ["own", "minari"]  # tests/data/test_source.py
+VISUAL = [name for name in EXPERIMENTS if name.startswith("visual_")]  # one of them runs in tests/test_images.py
 D4RL = [name for name in EXPERIMENTS if name.endswith(("-v1", "-v2"))]
 
 # tasks.md of the papers: discount, aggregate, delta.
@@ -43,7 +44,7 @@ def test_the_papers_settings(experiment: str) -> None:
 
 
 @pytest.mark.usefixtures("short_episodes")
-@pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {*D4RL, *OTHER_DATA}))
+@pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {*D4RL, *VISUAL, *OTHER_DATA}))
 def test_every_experiment_runs(experiment: str, tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
     task = compose_config(f"experiment={experiment}").task
     data = tiny_data(task.env, task.dataset)
@@ -51,6 +52,25 @@ def test_every_experiment_runs(experiment: str, tiny_data: Callable[[str, str], 
     config = tiny_config(data, *overrides, "+trainer.fast_dev_run=true", "updates=1", "eval.episodes=1")
     train(config, tmp_path)
     assert (tmp_path / "summary.json").exists()
+
+
+# tasks.md of the papers: delta of DeFlow, alpha of FQL.
+PAPER_VISUAL = {
+    "visual_cube_single": (0.001, 300),
+    "visual_cube_double": (0.001, 100),
+    "visual_scene": (0.001, 100),
+    "visual_puzzle_3x3": (0.0005, 300),
+    "visual_puzzle_4x4": (0.0005, 300),
+}
+
+
+@pytest.mark.parametrize("experiment", VISUAL)
+def test_the_papers_settings_for_images(experiment: str) -> None:
+    config, fql = compose_config(f"experiment={experiment}"), compose_config(f"experiment={experiment}", "agent=fql")
+    assert (config.agent.trust_region, fql.agent.actor.alpha) == PAPER_VISUAL[experiment]
+    assert (config.task_id, config.updates, config.agent.critic.aggregate) == (1, 500_000, "mean")
+    assert (config.data.source.frames, config.data.crop_probability) == (3, 0.5)
+    assert config.agent.critic.encoder == {"stacks": [16, 32, 32], "blocks": 1, "features": 512}
 
 
 @pytest.mark.parametrize("experiment", D4RL)

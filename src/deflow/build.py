@@ -13,6 +13,7 @@ from deflow.agents.base import Agent
 from deflow.config import plain
 from deflow.data.iav import intrinsic_action_variance
 from deflow.data.transitions import Transitions
+from deflow.errors import UserError
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ def _undecided(agent: DictConfig) -> list[str]:
 
 def _decide_trust_region(config: DictConfig, transitions: Transitions) -> None:
     """Set `config.agent.trust_region`, and why in `config.iav.result`."""
+    if transitions.states.ndim > 2:
+        raise UserError("agent.trust_region=auto needs states, whose distances mean something: give a number")
     rule = plain(config.iav)
     factor, per_dimension = rule.pop("factor"), rule.pop("per_dimension")
     rule.pop("result")

@@ -38,7 +38,7 @@ def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
     """
     card = checkpoint["deflow"]
     _refuse_several(card)
-    agent = build_agent(card["config"]["agent"] | settings, Spec(*card["spec"]))
+    agent = build_agent(card["config"]["agent"] | settings, Spec.of_list(card["spec"]))
     agent.load_state_dict(checkpoint["state_dict"])
     return agent
 

@@ -17,6 +17,7 @@ from deflow.config import plain
 from deflow.data import card
 from deflow.data.iav import ActionVariance, intrinsic_action_variance
 from deflow.data.source import Source
+from deflow.errors import UserError
 from deflow.evaluation.diversity import policy_samples
 from deflow.report import write_json
 
@@ -25,11 +26,13 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     """Print the card and write `NAME.json` and `NAME.png` into `config.out`.
 
     Raises:
-        UserError: if the data or the checkpoint cannot be read.
+        UserError: if the data or the checkpoint cannot be read, or the data are images.
     """
     source: Source = instantiate(config.data.source)
     source.prepare()
     arrays, _ = source.arrays()
+    if arrays["observations"].ndim > 2:
+        raise UserError(f"{source.name} holds images, which are not inspected: look at the same data with states")
     described = card.describe(arrays)
     described["task_ends_by_task"] = {
         name: int((other.arrays()[0]["masks"] == 0).sum()) for name, other in source.tasks().items()

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from deflow import distributed
 from deflow.agents.base import Agent
+from deflow.data.augment import maybe_crop
 from deflow.data.replay import Replay
 from deflow.data.source import Source
 from deflow.data.transitions import ACTION_BOUND, Transitions, returns_to_go
@@ -157,16 +158,21 @@ class Collector:
 
 
 def _batch(transitions: list[_Ended], agent: Agent) -> Batch:
-    def rows(values: list[Any], *width: int) -> Tensor:
-        return torch.from_numpy(np.array(values, np.float32).reshape(-1, *width))
+    spec = agent.spec
+
+    def rows(values: list[Any], *shape: int, dtype: type = np.float32) -> Tensor:
+        return torch.from_numpy(np.array(values, dtype).reshape(-1, *shape))
+
+    def seen(values: list[np.ndarray]) -> Tensor:
+        return rows(values, *spec.observation_shape, dtype=np.float32 if spec.image is None else np.uint8)
 
     windows = [window for window, _, _ in transitions]
     return Batch(
-        rows([window.observation for window in windows], agent.spec.observation_dim),
-        rows([window.action for window in windows], agent.spec.action_dim).clamp(-ACTION_BOUND, ACTION_BOUND),
+        seen([window.observation for window in windows]),
+        rows([window.action for window in windows], spec.action_dim).clamp(-ACTION_BOUND, ACTION_BOUND),
         rows([window.rewards for window in windows]),
         rows([mask for _, mask, _ in transitions]),
-        rows([next_observation for _, _, next_observation in transitions], agent.spec.observation_dim),
+        seen([next_observation for _, _, next_observation in transitions]),
         returns=rows([window.return_to_go for window in windows]) if agent.uses_returns else None,
     )
 
@@ -187,6 +193,7 @@ class OnlineStream(IterableDataset):
         n_step: steps of reward in a transition.
         discount: gamma.
         horizon: actions of a chunk.
+        crop_probability: of a batch of images, see `maybe_crop`.
 
     Raises:
         UserError: for a share outside [0, 1], or no updates.
@@ -203,6 +210,7 @@ class OnlineStream(IterableDataset):
         n_step: int,
         discount: float,
         horizon: int,
+        crop_probability: float = 0.0,
     ) -> None:
         if updates_per_step <= 0:
             raise UserError(f"updates_per_step must be > 0, got {updates_per_step}")
@@ -213,6 +221,7 @@ class OnlineStream(IterableDataset):
         self._updates_per_step, self._online_share = updates_per_step, online_share
         self._seed_parts = seed_parts
         self._n_step, self._discount, self._horizon = n_step, discount, horizon
+        self._crop_probability = crop_probability
         self._first, self._batch_size, self._added = 0, 1, 0
         self.replay: Replay | None = None
 
@@ -228,6 +237,7 @@ class OnlineStream(IterableDataset):
         seed: int,
         n_step: int,
         discount: float,
+        crop_probability: float,
         num_envs: int,
         updates_per_step: float,
         online_share: float | None,
@@ -243,7 +253,7 @@ class OnlineStream(IterableDataset):
             path = folder / f"{stage}_{distributed.rank()}.bin"
             return Replay(data, starts, agent.spec, steps, path, capacity, added)
 
-        draw = (seed, stage, "batch"), n_step, discount, horizon
+        draw = (seed, stage, "batch"), n_step, discount, horizon, crop_probability
         stream = cls(collector, make_replay, updates, updates_per_step, online_share, *draw)
         return stream
 
@@ -262,7 +272,8 @@ class OnlineStream(IterableDataset):
                 self.replay.add(self.collector.step())
             generator = torch_generator(torch.device("cpu"), *self._seed_parts, distributed.rank(), number)
             draw = self._batch_size, self._online_share, generator
-            yield self.replay.sample(*draw, self._n_step, self._discount, self._horizon)
+            batch = self.replay.sample(*draw, self._n_step, self._discount, self._horizon)
+            yield maybe_crop(batch, self._crop_probability, generator)
 
     def rounds(self, number: int) -> int:
         """Steps that every environment has taken when batch `number` is drawn: one before the first batch."""

@@ -271,6 +271,7 @@ def _online(run: Run, name: str, stage: DictConfig) -> OnlineStream | None:
         seed=run.config.seed,
         n_step=data.n_step,
         discount=data.discount,
+        crop_probability=data.crop_probability,
         **plain(stage.environment),
     )
 
@@ -290,7 +291,7 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
         summary["seconds_to_first_update"] = run.first_update_at - psutil.Process().create_time()
     if not is_main_process():
         return summary
-    if run.config.diversity.states:
+    if run.config.diversity.states and run.agent.spec.image is None:  # distances between images say little
         _measure_diversity(run, summary)
     report.draw(run.metrics.rows, run.episodes, run.folder / "report.png", plain(run.config), run.data.source.task)
     report.write_json(run.folder / "summary.json", summary)

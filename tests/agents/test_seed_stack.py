@@ -18,12 +18,18 @@ from tests.conftest import compose_config
 SEEDS, UPDATES = 3, 4
 
 
+IMAGES = "experiment=visual_cube_single networks.encoder.stacks=[2,2] networks.encoder.features=8"
+
+
 def make_agents(overrides: str) -> list[Agent]:
     agents = []
+    spec = Spec(2 * 8 * 8 * 3, 3, image=(2, 8, 8, 3)) if IMAGES in overrides else Spec(5, 3)
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        settings = ("experiment=cube_single", "networks.hidden=[16,16]", f"seed={seed}", *overrides.split())
-        agents.append(build_agent(compose_config(*settings).agent, Spec(5, 3)))
+        settings = ["networks.hidden=[16,16]", f"seed={seed}", *overrides.split()]
+        if spec.image is None:
+            settings.append("experiment=cube_single")
+        agents.append(build_agent(compose_config(*settings).agent, spec))
     return agents
 
 
@@ -51,6 +57,7 @@ def train(agent: Agent, batches: list[Any], train: Any, freeze: tuple[str, ...])
         "agent=flow_bc",
         "agent=cal_ql agent.samples=2",
         "agent=rlpd",
+        f"agent=deflow {IMAGES}",
     ],
 )
 def test_each_seed_is_as_alone(overrides: str) -> None:

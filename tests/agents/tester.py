@@ -10,7 +10,11 @@ from deflow.types import Batch
 
 def random_batch(agent: Agent, size: int = 16, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    observations, next_observations = torch.randn(2, size, agent.spec.observation_dim, generator=generator)
+    shape = (2, size, *agent.spec.observation_shape)
+    if agent.spec.image is None:
+        observations, next_observations = torch.randn(shape, generator=generator)
+    else:
+        observations, next_observations = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     actions = torch.rand(size, agent.spec.action_dim, generator=generator) * 2 - 1
     masks = (torch.arange(size) % 4 != 0).float()
     rewards, returns = torch.randn(2, size, generator=generator)

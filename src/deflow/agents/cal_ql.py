@@ -123,8 +123,9 @@ class CalQL(Agent):
 
     def _sample(self, observations: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """The policy's actions, shape (samples, batch, action_dim), and their log densities, (samples, batch)."""
-        actions, log_probabilities = self.actor.sample(observations.repeat(len(z), 1), z.flatten(0, 1))
-        return actions.unflatten(0, z.shape[:2]), log_probabilities.unflatten(0, z.shape[:2])
+        actions, log_probabilities = self.actor.sample(observations, z.transpose(0, 1).flatten(0, 1))
+        grid = z.shape[1::-1]  # (batch, samples)
+        return actions.unflatten(0, grid).transpose(0, 1), log_probabilities.unflatten(0, grid).transpose(0, 1)
 
     def _smaller_value(self, observations: Tensor, actions: Tensor) -> Tensor:
         return self.critic.frozen_values(observations, actions).amin(0, keepdim=True)
@@ -133,4 +134,5 @@ class CalQL(Agent):
 def _on_each(value: Callable[[Tensor, Tensor], Tensor], observations: Tensor, actions: Tensor) -> Tensor:
     """Values of several actions a state, (samples, batch, action_dim) -> (members, samples, batch), in one batch."""
     samples, batch, _ = actions.shape
-    return value(observations.repeat(samples, 1), actions.flatten(0, 1)).unflatten(1, (samples, batch))
+    values = value(observations, actions.transpose(0, 1).flatten(0, 1))
+    return values.unflatten(1, (batch, samples)).transpose(1, 2)

@@ -112,19 +112,16 @@ class DeFlow(Agent):
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         batch, candidates, action_dim = z.shape
-        states = observations.repeat_interleave(candidates, dim=0)
-        actions = self.behavior_flow.propose(states, z.reshape(-1, action_dim))
+        actions = self.behavior_flow.propose(observations, z.reshape(-1, action_dim))
         if self.refine_steps == 1 and candidates == 1:
-            return self.refiner.refine(states, actions)
+            return self.refiner.refine(observations, actions)
 
         # Axis 1 of the choice: the candidates, or with several refinements every stage of each of them.
         chain = [actions]
         for _ in range(self.refine_steps):
-            chain.append(self.refiner.refine(states, chain[-1]))
+            chain.append(self.refiner.refine(observations, chain[-1]))
         choice = torch.stack(chain[1:] if self.refine_steps == 1 else chain, dim=1)
-        values = self.critic.values(
-            states.repeat_interleave(choice.shape[1], dim=0), choice.reshape(-1, action_dim)
-        ).mean(0)
+        values = self.critic.values(observations, choice.reshape(-1, action_dim)).mean(0)
         best = values.reshape(batch, -1).argmax(dim=1)
         return choice.reshape(batch, -1, action_dim)[torch.arange(batch, device=best.device), best]
 

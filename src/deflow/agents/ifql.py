@@ -77,7 +77,6 @@ class IFQL(Agent):
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         batch, candidates, action_dim = z.shape
-        states = observations.repeat_interleave(candidates, dim=0)
-        actions = self.behavior_flow.propose(states, z.reshape(-1, action_dim))
-        best = self.critic.values(states, actions).amin(0).reshape(batch, candidates).argmax(1)
+        actions = self.behavior_flow.propose(observations, z.reshape(-1, action_dim))
+        best = self.critic.values(observations, actions).amin(0).reshape(batch, candidates).argmax(1)
         return actions.reshape(batch, candidates, action_dim)[torch.arange(batch, device=best.device), best]

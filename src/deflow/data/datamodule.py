@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from deflow import distributed
+from deflow.data.augment import maybe_crop
 from deflow.data.proposals import ProposalCache
 from deflow.data.source import Source
 from deflow.data.transitions import Transitions
@@ -31,6 +32,7 @@ class BatchStream(IterableDataset):
         n_step: steps of reward before the bootstrap.
         discount: gamma, read only if `n_step` > 1.
         horizon: actions of a chunk.
+        crop_probability: of a batch of images, see `maybe_crop`.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class BatchStream(IterableDataset):
         n_step: int = 1,
         discount: float = 1.0,
         horizon: int = 1,
+        crop_probability: float = 0.0,
     ) -> None:
         self.n_step, self.discount, self.horizon = n_step, discount, horizon
+        self.crop_probability = crop_probability
         self.starts = transitions.chunk_starts(horizon)
         self.transitions, self.batch_size = transitions, batch_size
         self.first, self.last = first, last
@@ -63,6 +67,7 @@ class BatchStream(IterableDataset):
         generator = torch_generator(torch.device("cpu"), *self.seed_parts, distributed.rank(), number)
         rows = self.starts[torch.randint(len(self.starts), (self.batch_size,), generator=generator)]
         batch, next_rows = self.transitions.batch(rows, self.n_step, self.discount, self.horizon)
+        batch = maybe_crop(batch, self.crop_probability, generator)
         if self.proposals is None:
             return batch
         return batch._replace(
@@ -110,6 +115,7 @@ class OfflineDataModule(LightningDataModule):
         n_step: steps of reward before the bootstrap; 1 is the papers' setting.
         discount: gamma, for the rewards of n-step returns.
         horizon: actions that the policy decides at once; above 1 the return spans as many steps.
+        crop_probability: that a batch of images is randomly cropped in training; 0 for states.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class OfflineDataModule(LightningDataModule):
         n_step: int = 1,
         discount: float = 1.0,
         horizon: int = 1,
+        crop_probability: float = 0.0,
     ) -> None:
         super().__init__()
         for name, steps in (("data.n_step", n_step), ("agent.horizon", horizon)):
@@ -130,6 +137,9 @@ class OfflineDataModule(LightningDataModule):
         if n_step > 1 and horizon > 1:
             raise UserError("a chunk's return already spans agent.horizon steps: leave data.n_step at 1")
         self.n_step, self.discount, self.horizon = max(n_step, horizon), discount, horizon
+        if not 0 <= crop_probability <= 1:
+            raise UserError(f"data.crop_probability must be in [0, 1], got {crop_probability}")
+        self.crop_probability = crop_probability
         if batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
         self.source, self.batch_size = source, batch_size
@@ -146,6 +156,8 @@ class OfflineDataModule(LightningDataModule):
         if self.transitions is not None:
             return
         self.transitions, self.validation = self.source.load()
+        if self.crop_probability and self.transitions.states.ndim != 4:
+            raise UserError("data.crop_probability is for images: leave it at 0 for states")
         if self.batch_size > len(self.transitions):
             raise UserError(
                 f"data.batch_size={self.batch_size} is larger than the data ({len(self.transitions)} transitions)"
@@ -181,7 +193,7 @@ class OfflineDataModule(LightningDataModule):
         first = self.trainer.global_step if self.trainer is not None else 0
         if self._online is not None:
             return DataLoader(self._online.start_at(first, self._rank_batch_size()), batch_size=None)
-        stream = self._stream(self.transitions, first, self._steps, self._stage, self._proposals)
+        stream = self._stream(self.transitions, first, self._steps, self._stage, self._proposals, self.crop_probability)
         return DataLoader(stream, batch_size=None)
 
     def sample_stream(self, steps: int) -> BatchStream | SeedStream:
@@ -200,6 +212,7 @@ class OfflineDataModule(LightningDataModule):
         last: int,
         name: str,
         proposals: Sequence[ProposalCache] | None = None,
+        crop_probability: float = 0.0,
     ) -> BatchStream | SeedStream:
         streams = [
             BatchStream(
@@ -212,6 +225,7 @@ class OfflineDataModule(LightningDataModule):
                 n_step=self.n_step,
                 discount=self.discount,
                 horizon=self.horizon,
+                crop_probability=crop_probability,
             )
             for number, seed in enumerate(self.seeds)
         ]

@@ -48,6 +48,7 @@ class OGBenchSource(Source):
         generate_episodes: episodes to generate for training; a tenth of it for validation.
         generate_seed: seed of the generated data.
         generate_workers: processes that generate.
+        frames: last images that make an observation; not read for states.
     """
 
     env: str
@@ -61,6 +62,7 @@ class OGBenchSource(Source):
     generate_episodes: int
     generate_seed: int
     generate_workers: int
+    frames: int = 1
 
     @property
     def name(self) -> str:
@@ -96,7 +98,7 @@ class OGBenchSource(Source):
         return self.load_shards(_shards(path), self._arrays_of, path / "unpacked" / self.task)
 
     def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:
-        env = self.make_env()
+        env = ogbench.make_env(self.task)  # as the data were made: one frame at a time
         try:
             for file in _files(path):
                 _check_file(file, env)
@@ -115,7 +117,7 @@ class OGBenchSource(Source):
         return self._of_env[0]
 
     def make_env(self, **kwargs: Any) -> gymnasium.Env:
-        return ogbench.make_env(self.task, **kwargs)
+        return ogbench.stack_frames(ogbench.make_env(self.task, **kwargs), self.frames)
 
     def protocol(self) -> dict[str, Any]:
         return {"protocol": "OGBench single-task, no action chunking", "success_timing": self._of_env[1]}
@@ -184,6 +186,14 @@ def _shards(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.glob("*.npz") if not p.stem.endswith("-val"))
 
 
+def _shape(path: Path, key: str) -> tuple[int, ...]:
+    """Of a column, without reading it: images may take most of the memory."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+        np.lib.format.read_magic(member)
+        shape, _, _ = np.lib.format.read_array_header_1_0(member)
+    return shape
+
+
 def _is_complete(path: Path) -> bool:
     shards = _shards(path) if path.exists() else []
     return bool(shards) and all(file.is_file() for shard in shards for file in _files(shard))
@@ -197,17 +207,16 @@ def _check_file(path: Path, env: Any) -> None:
             missing = [key for key in KEYS if key not in keys]
             if missing:
                 raise UserError(f"{path} is not an OGBench data set: it lacks {', '.join(missing)}")
-            shapes = file["actions"].shape[1:], file["observations"].shape[1:], file["qpos"].shape[1:]
+        shapes = tuple(_shape(path, key)[1:] for key in ("actions", "observations", "qpos"))
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise UserError(
             f"cannot read {path}: it is truncated or not an .npz file; make or download it again"
         ) from error
-    spec = ogbench.spec_of(env)
     data = getattr(env.unwrapped, "data", None)  # mazes; manipulation environments keep it private
     data = env.unwrapped._data if data is None else data
-    expected = (spec.action_dim,), (spec.observation_dim,), (len(data.qpos),)
+    expected = env.action_space.shape, env.observation_space.shape, (len(data.qpos),)
     if shapes != expected:
         raise UserError(
             f"{path} is of another environment than {env.spec.id}: (action, observation, qpos) sizes "
-            f"{[s[0] for s in shapes]}, expected {[s[0] for s in expected]}"
+            f"{[int(np.prod(s)) for s in shapes]}, expected {[int(np.prod(s)) for s in expected]}"
         )

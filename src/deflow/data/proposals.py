@@ -61,7 +61,7 @@ class ProposalCache:
                 key_path.unlink(missing_ok=True)
                 started = time.perf_counter()
                 with replacing(path) as part:
-                    _compute(flow, transitions.states, count, seed, part)
+                    _compute(flow, transitions, count, seed, part)
                 key_path.write_text(key)
                 seconds, mebibytes = time.perf_counter() - started, path.stat().st_size / 2**20
                 log.info("%d proposals a state: %.0f MiB in %.1f s", count, mebibytes, seconds)
@@ -69,14 +69,15 @@ class ProposalCache:
 
 
 @torch.no_grad()
-def _compute(flow: BehaviorFlow, states: Tensor, count: int, seed: int, path: Path) -> None:
-    action_dim = flow.spec.action_dim
-    proposals = np.lib.format.open_memmap(path, "w+", np.float16, (len(states), count, action_dim))
+def _compute(flow: BehaviorFlow, transitions: Transitions, count: int, seed: int, path: Path) -> None:
+    action_dim, rows = flow.spec.action_dim, len(transitions.states)
+    proposals = np.lib.format.open_memmap(path, "w+", np.float16, (rows, count, action_dim))
     chunk = max(1, SOLVE_ROWS // count)
-    for start in track(range(0, len(states), chunk), description=f"{count} proposals a state"):
-        observations = states[start : start + chunk].to(flow.device).repeat_interleave(count, dim=0)
+    for start in track(range(0, rows, chunk), description=f"{count} proposals a state"):
+        here = torch.arange(start, min(start + chunk, rows))
+        observations = transitions.observations(here).to(flow.device)
         generator = torch_generator(flow.device, seed, "proposals", start)
-        z = torch.randn(len(observations), action_dim, generator=generator, device=flow.device)
+        z = torch.randn(len(here) * count, action_dim, generator=generator, device=flow.device)
         solved = flow.propose(observations, z)
         proposals[start : start + chunk] = solved.reshape(-1, count, action_dim).half().cpu().numpy()
     proposals.flush()

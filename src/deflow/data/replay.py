@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deflow.data.frame_file import FrameFile
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
 from deflow.types import Batch, Spec
@@ -21,6 +22,7 @@ class Replay:
 
     New transitions also go, in order, into a file that is only ever appended to. Together with their number, which a
     checkpoint holds, it gives back the ring as it was; what a killed process wrote after the checkpoint is cut off.
+    Images stay on disk, each frame once, in a file beside it.
 
     Args:
         data: the data set.
@@ -49,7 +51,8 @@ class Replay:
         if self.capacity < 1:
             raise UserError(f"the replay's capacity must be at least 1, got {capacity}")
         self._data, self._starts = data, starts
-        self._widths = [spec.observation_dim, spec.action_dim, 1, 1, spec.observation_dim]
+        seen = spec.observation_dim if spec.image is None else data.frames
+        self._widths = [seen, spec.action_dim, 1, 1, seen]
         if data.returns is not None:
             self._widths.append(1)
         self._rows = torch.empty(min(self.capacity, steps), sum(self._widths))
@@ -63,16 +66,18 @@ class Replay:
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(before.nbytes)
         self._file.seek(before.nbytes)
-        self._keep(torch.from_numpy(before.reshape(added, sum(self._widths))))
+        rows = torch.from_numpy(before.reshape(added, sum(self._widths)))
+        self._frames = None if spec.image is None else self._open_frames(path.with_suffix(".frames"), rows)
+        self._keep(rows)
 
     def add(self, transitions: Batch) -> None:
         """Add transitions, in order."""
         columns = [
-            transitions.observations,
+            self._numbers(transitions.observations),
             transitions.actions,
             transitions.rewards[:, None],
             transitions.masks[:, None],
-            transitions.next_observations,
+            self._numbers(transitions.next_observations),
         ]
         if transitions.returns is not None:
             columns.append(transitions.returns[:, None])
@@ -82,6 +87,8 @@ class Replay:
 
     def flush(self) -> None:
         """See to it that all that was added is on disk."""
+        if self._frames is not None:
+            self._frames.flush()
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -128,13 +135,31 @@ class Replay:
         batch, _ = self._data.batch(self._starts[oldest + from_data], n_step, discount, horizon)
         s, a, r, m, s_next, *returns = self._rows[from_ring].split(self._widths, dim=1)
         return Batch(
-            torch.cat([batch.observations, s]),
+            torch.cat([batch.observations, self._seen(s)]),
             torch.cat([batch.actions, a]),
             torch.cat([batch.rewards, r[:, 0]]),
             torch.cat([batch.masks, m[:, 0]]),
-            torch.cat([batch.next_observations, s_next]),
+            torch.cat([batch.next_observations, self._seen(s_next)]),
             returns=None if batch.returns is None else torch.cat([batch.returns, returns[0][:, 0]]),
         )
+
+    def _open_frames(self, path: Path, rows: Tensor) -> FrameFile:
+        """The frames that `rows` speak of, and no more."""
+        s, _, _, _, s_next, *_ = rows.split(self._widths, dim=1)
+        count = int(torch.cat([s, s_next]).max()) + 1 if len(rows) else 0
+        return FrameFile(path, self._data.states.shape[1:], count)
+
+    def _numbers(self, observations: Tensor) -> Tensor:
+        """Observations as they stand in a row: a state as it is, of an image the numbers of its frames."""
+        if self._frames is None:
+            return observations
+        return self._frames.add(observations.flatten(0, 1)).reshape(-1, self._data.frames).float()  # exact up to 2^24
+
+    def _seen(self, numbers: Tensor) -> Tensor:
+        """The inverse of `_numbers`."""
+        if self._frames is None:
+            return numbers
+        return self._frames.read(numbers.flatten().long()).unflatten(0, numbers.shape)
 
     def _keep(self, rows: Tensor) -> None:
         size = len(self._rows)

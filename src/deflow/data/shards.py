@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], fold
         dtype, shape = index["columns"][name]
         # Mapped copy-on-write: torch wants memory that it may write to; nothing ever does.
         columns[name] = torch.from_numpy(np.memmap(folder / f"{name}.bin", np.dtype(dtype), "c", shape=tuple(shape)))
-    return Transitions(**columns)
+    return Transitions(**cast(Any, columns))
 
 
 def _unpack(shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Source(ABC):
     Arrays are in OGBench's compact layout: `observations`, `actions`, `rewards`, `masks` and `valids`, one row a
     state. The successor of row `i` is row `i + 1` where `valids[i]` is 1.
     """
+
+    frames: int = 1  # images of an observation
 
     @property
     @abstractmethod
@@ -94,11 +97,15 @@ class Source(ABC):
             folder: of the unpacked columns.
         """
         _, validation = self._checked(arrays(shards[0]))
-        return map_shards(shards, lambda shard: self._checked(arrays(shard))[0], folder), validation
+        train = map_shards(shards, lambda shard: self._checked(arrays(shard))[0], folder)
+        return replace(train, frames=self.frames), validation
 
     def _checked(self, arrays: tuple[Arrays, Arrays]) -> tuple[Transitions, Transitions]:
         train, validation = arrays
-        return Transitions.from_compact(train, self.name), Transitions.from_compact(validation, f"{self.name} (val)")
+        return (
+            Transitions.from_compact(train, self.name, self.frames),
+            Transitions.from_compact(validation, f"{self.name} (val)", self.frames),
+        )
 
 
 def compact(

@@ -26,27 +26,38 @@ class Transitions:
     """Trajectories stored compactly: row `i + 1` is the successor of row `i` wherever a transition starts at `i`.
 
     Keeping each state once halves the memory and lets anything computed for a state serve both as `s` and `s'`.
+    Frames are kept once, too: an observation of several is put together when it is asked for.
     """
 
-    states: Tensor  # (rows, observation_dim), float32
+    states: Tensor  # (rows, observation_dim), float32, or frames of uint8, (rows, height, width, channels)
     actions: Tensor  # (rows, action_dim), float32
     rewards: Tensor  # (rows,), float32
     masks: Tensor  # (rows,), float32
     starts: Tensor  # (transitions,), int64: the rows that have a successor
     returns: Tensor | None = None  # (rows,), float32; see `with_returns`
+    frames: int = 1  # images of an observation, the newest last
 
     @classmethod
-    def from_compact(cls, arrays: Mapping[str, Any], origin: str) -> Transitions:
+    def from_compact(cls, arrays: Mapping[str, Any], origin: str, frames: int = 1) -> Transitions:
         """From OGBench's compact layout (`observations`, `actions`, `rewards`, `masks`, `valids`).
+
+        Args:
+            arrays: columns; observations of uint8 are images.
+            origin: what to call the data in an error.
+            frames: images of an observation.
 
         Raises:
             UserError: naming `origin`, if lengths differ, a value is not finite or no transition is left.
         """
-        columns = {key: np.asarray(arrays[key], np.float32) for key in ("observations", "actions", "rewards", "masks")}
+        columns = {key: np.asarray(arrays[key], np.float32) for key in ("actions", "rewards", "masks")}
+        states = np.asarray(arrays["observations"])
+        columns["observations"] = states if states.dtype == np.uint8 else states.astype(np.float32, copy=False)
         lengths = {key: len(column) for key, column in columns.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(f"{origin}: columns of different lengths ({lengths}); make or download the file again")
         for key, column in columns.items():
+            if column.dtype == np.uint8:
+                continue
             bad = int((~np.isfinite(column)).reshape(len(column), -1).any(1).sum())
             if bad:
                 raise UserError(f"{origin}: '{key}' has NaN or infinite values in {bad} rows; repair or remove them")
@@ -62,6 +73,7 @@ class Transitions:
             rewards=torch.from_numpy(columns["rewards"]),
             masks=torch.from_numpy(columns["masks"]),
             starts=torch.from_numpy(starts),
+            frames=frames,
         )
 
     def __len__(self) -> int:
@@ -71,6 +83,25 @@ class Transitions:
     def has_successor(self) -> Tensor:
         """Whether a transition starts at each row, bool of shape (rows,)."""
         return torch.zeros(len(self.states), dtype=torch.bool).index_fill_(0, self.starts, True)
+
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """The row with which each row's trajectory begins, int64 of shape (rows,)."""
+        rows = torch.arange(len(self.states))
+        begins = ~self.has_successor.roll(1)
+        begins[0] = True
+        return torch.where(begins, rows, 0).cummax(0).values
+
+    def observations(self, rows: Tensor) -> Tensor:
+        """What an agent sees in the states `rows`; before a trajectory's first frame, that frame again.
+
+        Shape (batch, observation_dim), or (batch, frames, height, width, channels).
+        """
+        if self.states.ndim == 2:
+            return self.states.index_select(0, rows)
+        back = torch.arange(self.frames - 1, -1, -1)
+        of_frames = torch.maximum(rows[:, None] - back, self.first_rows.index_select(0, rows)[:, None])
+        return self.states.index_select(0, of_frames.flatten()).unflatten(0, of_frames.shape)
 
     def with_returns(self, discount: float) -> Transitions:
         """The same transitions with `returns`, for agents that read `Batch.returns`; see `returns_to_go`."""
@@ -118,11 +149,11 @@ class Transitions:
             masks = torch.where(goes_on, discount * masks * self.masks.index_select(0, here), masks)
             next_rows = next_rows + goes_on.long()
         batch = Batch(
-            observations=self.states.index_select(0, rows),
+            observations=self.observations(rows),
             actions=torch.cat([self.actions.index_select(0, rows + step) for step in range(horizon)], dim=-1),
             rewards=rewards,
             masks=masks,
-            next_observations=self.states.index_select(0, next_rows),
+            next_observations=self.observations(next_rows),
             returns=None if self.returns is None else self.returns.index_select(0, rows),
         )
         return batch, next_rows

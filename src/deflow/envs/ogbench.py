@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
     os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disabled"
 
 import gymnasium
+from gymnasium.wrappers import FrameStackObservation
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -31,6 +32,7 @@ warnings.filterwarnings("ignore", ".*precision lowered by casting")
 
 TASK_IDS = range(1, 6)
 FAMILIES = ("pointmaze", "antmaze", "humanoidmaze", "antsoccer", "cube", "scene", "puzzle")
+VISUAL = "visual-"  # with which the names of environments begin that show images
 
 
 def dataset_name(env: str, dataset: str) -> str:
@@ -50,13 +52,21 @@ def make_env(name: str, **kwargs: Any) -> gymnasium.Env:
     """The environment of a data-set or single-task name.
 
     Raises:
-        UserError: if OGBench has no such environment.
+        UserError: if OGBench has no such environment, or it shows images and this machine cannot render.
     """
+    if name.startswith(VISUAL) and os.environ.get("MUJOCO_GL") == "disabled":
+        raise UserError(f"'{name}' is rendered and this machine has no EGL: install it (Debian: libegl1)")
     try:
         return ogbench.make_env_and_datasets(name, env_only=True, **kwargs)
     except gymnasium.error.Error as error:
-        known = ", ".join(sorted({re.sub(r"-v0$", "", i) for i in gymnasium.registry if _is_state_env(i)}))
+        known = ", ".join(sorted({re.sub(r"-v0$", "", i) for i in gymnasium.registry if _is_env(i)}))
         raise UserError(f"OGBench has no environment for '{name}'; environments: {known}") from error
+
+
+def stack_frames(env: gymnasium.Env, frames: int) -> gymnasium.Env:
+    """An environment that shows images with its last `frames` ones, the newest last; another as it is."""
+    assert env.observation_space.shape is not None
+    return FrameStackObservation(env, frames, padding_type="reset") if len(env.observation_space.shape) == 3 else env
 
 
 def load_arrays(name: str, path: str, env: gymnasium.Env) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -72,9 +82,11 @@ def load_arrays(name: str, path: str, env: gymnasium.Env) -> tuple[dict[str, np.
 
 def spec_of(env: gymnasium.Env) -> Spec:
     """Sizes of the environment's observations and actions."""
-    assert env.observation_space.shape is not None
-    assert env.action_space.shape is not None
-    return Spec(env.observation_space.shape[0], env.action_space.shape[0])
+    shape, actions = env.observation_space.shape, env.action_space.shape
+    assert shape is not None
+    assert actions is not None
+    image = cast(tuple[int, int, int, int], shape) if len(shape) == 4 else None
+    return Spec(int(np.prod(shape)), actions[0], image=image)
 
 
 def seeded_reset(env: gymnasium.Env, seed: int, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -95,5 +107,5 @@ def _numpy_seed(seed: int) -> Iterator[None]:
         np.random.set_state(state)  # noqa: NPY002
 
 
-def _is_state_env(name: str) -> bool:
-    return name.startswith(FAMILIES) and "singletask" not in name and "oraclerep" not in name
+def _is_env(name: str) -> bool:
+    return name.removeprefix(VISUAL).startswith(FAMILIES) and "singletask" not in name and "oraclerep" not in name

@@ -60,7 +60,9 @@ def decide(agent: Agent, seats: Sequence[Seat]) -> None:
         return
     shape = (agent.candidates, agent.spec.action_dim)
     z = np.stack([seat.rng.standard_normal(shape, dtype=np.float32) for seat in seats])
-    observations = np.stack([seat.observation for seat in seats]).astype(np.float32)
+    observations = np.stack([seat.observation for seat in seats])
+    if agent.spec.image is None:
+        observations = observations.astype(np.float32)
     actions: Tensor = agent.act(torch.from_numpy(observations).to(agent.device), torch.from_numpy(z).to(agent.device))
     plans = actions.float().cpu().numpy().reshape(len(seats), agent.spec.horizon, -1)
     for seat, plan in zip(seats, plans, strict=True):
@@ -111,10 +113,12 @@ class Evaluator:
         seats = [take_seat(env, self.seed, index) for env, index in zip(self._envs, waiting, strict=False)]
         finished = []
         # Threads, not processes: the simulator lets go of Python's lock, and nothing has to be copied.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # But a renderer belongs to the thread that made it: environments that show images stay in this one.
+        threads = os.cpu_count() or 1 if agent.spec.image is None else 1
+        with ThreadPoolExecutor(threads) as pool:
             while seats:
                 decide(agent, seats)
-                for seat, over in zip(tuple(seats), self._step_all(seats, pool), strict=True):
+                for seat, over in zip(tuple(seats), self._step_all(seats, pool, threads), strict=True):
                     if over:
                         finished.append(seat.episode)
                         seats.remove(seat)
@@ -122,15 +126,15 @@ class Evaluator:
         agent.train(was_training)
         return finished
 
-    def _step_all(self, seats: Sequence[Seat], pool: ThreadPoolExecutor) -> list[bool]:
-        """Step every seat, some at the same time; whose episodes are over."""
+    def _step_all(self, seats: Sequence[Seat], pool: ThreadPoolExecutor, threads: int) -> list[bool]:
+        """Step every seat, `threads` at the same time; whose episodes are over."""
 
         def step(some: Sequence[Seat]) -> list[bool]:
             return [self._step(seat, seat.plan.popleft()) for seat in some]
 
-        share = -(-len(seats) // (os.cpu_count() or 1))
+        share = -(-len(seats) // threads)
         groups = [seats[first : first + share] for first in range(0, len(seats), share)]
-        if len(groups) == 1:  # here: a renderer belongs to the thread that made it
+        if len(groups) == 1:
             return step(seats)
         return [over for group in pool.map(step, groups) for over in group]
 

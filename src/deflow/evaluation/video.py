@@ -35,7 +35,10 @@ def record_video(make_env: Callable[..., gymnasium.Env], agent: Agent, path: Pat
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # manipulation environments declare no render modes, but have them
-        camera = _Camera(make_env(render_mode="rgb_array", width=SIZE, height=SIZE))
+        if agent.spec.image is None:
+            camera = _Camera(make_env(render_mode="rgb_array", width=SIZE, height=SIZE), cheap=True)
+        else:  # what the policy sees is what is rendered, and must stay as it is
+            camera = _Camera(make_env(render_mode="rgb_array"), cheap=False)
     evaluator = Evaluator(lambda: camera, episodes, num_envs=1, seed=seed)
     evaluator.run(agent)
     evaluator.close()
@@ -46,13 +49,15 @@ def record_video(make_env: Callable[..., gymnasium.Env], agent: Agent, path: Pat
 class _Camera(gymnasium.Wrapper):
     """Takes a picture of every state."""
 
-    def __init__(self, env: gymnasium.Env) -> None:
+    def __init__(self, env: gymnasium.Env, cheap: bool) -> None:
         super().__init__(env)
+        self.cheap = cheap
         self.frames: list[np.ndarray] = []
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         result = self.env.reset(**kwargs)
-        _cheapen_rendering(self.env)  # a reset may build the model anew
+        if self.cheap:
+            _cheapen_rendering(self.env)  # a reset may build the model anew
         self._take()
         return result
 

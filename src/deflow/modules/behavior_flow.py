@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from deflow.flow.ode import Gradient, Solver
 from deflow.flow.path import straight_path
-from deflow.nets.mlp import Activation
+from deflow.nets.activation import Activation
+from deflow.nets.encoder import make_encoder
 from deflow.nets.vector_field import VectorField
 from deflow.types import Batch, Metrics, Spec
 
@@ -28,11 +30,12 @@ class BehaviorFlow(LightningModule):
         spec: Spec,
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: Activation = "gelu",
+        encoder: Mapping[str, Any] | None = None,
         solver: Solver = Solver(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.field = VectorField(spec.observation_dim, spec.action_dim, hidden, activation)
+        self.field = VectorField(make_encoder(spec, activation, encoder), spec.action_dim, hidden, activation)
         self.solver = solver
 
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Metrics]:
@@ -45,7 +48,8 @@ class BehaviorFlow(LightningModule):
             weights: of the transitions, without gradient, shape (batch,); all 1 unless given.
         """
         x_t, velocity = straight_path(x_0, batch.actions, times)
-        errors = (self.field(batch.observations, x_t, times) - velocity).square().mean(-1)
+        features = self.field.encode(batch.observations)
+        errors = (self.field(features, x_t, times) - velocity).square().mean(-1)
         loss = errors.mean() if weights is None else (weights * errors).mean()
         return loss, {"loss": loss.detach()}
 
@@ -55,15 +59,16 @@ class BehaviorFlow(LightningModule):
 
         Args:
             observations: shape (batch, observation_dim).
-            z: standard normal noise, shape (batch, action_dim).
+            z: standard normal noise, shape (batch, action_dim), or several consecutive rows for each observation.
         """
         device = z.device.type
+        features = self.field.encode(observations)
         if not torch.is_autocast_enabled(device):
-            return self.solver.sample(self._velocity(self.field, observations), z).clamp(-1.0, 1.0)
+            return self.solver.sample(self._velocity(self.field, features), z).clamp(-1.0, 1.0)
         # Autocast would convert the same weights at every step of the solver: here they are converted once.
         field = self.field.cast(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return self.solver.sample(self._velocity(field, observations), z).clamp(-1.0, 1.0)
+            return self.solver.sample(self._velocity(field, features), z).clamp(-1.0, 1.0)
 
     def sample(self, observations: Tensor, z: Tensor, gradient: Gradient = "backprop") -> Tensor:
         """As `propose`, but not clipped and with a gradient into the flow's parameters through the solution.
@@ -73,11 +78,13 @@ class BehaviorFlow(LightningModule):
             z: standard normal noise, shape (batch, action_dim).
             gradient: how to obtain it, see `Solver.integrate`.
         """
-        parameters = tuple(self.field.parameters())
-        return self.solver.integrate(self._velocity(self.field, observations), z, gradient, parameters)
+        features = self.field.encode(observations)
+        # An image's features are parameters of the ODE, and lead on to the encoder's.
+        parameters = tuple(p for p in (*self.field.mlp.layers.parameters(), features) if p.requires_grad)
+        return self.solver.integrate(self._velocity(self.field, features), z, gradient, parameters)
 
     @staticmethod
     def _velocity(
-        field: Callable[[Tensor, Tensor, Tensor], Tensor], observations: Tensor
+        field: Callable[[Tensor, Tensor, Tensor], Tensor], features: Tensor
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda t, x: field(observations, x, t.expand(len(x), 1))
+        return lambda t, x: field(features, x, t.expand(len(x), 1))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -13,7 +13,9 @@ from torch.func import functional_call
 
 from deflow.distributed import mean_over_ranks
 from deflow.errors import UserError
-from deflow.nets.mlp import Activation, EnsembleMLP
+from deflow.nets.activation import Activation
+from deflow.nets.encoder import make_encoder
+from deflow.nets.mlp import EnsembleMLP
 from deflow.types import Batch, Metrics, Spec
 
 Aggregate = Literal["mean", "min"]
@@ -54,6 +56,7 @@ class Critic(LightningModule):
         spec: sizes of the task.
         hidden: widths of the hidden layers.
         activation: `gelu` (exact) or `gelu_tanh`.
+        encoder: settings of the image encoder, see `Impala`; not read for states.
         members: size of the ensemble.
         aggregate: `mean` or `min` over the ensemble, in the target only.
         discount: gamma, in [0, 1).
@@ -65,6 +68,7 @@ class Critic(LightningModule):
         spec: Spec,
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: Activation = "gelu",
+        encoder: Mapping[str, Any] | None = None,
         members: int = 2,
         aggregate: Aggregate = "mean",
         discount: float = 0.99,
@@ -72,7 +76,8 @@ class Critic(LightningModule):
     ) -> None:
         super().__init__()
         check_critic(aggregate, discount)
-        self.online = EnsembleMLP(members, spec.observation_dim + spec.action_dim, hidden, 1, activation)
+        of_observation = make_encoder(spec, activation, encoder)
+        self.online = EnsembleMLP(members, of_observation, spec.action_dim, hidden, 1, activation)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.aggregate: Aggregate = aggregate
         self.discount = discount
@@ -100,7 +105,7 @@ class Critic(LightningModule):
         return loss, {"loss": loss.detach(), "q_mean": q.mean(), "q_min": q.amin(), "q_max": q.amax()}
 
     def values(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Action values of every member, shape (members, batch)."""
+        """Action values of every member, shape (members, batch); there may be several actions for a state."""
         return self._values(self.online, observations, actions)
 
     def target_values(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ class Critic(LightningModule):
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """As `values`, with a gradient into the actions but none into the critic's own parameters."""
         frozen = {name: parameter.detach() for name, parameter in self.online.named_parameters()}
-        return functional_call(self.online, frozen, (torch.cat([observations, actions], dim=-1),)).squeeze(-1)
+        return functional_call(self.online, frozen, (observations, actions)).squeeze(-1)
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, target, tau)` for the agent's Polyak step."""
@@ -119,4 +124,4 @@ class Critic(LightningModule):
 
     @staticmethod
     def _values(network: EnsembleMLP, observations: Tensor, actions: Tensor) -> Tensor:
-        return network(torch.cat([observations, actions], dim=-1)).squeeze(-1)
+        return network(observations, actions).squeeze(-1)

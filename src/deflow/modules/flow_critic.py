@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -13,7 +14,9 @@ from torch.func import functional_call
 
 from deflow.errors import UserError
 from deflow.modules.critic import Aggregate, check_critic
-from deflow.nets.mlp import Activation, EnsembleMLP
+from deflow.nets.activation import Activation
+from deflow.nets.encoder import beside, make_encoder
+from deflow.nets.mlp import EnsembleMLP
 from deflow.types import Batch, Metrics, Spec
 
 BINS = 51  # of the encoding of a point on the flow
@@ -39,6 +42,7 @@ class FlowCritic(LightningModule):
         value_range: lowest and highest value possible, in units of reward.
         hidden: widths of the hidden layers, of the field and of the distilled network.
         activation: `gelu` (exact) or `gelu_tanh`.
+        encoder: settings of the image encoder, see `Impala`; not read for states.
         members: size of the ensemble.
         aggregate: `mean` or `min` over the ensemble, in the target only.
         discount: gamma, in [0, 1).
@@ -59,6 +63,7 @@ class FlowCritic(LightningModule):
         value_range: Sequence[float],
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: Activation = "gelu",
+        encoder: Mapping[str, Any] | None = None,
         members: int = 2,
         aggregate: Aggregate = "mean",
         discount: float = 0.99,
@@ -72,10 +77,10 @@ class FlowCritic(LightningModule):
             raise UserError(f"agent.critic.value_range must be [lowest, highest], got {list(value_range)}")
         if steps < 1 or not 0 < noise_width <= 1:
             raise UserError(f"agent.critic needs steps >= 1 and noise_width in (0, 1], got {steps} and {noise_width}")
-        inputs = spec.observation_dim + spec.action_dim
-        self.online = EnsembleMLP(members, inputs + BINS + TIME_FEATURES, hidden, 1, activation)
+        more = spec.action_dim + BINS + TIME_FEATURES
+        self.online = EnsembleMLP(members, make_encoder(spec, activation, encoder), more, hidden, 1, activation)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.distilled = EnsembleMLP(1, inputs, hidden, 1, activation)
+        self.distilled = EnsembleMLP(1, make_encoder(spec, activation, encoder), spec.action_dim, hidden, 1, activation)
         self.low, self.scale = float(value_range[0]), float(value_range[1] - value_range[0])
         self.aggregate: Aggregate = aggregate
         self.discount, self.tau = discount, tau
@@ -105,7 +110,8 @@ class FlowCritic(LightningModule):
         times, starts = levels[:, 0], self._starts(levels[:, 1])
         target = self._unit(batch.rewards + self.discount * batch.masks * next_value)
         z_t = starts + times * (target - starts)
-        velocity = self._velocity(self.online, batch.observations, batch.actions, z_t, times)
+        features = self.online.encoder(batch.observations)
+        velocity = self._velocity(self.online, features, batch.actions, z_t, times)
         matching = (velocity - (target - starts)).square().mean()
 
         with torch.no_grad():
@@ -123,17 +129,16 @@ class FlowCritic(LightningModule):
 
     def values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Distilled action values, shape (1, batch)."""
-        return self._values_of(self.distilled(torch.cat([observations, actions], dim=-1)).squeeze(-1))
+        return self._values_of(self.distilled(observations, actions).squeeze(-1))
 
     def target_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Values of every member's target field, from the middle of the starting interval, shape (members, batch)."""
-        return self._flow(observations, actions, torch.full_like(observations[:, 0], 0.5))
+        return self._flow(observations, actions, torch.full_like(actions[:, 0], 0.5))
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """As `values`, with a gradient into the actions but none into the critic's own parameters."""
         frozen = {name: parameter.detach() for name, parameter in self.distilled.named_parameters()}
-        inputs = torch.cat([observations, actions], dim=-1)
-        return self._values_of(functional_call(self.distilled, frozen, (inputs,)).squeeze(-1))
+        return self._values_of(functional_call(self.distilled, frozen, (observations, actions)).squeeze(-1))
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, target, tau)` for the agent's Polyak step."""
@@ -142,26 +147,25 @@ class FlowCritic(LightningModule):
 
     def _distillation(self, observations: Tensor, actions: Tensor, values: Tensor) -> Tensor:
         """Squared error of the distilled network against the members' mean, in units of the range."""
-        distilled = self.distilled(torch.cat([observations, actions], dim=-1)).squeeze(-1)
+        distilled = self.distilled(observations, actions).squeeze(-1)
         return (distilled - self._unit(values.mean(0))).square().mean()
 
     def _flow(self, observations: Tensor, actions: Tensor, levels: Tensor) -> Tensor:
         """End points of the target fields' flows, in units of reward, shape (members, batch)."""
         z = self._starts(levels).expand(self.target.members, -1)
+        features = self.target.encoder(observations)
         for step in range(self.steps):
             times = torch.full_like(levels, step / self.steps)
-            z = z + self._velocity(self.target, observations, actions, z, times) / self.steps
+            z = z + self._velocity(self.target, features, actions, z, times) / self.steps
         return self._values_of(z)
 
-    def _velocity(
-        self, field: EnsembleMLP, observations: Tensor, actions: Tensor, z_t: Tensor, times: Tensor
-    ) -> Tensor:
+    def _velocity(self, field: EnsembleMLP, features: Tensor, actions: Tensor, z_t: Tensor, times: Tensor) -> Tensor:
         """Velocities, shape (members, batch); `z_t` is of that shape or (batch,), `times` (batch,)."""
         z_t = z_t.expand(field.members, -1)
         cumulative = torch.special.ndtr((self.bin_edges - z_t[..., None]) * BINS)  # a bin is one standard deviation
         waves = torch.cos(times[:, None] * self.frequencies)
-        shared = torch.cat([observations, actions, waves], dim=-1).expand(field.members, -1, -1)
-        return field(torch.cat([shared, cumulative.diff(dim=-1)], dim=-1)).squeeze(-1)
+        shared = beside(features, actions, waves).expand(field.members, -1, -1)
+        return field.head(torch.cat([shared, cumulative.diff(dim=-1)], dim=-1)).squeeze(-1)
 
     def _starts(self, levels: Tensor) -> Tensor:
         """Starting points from uniform numbers in [0, 1)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from deflow.errors import UserError
-from deflow.nets.mlp import MLP, Activation
+from deflow.nets.activation import Activation
+from deflow.nets.encoder import make_encoder, repeat_to
+from deflow.nets.mlp import MLP
 from deflow.types import Metrics, Spec
 
 LOG_STD_RANGE = (-5.0, 2.0)
@@ -30,6 +33,7 @@ class GaussianActor(LightningModule):
         spec: sizes of the task.
         hidden: widths of the hidden layers.
         activation: `gelu` (exact) or `gelu_tanh`.
+        encoder: settings of the image encoder, see `Impala`; not read for states.
         target_entropy: in nats; None is minus half the action dimensions, as in RLPD's released code.
         temperature: alpha at the start, > 0.
     """
@@ -39,13 +43,14 @@ class GaussianActor(LightningModule):
         spec: Spec,
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: Activation = "gelu",
+        encoder: Mapping[str, Any] | None = None,
         target_entropy: float | None = None,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise UserError(f"agent.actor.temperature must be > 0, got {temperature}")
-        self.net = MLP(spec.observation_dim, hidden, 2 * spec.action_dim, activation)
+        self.net = MLP(make_encoder(spec, activation, encoder), 0, hidden, 2 * spec.action_dim, activation)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.target_entropy = -spec.action_dim / 2 if target_entropy is None else target_entropy
 
@@ -81,9 +86,10 @@ class GaussianActor(LightningModule):
 
         Args:
             observations: shape (batch, observation_dim).
-            z: standard normal noise, shape (batch, action_dim); zeros give the mode before squashing.
+            z: standard normal noise, shape (batch, action_dim), or several consecutive rows for each observation; zeros
+                give the mode before squashing.
         """
-        mean, log_std = self.net(observations).chunk(2, dim=-1)
+        mean, log_std = repeat_to(self.net(observations), len(z)).chunk(2, dim=-1)
         log_std = log_std.clamp(*LOG_STD_RANGE)
         before = mean + log_std.exp() * z
         gaussian = -0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)

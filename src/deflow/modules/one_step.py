@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from deflow.errors import UserError
 from deflow.modules.critic import value_scale
-from deflow.nets.mlp import MLP, Activation
+from deflow.nets.activation import Activation
+from deflow.nets.encoder import make_encoder
+from deflow.nets.mlp import MLP
 from deflow.types import Metrics, Spec
 
 
@@ -26,6 +28,7 @@ class OneStepActor(LightningModule):
         spec: sizes of the task.
         hidden: widths of the hidden layers.
         activation: `gelu` (exact) or `gelu_tanh`.
+        encoder: settings of the image encoder, see `Impala`; not read for states.
         alpha: weight of the distillation, > 0; the papers tune it for each task.
         normalize_q: divide the value term by the batch mean of its absolute value.
     """
@@ -35,13 +38,14 @@ class OneStepActor(LightningModule):
         spec: Spec,
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: Activation = "gelu",
+        encoder: Mapping[str, Any] | None = None,
         alpha: float = 10.0,
         normalize_q: bool = False,
     ) -> None:
         super().__init__()
         if alpha <= 0:
             raise UserError(f"agent.actor.alpha must be > 0, got {alpha}")
-        self.net = MLP(spec.observation_dim + spec.action_dim, hidden, spec.action_dim, activation)
+        self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
         self.alpha = alpha
         self.normalize_q = normalize_q
 
@@ -77,7 +81,7 @@ class OneStepActor(LightningModule):
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions before they are clipped, shape (batch, action_dim)."""
-        return self.net(torch.cat([observations, z], dim=-1))
+        return self.net(observations, z)
 
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions in [-1, 1], shape (batch, action_dim)."""

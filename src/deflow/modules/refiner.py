@@ -13,7 +13,9 @@ from torch.func import grad
 from deflow.errors import UserError
 from deflow.modules.constraints import Constraint, Refinement
 from deflow.modules.critic import advantage_weights, value_scale
-from deflow.nets.mlp import MLP, Activation
+from deflow.nets.activation import Activation
+from deflow.nets.encoder import make_encoder
+from deflow.nets.mlp import MLP
 from deflow.types import Batch, Metrics, Spec
 
 Objective = Literal["value", "gradient_step", "demonstration"]
@@ -42,6 +44,7 @@ class Refiner(LightningModule):
         spec: sizes of the task.
         hidden: widths of the hidden layers.
         activation: `gelu` (exact) or `gelu_tanh`.
+        encoder: settings of the image encoder, see `Impala`; not read for states.
         trust_region: delta, the limit of the mean squared residual in squared action units, > 0; or one limit an
             action dimension, each with a multiplier of its own.
         lagrange: learn the trust region's multiplier; otherwise it stays at `alpha`.
@@ -60,6 +63,7 @@ class Refiner(LightningModule):
         spec: Spec,
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: Activation = "gelu",
+        encoder: Mapping[str, Any] | None = None,
         trust_region: float | Sequence[float] = 0.001,
         lagrange: bool = True,
         alpha: float = 10.0,
@@ -80,7 +84,7 @@ class Refiner(LightningModule):
             raise UserError(f"agent.refiner.eta and beta must be > 0, got {eta} and {beta}")
         self._objective = objectives[objective]
         self.eta, self.beta = eta, beta
-        self.net = MLP(spec.observation_dim + spec.action_dim, hidden, spec.action_dim, activation)
+        self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
         first = {"kind": "trust_region", "limit": trust_region, "multiplier": None if lagrange else alpha}
         self.constraints = nn.ModuleDict()
         for settings in (first, *constraints):
@@ -152,8 +156,8 @@ class Refiner(LightningModule):
 
     def residual(self, observations: Tensor, base_actions: Tensor) -> Tensor:
         """The residual `da`, shape (batch, action_dim)."""
-        return self.net(torch.cat([observations, base_actions], dim=-1))
+        return self.net(observations, base_actions)
 
     def refine(self, observations: Tensor, base_actions: Tensor) -> Tensor:
-        """The refined actions, clipped to [-1, 1], shape (batch, action_dim)."""
+        """The refined actions, clipped to [-1, 1], of the proposals' shape; there may be several for a state."""
         return (base_actions + self.residual(observations, base_actions)).clamp(-1.0, 1.0)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from deflow.errors import UserError
-from deflow.nets.mlp import Activation, EnsembleMLP
+from deflow.nets.activation import Activation
+from deflow.nets.encoder import make_encoder
+from deflow.nets.mlp import EnsembleMLP
 from deflow.types import Metrics, Spec
 
 
@@ -24,6 +27,7 @@ class Value(LightningModule):
         spec: sizes of the task.
         hidden: widths of the hidden layers, each normalised as in the critic.
         activation: `gelu` (exact) or `gelu_tanh`.
+        encoder: settings of the image encoder, see `Impala`; not read for states.
         expectile: kappa, in [0.5, 1); 0.5 is the mean.
     """
 
@@ -32,12 +36,13 @@ class Value(LightningModule):
         spec: Spec,
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: Activation = "gelu",
+        encoder: Mapping[str, Any] | None = None,
         expectile: float = 0.9,
     ) -> None:
         super().__init__()
         if not 0.5 <= expectile < 1:
             raise UserError(f"agent.value.expectile must be in [0.5, 1), got {expectile}")
-        self.net = EnsembleMLP(1, spec.observation_dim, hidden, 1, activation)
+        self.net = EnsembleMLP(1, make_encoder(spec, activation, encoder), 0, hidden, 1, activation)
         self.expectile = expectile
 
     def loss(self, observations: Tensor, target_values: Tensor) -> tuple[Tensor, Metrics]:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Literal["gelu", "gelu_tanh"]
+from deflow.nets.activation import Activation, activate
+from deflow.nets.encoder import Encoder, beside
 
 # Flax's default, with which the published results were made (torch's own is 1e-5).
 LAYER_NORM_EPS = 1e-6
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """GELU: exact (erf), or the tanh form of the original code, over four times dearer on a CPU and < 1e-3 away."""
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -28,14 +24,24 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """`[Linear, activation] * len(hidden) + Linear`, shape (batch, in_dim) -> (batch, out_dim).
+    """`[Linear, activation] * len(hidden) + Linear` over the encoded observation and what is put beside it.
 
     Kernels are drawn by variance scaling (1, fan_avg, uniform), which is Xavier's uniform; biases are 0.
+
+    Args:
+        encoder: of the observation.
+        more_dim: width of what is put beside the features.
+        hidden: widths of the hidden layers.
+        out_dim: width of the output.
+        activation: `gelu` (exact) or `gelu_tanh`.
     """
 
-    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, activation: Activation = "gelu") -> None:
+    def __init__(
+        self, encoder: Encoder, more_dim: int, hidden: Sequence[int], out_dim: int, activation: Activation = "gelu"
+    ) -> None:
         super().__init__()
-        widths = [in_dim, *hidden, out_dim]
+        self.encoder = encoder
+        widths = [encoder.width + more_dim, *hidden, out_dim]
         layers = [nn.Linear(i, o) for i, o in pairwise(widths)]
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
@@ -43,13 +49,18 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.activation: Activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, observations: Tensor, *more: Tensor) -> Tensor:
+        """Shape (batch, out_dim), of observations and what is beside them, see `beside`."""
+        return self.head(beside(self.encoder(observations), *more))
+
+    def head(self, x: Tensor) -> Tensor:
+        """As `forward`, from features and what is beside them, already put together."""
         for layer in self.layers[:-1]:
             x = activate(layer(x), self.activation)
         return _at_least_float32(self.layers[-1](x))
 
     def cast(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """The same function computed in `dtype`, its weights converted once; without gradient."""
+        """`head` computed in `dtype`, its weights converted once; without gradient."""
         linears = cast(Iterable[nn.Linear], self.layers)
         layers = [(linear.weight.detach().to(dtype), linear.bias.detach().to(dtype)) for linear in linears]
 
@@ -90,22 +101,34 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class EnsembleMLP(nn.Module):
-    """`members` MLPs of one shape: (batch, in_dim), or one input a member, -> (members, batch, out_dim).
+    """`members` MLPs of one shape behind one encoder, see `MLP`.
 
     Every hidden activation is normalised after the non-linearity, as in the papers' critics.
     """
 
     def __init__(
-        self, members: int, in_dim: int, hidden: Sequence[int], out_dim: int, activation: Activation = "gelu"
+        self,
+        members: int,
+        encoder: Encoder,
+        more_dim: int,
+        hidden: Sequence[int],
+        out_dim: int,
+        activation: Activation = "gelu",
     ) -> None:
         super().__init__()
-        widths = [in_dim, *hidden, out_dim]
+        self.encoder = encoder
+        widths = [encoder.width + more_dim, *hidden, out_dim]
         self.members = members
         self.activation: Activation = activation
         self.layers = nn.ModuleList(EnsembleLinear(members, i, o) for i, o in pairwise(widths))
         self.norms = nn.ModuleList(EnsembleLayerNorm(members, width) for width in hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, observations: Tensor, *more: Tensor) -> Tensor:
+        """Shape (members, batch, out_dim), of observations and what is beside them, see `beside`."""
+        return self.head(beside(self.encoder(observations), *more))
+
+    def head(self, x: Tensor) -> Tensor:
+        """As `forward`, from features and what is beside them, put together: for all members, or for each its own."""
         x = x.expand(self.members, *x.shape[-2:])
         for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
             x = norm(activate(layer(x), self.activation))

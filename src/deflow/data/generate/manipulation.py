@@ -14,6 +14,8 @@ from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
 from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
 from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
 
+from deflow.envs.ogbench import VISUAL
+
 # `play`: open-loop plans with temporally smoothed noise. `noisy`: closed-loop oracles with white action noise.
 PLAN_NOISE = {"noise": 0.1, "noise_smoothing": 0.5}
 MIN_NORM = 0.4  # shortest motion of the closed-loop oracles, in action units
@@ -44,7 +46,7 @@ class ManipulationCollector:
 
     def __init__(self, env: Any, dataset: str) -> None:
         self.env, self.dataset = env, dataset
-        family, variant = env.spec.id.split("-")[:2]
+        family, variant = env.spec.id.removeprefix(VISUAL).split("-")[:2]
         self.family, self.stacking = family, STACKING.get(variant, STACKING_ELSE)
         self.oracles = {thing: self._oracle(thing) for thing in OBJECTS[family]}
 

@@ -30,6 +30,7 @@ TYPES = {
     "scene": ("play", "noisy"),
     "puzzle": ("play", "noisy"),
 }
+ROW_BYTES = 600  # more than a row of states takes
 DTYPES = {"terminals": np.bool_, "button_states": np.int64}
 
 
@@ -64,13 +65,16 @@ def generate_dataset(
         UserError: for a data set without a recipe here, a bad number, or too little disk.
     """
     _, dataset = _recipe(name)
-    ogbench.make_env(name).close()  # whether there is such an environment, before any process is started
+    env = ogbench.make_env(name)  # whether there is such an environment, before any process is started
+    env.close()
     if episodes < 1 or workers < 1:
         raise UserError(f"episodes and workers must be at least 1, got {episodes} and {workers}")
     steps = steps or EPISODE_STEPS[dataset]
     out = out.expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    _check_disk(out, episodes * steps)
+    observation = env.observation_space
+    image_bytes = int(np.prod(observation.shape or ())) if observation.dtype == np.uint8 else 0
+    _check_disk(out, episodes * steps, ROW_BYTES + image_bytes)
     jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
     seeds = [fold_seed(seed, name, split, i) for split, i in jobs]
     results = _collect_all(name, steps, seeds, min(workers, len(seeds)))
@@ -91,12 +95,14 @@ def generate_dataset(
 
 def _recipe(name: str) -> tuple[str, str]:
     """Family and data-set type of a name; `UserError` if there is no recipe."""
-    family, _, rest = name.removesuffix("-v0").partition("-")
+    family, _, rest = name.removesuffix("-v0").removeprefix(ogbench.VISUAL).partition("-")
     dataset = rest.rpartition("-")[2]
-    if not name.endswith("-v0") or dataset not in TYPES.get(family, ()):
+    visual_maze = name.startswith(ogbench.VISUAL) and family in NOISE  # its recipe reads the state
+    if visual_maze or not name.endswith("-v0") or dataset not in TYPES.get(family, ()):
         raise UserError(
             f"cannot generate '{name}': choose pointmaze-SIZE-{{navigate,stitch}}-v0, "
-            "antmaze-SIZE-{navigate,stitch,explore}-v0 or {cube-N,scene,puzzle-RxC}-{play,noisy}-v0"
+            "antmaze-SIZE-{navigate,stitch,explore}-v0 or {cube-N,scene,puzzle-RxC}-{play,noisy}-v0, the last also as "
+            "visual-cube-N-... with images"
         )
     return family, dataset
 
@@ -164,11 +170,15 @@ def _collect_once(collector: Collector, seed: int) -> dict[str, np.ndarray]:
         for key, value in row.items():
             rows.setdefault(key, []).append(value)
         observation = next_observation
-    return {key: np.asarray(values, DTYPES.get(key, np.float32)) for key, values in rows.items()}
+    columns = {key: np.asarray(values) for key, values in rows.items()}
+    return {
+        key: column if column.dtype == np.uint8 else column.astype(DTYPES.get(key, np.float32))
+        for key, column in columns.items()
+    }
 
 
-def _check_disk(out: Path, rows: int) -> None:
-    needed = rows * 600  # bytes a row, more than any of these data sets takes
+def _check_disk(out: Path, rows: int, row_bytes: int) -> None:
+    needed = rows * row_bytes
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(f"no space for {rows} rows in {out}: about {needed >> 20} MiB needed, {free >> 20} MiB free")
