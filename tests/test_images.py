@@ -17,6 +17,7 @@ from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.data.augment import PADDING, maybe_crop, shift
 from deflow.data.frame_file import FrameFile
+from deflow.data.proposals import ProposalCache
 from deflow.data.replay import Replay
 from deflow.data.transitions import Transitions
 from deflow.envs import ogbench
@@ -26,6 +27,7 @@ from deflow.evaluation.rollout import Evaluator
 from deflow.nets.encoder import Impala, beside
 from deflow.online import Collector
 from deflow.pipeline import train
+from deflow.seeding import torch_generator
 from deflow.types import Batch, Spec
 from tests.agents.tester import check_agent, random_batch
 from tests.conftest import compose_config, tiny_config
@@ -150,6 +152,16 @@ def test_half_of_the_batches_are_cropped_and_states_draw_nothing() -> None:
     before = generator.get_state()
     maybe_crop(batch, 0.0, generator)
     assert torch.equal(generator.get_state(), before)
+
+
+def test_cached_proposals_are_those_of_the_stacked_frames(data: Transitions, tmp_path: Path) -> None:
+    flow = make_agent("deflow").behavior_flow
+    cache = ProposalCache.load_or_compute(flow, data, 2, 0, tmp_path / "proposals.npy")
+    rows = torch.arange(len(data.states))
+    z = torch.randn(2 * len(rows), 3, generator=torch_generator(torch.device("cpu"), 0, "proposals", 0))
+    expected = flow.propose(data.observations(rows), z).reshape(len(rows), 2, 3)
+    drawn = cache.draw(rows, torch.Generator().manual_seed(0))
+    assert (drawn[:, None] - expected).abs().amax(-1).amin(-1).max() < 1e-3  # one of the two, in half precision
 
 
 class Film(gymnasium.Env):

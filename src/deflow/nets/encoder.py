@@ -26,12 +26,10 @@ class Encoder(nn.Module):
 
 
 class Impala(Encoder):
-    """Images, uint8 of shape (batch, frames, height, width, channels), through stacks of residual blocks.
+    """Features of images, uint8 of shape (batch, frames, height, width, channels): frames become channels.
 
-    Frames are channels of one image; a linear layer comes last.
-
-    Each stack is a convolution, max pooling by two, and blocks of two more convolutions.
-    Source: IMPALA (arXiv 1802.01561), as in OGBench's and FQL's reference code, whose `impala_small` is the default.
+    Each stack is a convolution, max pooling by two, and residual blocks of two more convolutions; a linear layer comes
+    last. Source: IMPALA (arXiv 1802.01561) as in FQL's reference code, whose `impala_small` is the default.
 
     Args:
         image: frames, height, width and channels.
