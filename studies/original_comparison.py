@@ -1,24 +1,19 @@
 """DeFlow's joint and staged schedules beside the authors' code, on the same data with the same networks.
 
-python studies/original_comparison.py run DATA.npz    trains 2 schedules x 3 seeds, one after the other
+python studies/original_comparison.py run DATA.npz    trains 2 schedules x 3 seeds
 python studies/original_comparison.py table           prints the table of docs/results.md from the runs' folders
 """
 
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
-import yaml
+from common import EPISODES, LOGS, runs, seeds, success_of, train_once
 
-from deflow.loggers import read_metrics
-
-ROOT = Path(__file__).parents[1]
-SCHEDULES = ("joint", "staged")
+SCHEDULES = {"joint": 0, "staged": 45_000}  # behaviour updates before the policy's
 SEEDS = (0, 1, 2)
-EPISODES = 50
 
 # Success of the authors' released DeFlow, unchanged, on the same file: updates -> one number a seed (50 episodes each).
 ORIGINAL = {15_000: (0.46, 0.38), 30_000: (0.76, 0.58), 45_000: (0.88, 0.80), 60_000: (0.90,)}
@@ -26,42 +21,24 @@ ORIGINAL = {15_000: (0.46, 0.38), 30_000: (0.76, 0.58), 45_000: (0.88, 0.80), 60
 
 def run(data: str) -> None:
     """Train every schedule with every seed; `staged` with fewer behaviour updates than policy updates."""
-    for schedule in SCHEDULES:
+    for schedule, behavior in SCHEDULES.items():
         for seed in SEEDS:
-            command = [sys.executable, "train.py", "experiment=original_comparison", f"stages={schedule}"]
-            command += [f"seed={seed}", f"name=study_{schedule}", f"data.source.path={data}"]
-            command += ["stages.behavior.steps=45000"] if schedule == "staged" else []
-            subprocess.run(command, cwd=ROOT, check=True)
+            settings = ["experiment=original_comparison", f"stages={schedule}", f"data.source.path={data}"]
+            settings += [f"stages.behavior.steps={behavior}"] if behavior else []
+            train_once(LOGS / f"study_{schedule}" / f"seed_{seed}", [*settings, f"seed={seed}"])
 
 
 def table(logs: Path) -> None:
     """Print success by policy updates, and the difference from the original in standard errors."""
     print("| policy updates | original (seeds) | " + " | ".join(f"{s} (seeds) | difference" for s in SCHEDULES) + " |")
     print("|---|---|" + "---|---|" * len(SCHEDULES))
-    results = {schedule: successes(logs / f"study_{schedule}") for schedule in SCHEDULES}
+    results = {schedule: [success_of(run) for run in runs(logs, f"study_{schedule}")] for schedule in SCHEDULES}
     for updates, original in ORIGINAL.items():
         cells = [f"{updates // 1000}k", seeds(original)]
-        for schedule in SCHEDULES:
-            ours = [curve[updates] for curve in results[schedule].values() if updates in curve]
+        for schedule, behavior in SCHEDULES.items():
+            ours = [curve[behavior + updates] for curve in results[schedule]]
             cells += [seeds(ours), difference(ours, original)] if ours else ["-", "-"]
         print("| " + " | ".join(cells) + " |")
-
-
-def successes(folder: Path) -> dict[int, dict[int, float]]:
-    """Seed -> policy updates -> success; behaviour updates of a staged run are not counted."""
-    curves: dict[int, dict[int, float]] = {}
-    for run_folder in sorted(folder.glob("*/")):
-        config = yaml.safe_load((run_folder / "config.yaml").read_text())
-        before = config["stages"].get("behavior", {}).get("steps", 0)
-        rows = read_metrics(run_folder / "metrics.csv")
-        curves[config["seed"]] = {
-            int(row["step"]) - before: row["eval/success"] for row in rows if "eval/success" in row
-        }
-    return curves
-
-
-def seeds(values: tuple[float, ...] | list[float]) -> str:
-    return f"**{sum(values) / len(values):.2f}** ({', '.join(f'{value:.2f}' for value in values)})"
 
 
 def difference(ours: list[float], original: tuple[float, ...]) -> str:
@@ -77,6 +54,6 @@ if __name__ == "__main__":
         case ["run", data]:
             run(data)
         case ["table", *logs]:
-            table(Path(logs[0]) if logs else ROOT / "logs")
+            table(Path(logs[0]) if logs else LOGS)
         case _:
             sys.exit(__doc__)
