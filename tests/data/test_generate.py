@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,18 @@ def test_format(name: str, tmp_path: Path) -> None:
     env = name.removesuffix("-v0")
     _, theirs, _ = ogbench.make_env_and_datasets(f"{env}-singletask-v0", dataset_path=str(path))
     assert len(theirs["rewards"]) == 2 * 59
+
+
+@pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disabled", reason="no off-screen rendering here")
+def test_images(tmp_path: Path) -> None:
+    images, states = (
+        dict(np.load(generate_dataset(name, 1, tmp_path, seed=3, workers=1, steps=3)))
+        for name in ("visual-cube-single-play-v0", "cube-single-play-v0")
+    )
+    assert images["observations"].shape == (3, 64, 64, 3)
+    assert images["observations"].dtype == np.uint8
+    assert images["observations"].std() > 10
+    assert images["qpos"].shape == states["qpos"].shape
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
@@ -109,7 +122,14 @@ def test_explore_keeps_a_direction_for_ten_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["humanoidmaze-medium-navigate-v0", "cube-single-navigate-v0", "nonsense", "cube-single-play"]
+    "name",
+    [
+        "humanoidmaze-medium-navigate-v0",
+        "cube-single-navigate-v0",
+        "nonsense",
+        "cube-single-play",
+        "visual-antmaze-medium-navigate-v0",
+    ],
 )
 def test_no_recipe(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot generate"):
