@@ -342,7 +342,7 @@ def _measure_diversity(run: Run, summary: dict[str, Any]) -> None:
     draw_actions(run.agent, around, settings.samples, run.folder / "actions.png", run.config.seed)
 
 
-def play(agent: Agent, source: Source, episodes: int, num_envs: int, seed: int) -> dict[str, float]:
+def play(agent: Agent, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
     """What `episodes` episodes of the policy in the source's environment came to."""
     evaluator = Evaluator(source.make_env, episodes, num_envs, seed)
     played = evaluator.run(agent)

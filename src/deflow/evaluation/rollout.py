@@ -79,11 +79,13 @@ class Evaluator:
     Args:
         make_env: makes one environment.
         episodes: to play, in all.
-        num_envs: environments stepped side by side, one batched policy call for all.
+        num_envs: environments stepped side by side, one batched policy call for all; None is one more than cores, so
+            that none waits for another.
         seed: of resets and policy noise.
     """
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env], episodes: int, num_envs: int, seed: int) -> None:
+    def __init__(self, make_env: Callable[[], gymnasium.Env], episodes: int, num_envs: int | None, seed: int) -> None:
+        num_envs = (os.cpu_count() or 1) + 1 if num_envs is None else num_envs
         if episodes < 1 or num_envs < 1:
             raise UserError(f"episodes and num_envs must be at least 1, got {episodes} and {num_envs}")
         self._make_env = make_env
