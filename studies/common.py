@@ -15,6 +15,13 @@ from deflow.loggers import read_metrics
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "logs"
 EPISODES = 50  # of an evaluation
+TASKS = {"cube_single": "null", "scene": "1"}  # of the studies on two tasks: task ids
+
+
+def task_settings(task: str, data: Path) -> list[str]:
+    """Arguments of `train.py` for one of `TASKS`, its data set in the folder `data`."""
+    path = data / f"{task.replace('_', '-')}-play-v0.npz"
+    return [f"task={task}", f"task_id={TASKS[task]}", f"data.source.path={path}"]
 
 
 def train_once(folder: Path, settings: Sequence[str], wait: bool = False) -> None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common import LOGS, interval, runs, seeds, success_of, train_once
+from common import LOGS, TASKS, interval, runs, seeds, success_of, task_settings, train_once
 
-TASKS = {"cube_single": "null", "scene": "1"}  # task ids
 STAGES = {"deflow": "offline_to_online", "fql": "offline_to_online", "rlpd": "from_scratch"}
 SEEDS = (0, 1, 2)
 OFFLINE, ONLINE, EVERY = 20_000, 10_000, 5_000  # updates; environment steps with an update each; between evaluations
@@ -23,11 +22,9 @@ def run(data: Path) -> None:
     common = ["experiment=original_comparison", "tau=0.02", f"eval.every={EVERY}"]
     common += [f"updates={OFFLINE}", f"online_updates={ONLINE}"]
     for seed in SEEDS:
-        for task, task_id in TASKS.items():
-            path = data / f"{task.replace('_', '-')}-play-v0.npz"
+        for task in TASKS:
             for agent, stages in STAGES.items():
-                settings = [f"task={task}", f"task_id={task_id}", f"data.source.path={path}"]
-                settings += [f"agent={agent}", f"stages={stages}", f"seed={seed}"]
+                settings = [*task_settings(task, data), f"agent={agent}", f"stages={stages}", f"seed={seed}"]
                 train_once(LOGS / f"online_{task}_{agent}" / f"seed_{seed}", [*common, *settings])
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common import LOGS, interval, runs, seeds, success_of, train_once
+from common import LOGS, TASKS, interval, runs, seeds, success_of, task_settings, train_once
 
-TASKS = {"cube_single": "null", "scene": "1"}  # task ids
 BEHAVIOR = (15_000, 45_000)  # updates of the flow
 PROPOSALS = ("8", "16", "32", "64", "null")  # cached for each state; null solves the ODE at every update
 UPDATES, EVERY = 15_000, 7_500  # of the policy; between evaluations
@@ -21,10 +20,8 @@ UPDATES, EVERY = 15_000, 7_500  # of the policy; between evaluations
 def run(data: Path, count: int) -> None:
     """Train everything; the flow of one task, length and seed serves every number of proposals."""
     for seed in range(count):
-        for task, task_id in TASKS.items():
-            path = data / f"{task.replace('_', '-')}-play-v0.npz"
-            common = ["experiment=original_comparison", "stages=staged", f"task={task}", f"task_id={task_id}"]
-            common += [f"data.source.path={path}", f"seed={seed}"]
+        for task in TASKS:
+            common = ["experiment=original_comparison", "stages=staged", *task_settings(task, data), f"seed={seed}"]
             for length in BEHAVIOR:
                 flow = LOGS / f"proposals_{task}_{length}_flow" / f"seed_{seed}"
                 train_once(flow, [*common, f"stages.behavior.steps={length}", "~stages.extraction"], wait=True)

@@ -168,7 +168,6 @@ class Film(gymnasium.Env):
     """Every pixel counts the steps; an episode ends after as many as a trajectory of `data` has."""
 
     action_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
-
     observation_space = gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 1), np.uint8)  # type: ignore[arg-type]
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
@@ -241,7 +240,7 @@ def test_what_needs_states_says_so(point_data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def visual_data(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> Path:
-    """Files of visual-cube-single whose images are noise: rendering takes a tenth of a second an image."""
+    """Files of visual-cube-single whose images are noise: rendering them would take minutes."""
     folder = tiny_data("cube-single", "play")
     for suffix in ("", "-val"):
         with np.load(folder / f"cube-single-play-v0{suffix}.npz") as file:

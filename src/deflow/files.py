@@ -1,4 +1,4 @@
-"""Writing files so that a kill leaves the old one or the new one, never half of one."""
+"""Writing files so that a kill loses nothing: replaced whole, or only ever appended to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from deflow.errors import UserError
 
 
 @contextmanager
@@ -23,3 +26,24 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def open_to_append(path: Path, size: int, content: str) -> BinaryIO:
+    """A file to append to after its first `size` bytes; what stands behind them is cut off. Made if it is missing.
+
+    Raises:
+        UserError: naming `content`, if there are not so many bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if size and (not path.exists() or path.stat().st_size < size):
+        raise UserError(f"{path} lacks {content}: the run cannot be resumed")
+    file = path.open("r+b" if path.exists() else "w+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def sync(file: BinaryIO) -> None:
+    """See to it that all that was written is on disk."""
+    file.flush()
+    os.fsync(file.fileno())

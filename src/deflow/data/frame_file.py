@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deflow.errors import UserError
+from deflow.files import open_to_append, sync
 
 # Last frames among which one that comes again is recognised: those of the steps under way in many environments.
 RECENT = 4096
@@ -31,12 +30,7 @@ class FrameFile:
 
     def __init__(self, path: Path, shape: Sequence[int], count: int) -> None:
         self._path, self._shape, self.count = path, tuple(shape), count
-        size = count * int(np.prod(self._shape))
-        if size and (not path.exists() or path.stat().st_size < size):
-            raise UserError(f"{path} lacks images that the replay speaks of: the run cannot be resumed")
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(size)
-        self._file.seek(size)
+        self._file = open_to_append(path, count * int(np.prod(self._shape)), "images that the replay speaks of")
         self._numbers: dict[bytes, int] = {}
         self._mapped = np.empty((0, *self._shape), np.uint8)
 
@@ -53,8 +47,7 @@ class FrameFile:
 
     def flush(self) -> None:
         """See to it that all that was added is on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file)
 
     def _add(self, frame: bytes) -> int:
         digest = hashlib.blake2b(frame, digest_size=16).digest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from deflow.data.frame_file import FrameFile
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
+from deflow.files import open_to_append, sync
 from deflow.types import Batch, Spec
 
 DEFAULT_CAPACITY = 2_000_000
@@ -58,15 +58,9 @@ class Replay:
         self._rows = torch.empty(min(self.capacity, steps), sum(self._widths))
         self.added = 0
         self.drawn, self.drawn_new = 0, 0  # transitions, and new ones among them, since they were last set to 0
-        path.parent.mkdir(parents=True, exist_ok=True)
         numbers = added * sum(self._widths)
-        before = np.fromfile(path, np.float32, numbers) if added and path.exists() else np.empty(0, np.float32)
-        if before.size < numbers:
-            raise UserError(f"{path} lacks transitions that the checkpoint counts: the run cannot be resumed")
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(before.nbytes)
-        self._file.seek(before.nbytes)
-        rows = torch.from_numpy(before.reshape(added, sum(self._widths)))
+        self._file = open_to_append(path, 4 * numbers, "transitions that the checkpoint counts")
+        rows = torch.from_numpy(np.fromfile(path, np.float32, numbers).reshape(added, sum(self._widths)))
         self._frames = None if spec.image is None else self._open_frames(path.with_suffix(".frames"), rows)
         self._keep(rows)
 
@@ -89,8 +83,7 @@ class Replay:
         """See to it that all that was added is on disk."""
         if self._frames is not None:
             self._frames.flush()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file)
 
     @property
     def kept_data(self) -> int:

@@ -21,9 +21,11 @@ def latency(agent: Agent) -> dict[str, float]:
     generator = np.random.default_rng(0)
     milliseconds = []
     for _ in range(WARM_UP + CALLS):
-        observation = generator.standard_normal((1, *agent.spec.observation_shape), dtype=np.float32)
-        if agent.spec.image is not None:
-            observation = observation.astype(np.uint8)
+        shape = (1, *agent.spec.observation_shape)
+        if agent.spec.image is None:
+            observation: np.ndarray = generator.standard_normal(shape, dtype=np.float32)
+        else:
+            observation = generator.integers(256, size=shape, dtype=np.uint8)
         z = generator.standard_normal((1, agent.candidates, agent.spec.action_dim), dtype=np.float32)
         started = time.perf_counter()
         agent.act(torch.from_numpy(observation).to(agent.device), torch.from_numpy(z).to(agent.device)).cpu()

@@ -66,13 +66,13 @@ def generate_dataset(
     """
     _, dataset = _recipe(name)
     env = ogbench.make_env(name)  # whether there is such an environment, before any process is started
+    observation = env.observation_space
     env.close()
     if episodes < 1 or workers < 1:
         raise UserError(f"episodes and workers must be at least 1, got {episodes} and {workers}")
     steps = steps or EPISODE_STEPS[dataset]
     out = out.expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    observation = env.observation_space
     image_bytes = int(np.prod(observation.shape or ())) if observation.dtype == np.uint8 else 0
     _check_disk(out, episodes * steps, ROW_BYTES + image_bytes)
     jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
