@@ -15,7 +15,15 @@ from deflow.types import Spec
 from tests.commands import run
 from tests.conftest import compose_config
 
-TINY = ["networks.hidden=[16,16]", "rounds=1", "updates=2", "seeds=2", "evaluation.steps=5", "evaluation.episodes=2"]
+TINY = [
+    "networks.hidden=[16,16]",
+    "solver.steps=2",
+    "rounds=1",
+    "updates=2",
+    "seeds=2",
+    "evaluation.steps=5",
+    "evaluation.episodes=2",
+]
 
 
 def test_every_measurement(tmp_path: Path) -> None:
@@ -30,6 +38,7 @@ def test_every_measurement(tmp_path: Path) -> None:
     assert 0 < written["startup"]["seconds_to_first_update"] < 200
     assert written["latency"]["ifql"]["latency_ms_p50"] > 0
     assert written["seeds"]["fp32"]["together"] > 0
+    assert written["compile"]["bf16"]["compiled"] > 0
     assert 0 < written["online"]["online_over_offline"] < 1.5
     assert "aten::addmm" in result.stdout
     assert "ceiling" in result.stdout

@@ -29,7 +29,7 @@ def bare_seconds(agent: Agent, stream: Iterable[Batch], context: AbstractContext
     started = time.perf_counter()
     for number, batch in enumerate(stream):
         with context or nullcontext():
-            terms = agent.losses(batch, agent.noise(batch, "noise", number))
+            terms = agent.terms(batch, agent.noise(batch, "noise", number))
             loss = torch.stack([loss for _, loss, _ in terms]).sum()
         optimizer.zero_grad()
         loss.backward()

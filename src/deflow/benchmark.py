@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -78,6 +78,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         "ceiling": lambda: ceiling(config),
         "updates": lambda: {name: updates(config, agent) for name, agent in agents.items()},
         "lightning": lambda: lightning_overhead(config, first),
+        "compile": lambda: compilation(config, spec),
         "seeds": lambda: several_seeds(config, spec),
         "sampling": lambda: sampling(config, first),
         "latency": lambda: {name: latency(agent) for name, agent in agents.items()},
@@ -115,27 +116,8 @@ def ceiling(config: DictConfig) -> dict[str, float]:
 
 def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
     """Updates/s of every stage in every precision, and their ratios: bf16 over fp32, cached proposals over solved."""
-    transitions = random_transitions(agent)
-    plain_stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
-    cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half())
-    cached_stream = BatchStream(
-        transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), proposals=cache
-    )
-    stages: dict[str, tuple[dict[str, Any], BatchStream]] = {"joint": ({"train": "all"}, plain_stream)}
-    if not agent.trains_jointly and len(agent.parts) > 1:
-        frozen = {"train": "all", "freeze": ("behavior_flow",)}
-        stages |= {"behavior": ({"train": ("behavior_flow",)}, plain_stream), "extraction": (frozen, plain_stream)}
-        if agent.uses_cached_proposals:
-            stages["extraction_cached"] = (frozen, cached_stream)
-
-    def measure(stage: str, name: str) -> float:
-        settings, stream = stages[stage]
-        agent.begin_stage(stage, first_step=0, **settings)
-        with _precision(name) as context:
-            return bare_seconds(agent, stream, context)
-
-    pairs = [(stage, name) for stage in stages for name in PRECISIONS]
-    seconds = in_turns({pair: partial(measure, *pair) for pair in pairs}, config.rounds)
+    stages = _stages(config, agent)
+    seconds = in_turns(stage_loops(config, agent), config.rounds)
 
     result: dict[str, Any] = {}
     for stage, (settings, stream) in stages.items():
@@ -151,6 +133,36 @@ def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
     return result
 
 
+def stage_loops(config: DictConfig, agent: Agent) -> dict[tuple[str, str], Callable[[], float]]:
+    """For every stage and precision, what makes `config.updates` updates on random data and gives their seconds."""
+
+    def seconds(stage: str, precision: str) -> float:
+        settings, stream = stages[stage]
+        agent.begin_stage(stage, first_step=0, **settings)
+        with _precision(precision) as context:
+            return bare_seconds(agent, stream, context)
+
+    stages = _stages(config, agent)
+    return {(stage, name): partial(seconds, stage, name) for stage in stages for name in PRECISIONS}
+
+
+def _stages(config: DictConfig, agent: Agent) -> dict[str, tuple[dict[str, Any], BatchStream]]:
+    """What `begin_stage` gets and the batches, of every stage in which the agent can train."""
+    transitions = random_transitions(agent)
+    plain_stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
+    cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half())
+    cached_stream = BatchStream(
+        transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), proposals=cache
+    )
+    stages: dict[str, tuple[dict[str, Any], BatchStream]] = {"joint": ({"train": "all"}, plain_stream)}
+    if not agent.trains_jointly and len(agent.parts) > 1:
+        frozen = {"train": "all", "freeze": ("behavior_flow",)}
+        stages |= {"behavior": ({"train": ("behavior_flow",)}, plain_stream), "extraction": (frozen, plain_stream)}
+        if agent.uses_cached_proposals:
+            stages["extraction_cached"] = (frozen, cached_stream)
+    return stages
+
+
 def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
     """The joint update in a bare loop and under Lightning's Trainer: same batches, noise, losses and steps."""
     stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "bare"))
@@ -164,6 +176,24 @@ def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
         "lightning_updates_per_second": config.updates / median(seconds["lightning"]),
         "lightning_over_bare": ratio(seconds["lightning"], seconds["bare"]),
     }
+
+
+def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
+    """Joint updates/s of an agent as it is and of one whose losses are compiled, and what compiling takes."""
+    agents = {"eager": _agent(config, config.agents[0], spec), "compiled": _agent(config, config.agents[0], spec)}
+    agents["compiled"].compile_losses()
+    transitions = random_transitions(agents["eager"])
+    stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
+    result: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        with _precision(precision) as context:
+            loops = {name: partial(bare_seconds, agent, stream, context) for name, agent in agents.items()}
+            first = loops["compiled"]()
+            seconds = in_turns(loops, config.rounds)
+        result[precision] = {name: config.updates / median(of_loop) for name, of_loop in seconds.items()}
+        result[precision]["compiled_over_eager"] = ratio(seconds["eager"], seconds["compiled"])
+        result[precision]["compile_seconds"] = first - median(seconds["compiled"])
+    return result
 
 
 def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:

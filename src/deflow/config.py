@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,8 +129,8 @@ def check(config: DictConfig) -> None:
     """Checks that no single component can make.
 
     Raises:
-        UserError: for stages without steps, intervals below 1, several seeds where they cannot be stacked, or
-            a precision that cannot be compared.
+        UserError: for stages without steps, intervals below 1, several seeds where they cannot be stacked,
+            a precision that cannot be compared, or nothing to compile with.
     """
     if not config.stages:
         raise UserError("no stages: choose stages=joint or stages=staged")
@@ -146,3 +147,5 @@ def check(config: DictConfig) -> None:
         raise UserError("seeds > 1 trains on data alone and in one process: train the seeds one by one")
     if config.trainer.precision == "auto" and (config.trainer.accelerator, config.trainer.devices) != ("cpu", 1):
         raise UserError("trainer.precision=auto compares on trainer=cpu alone: choose 32-true or bf16-mixed")
+    if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("compile=true needs a C++ compiler: install g++, or name another in CXX")

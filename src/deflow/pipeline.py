@@ -150,6 +150,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         load_weights(agent, Path(config.ckpt), source.task)
     if config.trainer.precision == AUTO:
         config.trainer.precision = faster_precision(agent, data.sample_stream(TIMED_UPDATES))
+    if config.compile:
+        agent.compile_losses()
     evaluator = None
     if source.has_env:
         evaluator = Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed)

@@ -57,6 +57,7 @@ class Agent(LightningModule, ABC):
         self._make_optimizer = optimizer
         self._moments: dict[str, list[dict[str, Any] | None]] = {}
         self._seed = seed
+        self._evaluate = _list_losses
         self.begin_stage("unnamed", "all", first_step=0)
 
     # What an algorithm writes.
@@ -142,6 +143,14 @@ class Agent(LightningModule, ABC):
         """Updates since the start of the run, over all stages."""
         return self._first_step + self.global_step
 
+    def terms(self, batch: Batch, noise: Any) -> list[Loss]:
+        """All of `losses`, by compiled code after `compile_losses`."""
+        return self._evaluate(self, batch, noise)
+
+    def compile_losses(self) -> None:
+        """Let torch.compile fuse what `terms` and its gradient are made of; every stage compiles once, at its start."""
+        self._evaluate = torch.compile(_list_losses)
+
     # What Lightning calls.
 
     def configure_optimizers(self) -> Any:
@@ -159,7 +168,7 @@ class Agent(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        terms = list(self.losses(batch, self.noise(batch, self._stage, "noise", rank(), self.global_step)))
+        terms = self.terms(batch, self.noise(batch, self._stage, "noise", rank(), self.global_step))
         self._watch_for_nan(terms)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_finite()
@@ -219,6 +228,10 @@ class Agent(LightningModule, ABC):
         steps = dict(zip(self._active, self._bad_step.tolist(), strict=True))
         part, step = min(((p, s) for p, s in steps.items() if s >= 0), key=lambda item: item[1])
         raise NonFiniteLossError(f"the loss of '{part}' is not finite at update {step} of stage '{self._stage}'")
+
+
+def _list_losses(agent: Agent, batch: Batch, noise: Any) -> list[Loss]:
+    return list(agent.losses(batch, noise))
 
 
 def _named(prefix: str, terms: Iterable[Loss]) -> Metrics:

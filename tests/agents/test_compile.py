@@ -1,0 +1,42 @@
+"""Compiled losses are the losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deflow.agents.base import Agent
+from deflow.build import build_agent
+from deflow.config import check
+from deflow.errors import UserError
+from deflow.types import Spec
+from tests.agents.tester import random_batch
+from tests.conftest import compose_config
+
+
+def values_and_gradients(agent: Agent) -> list[torch.Tensor]:
+    agent.zero_grad()
+    batch = random_batch(agent)
+    terms = agent.terms(batch, agent.noise(batch, "test"))
+    torch.stack([loss for _, loss, _ in terms]).sum().backward()
+    metrics = [value for _, _, metrics in terms for value in metrics.values()]
+    gradients = [parameter.grad.clone() for parameter in agent.parameters() if parameter.grad is not None]
+    return [loss.detach() for _, loss, _ in terms] + metrics + gradients
+
+
+def test_compiled_losses_and_gradients_are_the_same() -> None:
+    # Stages train different parts: the second is compiled anew, not run by the first one's code.
+    torch.manual_seed(0)
+    config = compose_config("agent=deflow", "networks.hidden=[16]", "solver.steps=2")
+    agent = build_agent(config.agent, Spec(5, 3))
+    for train in (["behavior_flow"], ["critic", "refiner"]):
+        agent.begin_stage("test", train, first_step=0)
+        eager = values_and_gradients(agent)
+        agent.compile_losses()
+        torch.testing.assert_close(values_and_gradients(agent), eager)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        check(compose_config("compile=true"))
