@@ -109,7 +109,7 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
             last, mean, best = (f"{number:.2f}" for number in numbers)
             table.add_row(key, last, f"{low:.2f} to {high:.2f}", mean, best)
     console = Console()
-    console.print(table)
+    console.print(table if table.rows else table.title)  # nothing was evaluated
     stages = summary.get("eval/success", {}).get("last_of_stage", {})
     if len(stages) > 1:
         console.print(f"success {' -> '.join(f'{success:.2f} ({name})' for name, success in stages.items())}")
