@@ -64,5 +64,5 @@ def test_ratios(tmp_path: Path) -> None:
     stages = result["updates"]["deflow"]
     assert stages["extraction_cached"]["over_solved_fp32"] > 1.2
     assert result["lightning"]["lightning_over_bare"] < 1.5
-    if torch.cpu._is_amx_tile_supported():
+    if torch.cpu.get_capabilities().get("avx512_bf16"):  # as every CPU with bfloat16 products
         assert stages["joint"]["bf16_over_fp32"] > 1.0
