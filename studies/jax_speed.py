@@ -21,12 +21,10 @@ import jax.numpy as jnp
 import optax
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 from deflow.agents.base import Agent
 from deflow.bare_loop import in_turns, ratio
-from deflow.benchmark import random_transitions, stage_loops
-from deflow.build import build_agent
+from deflow.benchmark import make_agent, random_transitions, stage_loops, stages_of
 from deflow.config import CONFIG_DIR
 from deflow.data.datamodule import BatchStream
 from deflow.types import Batch, Spec
@@ -163,16 +161,12 @@ def jax_seconds(update: Callable[..., Tree], state: Tree, stream: Iterable[Batch
     return time.perf_counter() - started
 
 
-def agent_of(config: DictConfig) -> Agent:
-    torch.manual_seed(config.seed)
-    return build_agent(config.agent, Spec(config.observation_dim, config.action_dim))
-
-
 def main(rounds: int) -> None:
     with initialize_config_dir(CONFIG_DIR, version_base=None):
         config = compose("benchmark", SETTINGS)
         same_activation = compose("benchmark", [*SETTINGS, "networks.activation=gelu_tanh"])
-    agent, compiled, twin = agent_of(config), agent_of(config), agent_of(same_activation)
+    spec = Spec(config.observation_dim, config.action_dim)
+    agent, compiled, twin = (make_agent(of, "deflow", spec) for of in (config, config, same_activation))
     compiled.compile_losses()
     stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "benchmark"))
     check_equal(twin, stream.batch(0))
@@ -182,7 +176,7 @@ def main(rounds: int) -> None:
     state["moments"] = optimizer.init(state["parameters"])
     loops: dict[Any, Callable[[], float]] = {"jax": partial(jax_seconds, make_update(optimizer), state, stream)}
     for kind, ours in (("", agent), (", compiled", compiled)):
-        of_stages = stage_loops(config, ours)
+        of_stages = stage_loops(config, ours, stages_of(config, ours))
         loops |= {(stage + kind, name): of_stages[stage, name] for stage in STAGES for name in PRECISIONS}
     seconds = in_turns(loops, rounds)
 

@@ -54,6 +54,8 @@ PROFILED_UPDATES, PROFILED_ROWS = 20, 20
 # How float32 products are computed, and whether layers are in bfloat16 altogether.
 PRECISIONS = {"fp32": ("highest", False), "medium": ("medium", False), "bf16": ("highest", True)}
 
+Stages = dict[str, tuple[dict[str, Any], BatchStream]]  # what `begin_stage` gets, and the batches
+
 
 def benchmark(config: DictConfig) -> dict[str, Any]:
     """Measure what `config.measure` names; print tables and write JSON.
@@ -65,7 +67,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     spec = Spec(config.observation_dim, config.action_dim)
-    agents = {name: _agent(config, name, spec) for name in config.agents}
+    agents = {name: make_agent(config, name, spec) for name in config.agents}
     first = next(iter(agents.values()))
     result: dict[str, Any] = {
         "hidden": list(config.networks.hidden),
@@ -116,8 +118,8 @@ def ceiling(config: DictConfig) -> dict[str, float]:
 
 def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
     """Updates/s of every stage in every precision, and their ratios: bf16 over fp32, cached proposals over solved."""
-    stages = _stages(config, agent)
-    seconds = in_turns(stage_loops(config, agent), config.rounds)
+    stages = stages_of(config, agent)
+    seconds = in_turns(stage_loops(config, agent, stages), config.rounds)
 
     result: dict[str, Any] = {}
     for stage, (settings, stream) in stages.items():
@@ -133,7 +135,7 @@ def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
     return result
 
 
-def stage_loops(config: DictConfig, agent: Agent) -> dict[tuple[str, str], Callable[[], float]]:
+def stage_loops(config: DictConfig, agent: Agent, stages: Stages) -> dict[tuple[str, str], Callable[[], float]]:
     """For every stage and precision, what makes `config.updates` updates on random data and gives their seconds."""
 
     def seconds(stage: str, precision: str) -> float:
@@ -142,11 +144,10 @@ def stage_loops(config: DictConfig, agent: Agent) -> dict[tuple[str, str], Calla
         with _precision(precision) as context:
             return bare_seconds(agent, stream, context)
 
-    stages = _stages(config, agent)
     return {(stage, name): partial(seconds, stage, name) for stage in stages for name in PRECISIONS}
 
 
-def _stages(config: DictConfig, agent: Agent) -> dict[str, tuple[dict[str, Any], BatchStream]]:
+def stages_of(config: DictConfig, agent: Agent) -> Stages:
     """What `begin_stage` gets and the batches, of every stage in which the agent can train."""
     transitions = random_transitions(agent)
     plain_stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
@@ -154,7 +155,7 @@ def _stages(config: DictConfig, agent: Agent) -> dict[str, tuple[dict[str, Any],
     cached_stream = BatchStream(
         transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), proposals=cache
     )
-    stages: dict[str, tuple[dict[str, Any], BatchStream]] = {"joint": ({"train": "all"}, plain_stream)}
+    stages: Stages = {"joint": ({"train": "all"}, plain_stream)}
     if not agent.trains_jointly and len(agent.parts) > 1:
         frozen = {"train": "all", "freeze": ("behavior_flow",)}
         stages |= {"behavior": ({"train": ("behavior_flow",)}, plain_stream), "extraction": (frozen, plain_stream)}
@@ -180,7 +181,10 @@ def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
 
 def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
     """Joint updates/s of an agent as it is and of one whose losses are compiled, and what compiling takes."""
-    agents = {"eager": _agent(config, config.agents[0], spec), "compiled": _agent(config, config.agents[0], spec)}
+    agents = {
+        "eager": make_agent(config, config.agents[0], spec),
+        "compiled": make_agent(config, config.agents[0], spec),
+    }
     agents["compiled"].compile_losses()
     transitions = random_transitions(agents["eager"])
     stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
@@ -198,7 +202,7 @@ def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
 
 def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
     """Joint updates/s of one seed alone and of several in one process, the updates of all counted."""
-    agents = [_agent(config, config.agents[0], spec) for _ in range(1 + config.seeds)]
+    agents = [make_agent(config, config.agents[0], spec) for _ in range(1 + config.seeds)]
     transitions = random_transitions(agents[0])
     numbers = range(config.seeds)
     streams = [BatchStream(transitions, config.batch_size, 0, config.updates, (seed, "benchmark")) for seed in numbers]
@@ -263,7 +267,7 @@ def evaluation(config: DictConfig) -> dict[str, float]:
     """Environment steps/s side by side and one by one with a batch of one, in the task's own environment."""
     name = ogbench.task_name(config.task.env, config.task.dataset, None)
     settings = config.evaluation
-    agent = _agent(config, config.agents[0], ogbench.spec_of(ogbench.make_env(name)))
+    agent = make_agent(config, config.agents[0], ogbench.spec_of(ogbench.make_env(name)))
 
     def steps_per_second(num_envs: int, episodes: int) -> float:
         evaluator = Evaluator(
@@ -285,7 +289,7 @@ def online(config: DictConfig) -> dict[str, float]:
     """Joint updates/s on data alone, and with a step in the task's environment before each."""
     name = ogbench.task_name(config.task.env, config.task.dataset, None)
     spec = ogbench.spec_of(ogbench.make_env(name))
-    agent = _agent(config, config.agents[0], spec)
+    agent = make_agent(config, config.agents[0], spec)
     data = random_transitions(agent)
     collector = Collector(lambda: ogbench.make_env(name), agent, 1, 1, 0.99, lambda reward: reward, config.seed)
     draw = (config.seed, "benchmark"), 1, 0.99, spec.horizon
@@ -344,7 +348,7 @@ def _random_arrays(spec: Spec) -> dict[str, np.ndarray]:
     }
 
 
-def _agent(config: DictConfig, name: str, spec: Spec) -> Agent:
+def make_agent(config: DictConfig, name: str, spec: Spec) -> Agent:
     """The agent of that name with whatever else the command line says."""
     if HydraConfig.initialized():
         config = compose("benchmark", overrides=[*HydraConfig.get().overrides.task, f"agent={name}"])

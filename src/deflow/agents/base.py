@@ -57,7 +57,7 @@ class Agent(LightningModule, ABC):
         self._make_optimizer = optimizer
         self._moments: dict[str, list[dict[str, Any] | None]] = {}
         self._seed = seed
-        self._evaluate = _list_losses
+        self._list_losses = _list_losses
         self.begin_stage("unnamed", "all", first_step=0)
 
     # What an algorithm writes.
@@ -145,11 +145,11 @@ class Agent(LightningModule, ABC):
 
     def terms(self, batch: Batch, noise: Any) -> list[Loss]:
         """All of `losses`, by compiled code after `compile_losses`."""
-        return self._evaluate(self, batch, noise)
+        return self._list_losses(self, batch, noise)
 
     def compile_losses(self) -> None:
         """Let torch.compile fuse what `terms` and its gradient are made of; every stage compiles once, at its start."""
-        self._evaluate = torch.compile(_list_losses)
+        self._list_losses = torch.compile(_list_losses)
 
     # What Lightning calls.
 
