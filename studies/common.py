@@ -24,7 +24,7 @@ def task_settings(task: str, data: Path) -> list[str]:
     return [f"task={task}", f"task_id={TASKS[task]}", f"data.source.path={path}"]
 
 
-def train_once(folder: Path, settings: Sequence[str], wait: bool = False) -> None:
+def train_once(folder: Path, settings: Sequence[str], wait: bool = False, script: str = "train.py") -> None:
     """Train in `folder` unless that is done; go on if it was begun; leave it to another process that is at it.
 
     So a study that was stopped goes on where it was, and one that is started twice uses two cores.
@@ -33,6 +33,7 @@ def train_once(folder: Path, settings: Sequence[str], wait: bool = False) -> Non
         folder: of the run.
         settings: arguments of `train.py`.
         wait: for the other process to finish.
+        script: what trains.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -41,7 +42,7 @@ def train_once(folder: Path, settings: Sequence[str], wait: bool = False) -> Non
                 return
             begun = (folder / "config.yaml").exists()
             arguments = [f"resume={folder}"] if begun else [*settings, f"hydra.run.dir={folder}"]
-            subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=True)
     except Timeout:
         return
 

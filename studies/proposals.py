@@ -3,6 +3,8 @@
 python studies/proposals.py run FOLDER [SEEDS]   trains the flows, and a policy on each variant; FOLDER holds
                                                  cube-single-play-v0.npz and scene-play-v0.npz
 python studies/proposals.py table [LOGS]         prints the tables of docs/results.md from the runs' folders
+
+On a CPU without bfloat16 products these are computed by `float32_products.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from common import LOGS, TASKS, interval, runs, seeds, success_of, task_settings, train_once
 
 UPDATES, EVERY = 15_000, 7_500  # of the policy; between evaluations
@@ -22,6 +25,12 @@ class Variant(NamedTuple):
     proposals: int | None = 16  # cached for each state; None solves the ODE at every update
     behavior: int = 45_000  # updates of the flow
     precision: str = "32-true"
+
+    @property
+    def script(self) -> str:
+        """What trains it here."""
+        has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return "train.py" if has_bfloat16 or self.precision == "32-true" else "studies/float32_products.py"
 
     def __str__(self) -> str:
         proposals = "solved" if self.proposals is None else f"{self.proposals} cached"
@@ -46,11 +55,11 @@ def run(data: Path, count: int) -> None:
                 common += [f"seed={seed}", f"trainer.precision={variant.precision}"]
                 flow = LOGS / f"flow_{task}_{variant.behavior}_{variant.precision}" / f"seed_{seed}"
                 alone = ["~stages.extraction", f"stages.behavior.steps={variant.behavior}"]
-                train_once(flow, [*common, *alone], wait=True)
+                train_once(flow, [*common, *alone], wait=True, script=variant.script)
                 policy = [*common, "~stages.behavior", f"ckpt={flow / 'checkpoints' / '0_behavior' / 'final.ckpt'}"]
                 policy += [f"updates={UPDATES}", f"eval.every={EVERY}"]
                 policy += [f"stages.extraction.proposals={variant.proposals or 'null'}"]
-                train_once(LOGS / folder_name(task, variant) / f"seed_{seed}", policy)
+                train_once(LOGS / folder_name(task, variant) / f"seed_{seed}", policy, script=variant.script)
 
 
 def folder_name(task: str, variant: Variant) -> str:
