@@ -24,9 +24,8 @@ from hydra import compose, initialize_config_dir
 
 from deflow.agents.base import Agent
 from deflow.bare_loop import in_turns, ratio
-from deflow.benchmark import make_agent, random_transitions, stage_loops, stages_of
+from deflow.benchmark import make_agent, stage_loops, stages_of
 from deflow.config import CONFIG_DIR
-from deflow.data.datamodule import BatchStream
 from deflow.types import Batch, Spec
 
 SOLVER_STEPS, LEARNING_RATE, DISCOUNT, TAU, DELTA = 10, 3e-4, 0.99, 0.005, 0.01
@@ -168,7 +167,8 @@ def main(rounds: int) -> None:
     spec = Spec(config.observation_dim, config.action_dim)
     agent, compiled, twin = (make_agent(of, "deflow", spec) for of in (config, config, same_activation))
     compiled.compile_losses()
-    stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "benchmark"))
+    stages = stages_of(config, agent)
+    _, stream = stages["joint"]
     check_equal(twin, stream.batch(0))
 
     optimizer = optax.adam(LEARNING_RATE)
@@ -176,7 +176,7 @@ def main(rounds: int) -> None:
     state["moments"] = optimizer.init(state["parameters"])
     loops: dict[Any, Callable[[], float]] = {"jax": partial(jax_seconds, make_update(optimizer), state, stream)}
     for kind, ours in (("", agent), (", compiled", compiled)):
-        of_stages = stage_loops(config, ours, stages_of(config, ours))
+        of_stages = stage_loops(config, ours, stages)
         loops |= {(stage + kind, name): of_stages[stage, name] for stage in STAGES for name in PRECISIONS}
     seconds = in_turns(loops, rounds)
 

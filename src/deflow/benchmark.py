@@ -181,10 +181,7 @@ def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
 
 def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
     """Joint updates/s of an agent as it is and of one whose losses are compiled, and what compiling takes."""
-    agents = {
-        "eager": make_agent(config, config.agents[0], spec),
-        "compiled": make_agent(config, config.agents[0], spec),
-    }
+    agents = {kind: make_agent(config, config.agents[0], spec) for kind in ("eager", "compiled")}
     agents["compiled"].compile_losses()
     transitions = random_transitions(agents["eager"])
     stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
