@@ -1,6 +1,6 @@
 """Our updates beside DeFlow's joint update written in JAX, the authors' library: updates/s, in turns in one process.
 
-python studies/jax_speed.py [ROUNDS]    prints the table of docs/results.md; needs `pip install jax optax`
+python studies/jax_speed.py [ROUNDS [PRECISION ...]]    prints a table of docs/results.md; needs `pip install jax optax`
 
 The JAX update is ours too, written as their code is organised: one jitted function, a vmap over the critic's members,
 the solver's steps unrolled, the tanh form of GELU, one Adam over everything. Before anything is timed, it must give
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -160,10 +160,11 @@ def jax_seconds(update: Callable[..., Tree], state: Tree, stream: Iterable[Batch
     return time.perf_counter() - started
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, precisions: Sequence[str]) -> None:
+    settings = [*SETTINGS, f"precisions=[{','.join(precisions)}]"]
     with initialize_config_dir(CONFIG_DIR, version_base=None):
-        config = compose("benchmark", SETTINGS)
-        same_activation = compose("benchmark", [*SETTINGS, "networks.activation=gelu_tanh"])
+        config = compose("benchmark", settings)
+        same_activation = compose("benchmark", [*settings, "networks.activation=gelu_tanh"])
     spec = Spec(config.observation_dim, config.action_dim)
     agent, compiled, twin = (make_agent(of, "deflow", spec) for of in (config, config, same_activation))
     compiled.compile_losses()
@@ -177,15 +178,15 @@ def main(rounds: int) -> None:
     loops: dict[Any, Callable[[], float]] = {"jax": partial(jax_seconds, make_update(optimizer), state, stream)}
     for kind, ours in (("", agent), (", compiled", compiled)):
         of_stages = stage_loops(config, ours, stages)
-        loops |= {(stage + kind, name): of_stages[stage, name] for stage in STAGES for name in PRECISIONS}
+        loops |= {(stage + kind, name): of_stages[stage, name] for stage in STAGES for name in precisions}
     seconds = in_turns(loops, rounds)
 
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| updates/s | " + " | ".join(PRECISIONS) + " |\n" + "|---" * (1 + len(PRECISIONS)) + "|")
-    print(f"| JAX, joint | {config.updates / median(seconds['jax']):.1f} |" + " - |" * (len(PRECISIONS) - 1))
+    print("| updates/s | " + " | ".join(precisions) + " |\n" + "|---" * (1 + len(precisions)) + "|")
+    print(f"| JAX, joint | {config.updates / median(seconds['jax']):.1f} |" + " - |" * (len(precisions) - 1))
     for row in (stage + kind for stage in STAGES for kind in ("", ", compiled")):
         cells = []
-        for name in PRECISIONS:
+        for name in precisions:
             speed, gain = config.updates / median(seconds[row, name]), ratio(seconds["jax"], seconds[row, name])
             cells.append(f"{speed:.1f} ({gain:.2f}x)")
         print(f"| {row} | " + " | ".join(cells) + " |")
@@ -194,8 +195,8 @@ def main(rounds: int) -> None:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
-            main(rounds=5)
-        case [count]:
-            main(int(count))
+            main(5, PRECISIONS)
+        case [count, *precisions]:
+            main(int(count), precisions or PRECISIONS)
         case _:
             sys.exit(__doc__)

@@ -11,6 +11,7 @@ import torch
 from deflow.benchmark import _gflop, benchmark, random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
+from deflow.errors import UserError
 from deflow.types import Spec
 from tests.commands import run
 from tests.conftest import compose_config
@@ -19,6 +20,7 @@ TINY = [
     "networks.hidden=[16,16]",
     "solver.steps=2",
     "rounds=1",
+    "precisions=[fp32,bf16]",
     "updates=2",
     "seeds=2",
     "evaluation.steps=5",
@@ -52,9 +54,18 @@ def test_the_count_of_products() -> None:
     assert _gflop(agent, stream) == pytest.approx(2 * 32 * (3 * sum(layers) - layers[0]) / 1e9)
 
 
+@pytest.mark.parametrize("override", ["measure=[updates,nonsense]", "precisions=[nonsense]"])
+def test_unknown_names_are_refused_before_anything_is_measured(override: str) -> None:
+    with pytest.raises(UserError, match="has unknown nonsense: choose among"):
+        benchmark(compose_config(*TINY, override, config_name="benchmark"))
+
+
 def test_ratios(tmp_path: Path) -> None:
+    has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)  # as every CPU with bfloat16 products
+    precisions = "[fp32,bf16]" if has_bfloat16 else "[fp32]"
     settings = ["networks.hidden=[256,256,256]", "rounds=5", "updates=8", "threads=1", "agents=[deflow]"]
-    config = compose_config(*settings, "measure=[updates,lightning]", config_name="benchmark")
+    settings += ["measure=[updates,lightning]", f"precisions={precisions}"]
+    config = compose_config(*settings, config_name="benchmark")
     config.out = str(tmp_path / "benchmark.json")
     threads = torch.get_num_threads()
     try:
@@ -64,5 +75,5 @@ def test_ratios(tmp_path: Path) -> None:
     stages = result["updates"]["deflow"]
     assert stages["extraction_cached"]["over_solved_fp32"] > 1.2
     assert result["lightning"]["lightning_over_bare"] < 1.5
-    if torch.cpu.get_capabilities().get("avx512_bf16"):  # as every CPU with bfloat16 products
+    if has_bfloat16:
         assert stages["joint"]["bf16_over_fp32"] > 1.0

@@ -223,12 +223,24 @@ def test_the_faster_precision_is_taken_and_kept(
 ) -> None:
     timings = iter([9.0, 9.0, *[2.0, 1.0] * 4])  # the first round warms up
     monkeypatch.setattr(bare_loop, "bare_seconds", lambda *_: next(timings))
+    monkeypatch.setattr(bare_loop, "product_seconds", lambda dtype: {torch.float32: 4.0, torch.bfloat16: 1.0}[dtype])
     with caplog.at_level("INFO"):
         run(tmp_path, point_data, "trainer.precision=auto")
     assert "precision bf16-mixed: an update in bf16-mixed is 2.00 times as fast" in caplog.text
     card = load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "final.ckpt")["deflow"]
     assert card["config"]["trainer"]["precision"] == "bf16-mixed"
     assert OmegaConf.load(tmp_path / "config.yaml").trainer.precision == "bf16-mixed"
+
+
+def test_slow_products_decide_alone(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bare_loop, "product_seconds", lambda dtype: {torch.float32: 1.0, torch.bfloat16: 4.0}[dtype])
+    monkeypatch.delattr(bare_loop, "bare_seconds")
+    with caplog.at_level("INFO"):
+        run(tmp_path, point_data, "trainer.precision=auto")
+    assert "precision 32-true: a product in bfloat16 is 0.25 times as fast" in caplog.text
+    assert OmegaConf.load(tmp_path / "config.yaml").trainer.precision == "32-true"
 
 
 def test_comparing_changes_no_weight(point_data: Path, tmp_path: Path) -> None:

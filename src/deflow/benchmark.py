@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deflow.agents.base import Agent
 from deflow.agents.seed_stack import SeedStack
-from deflow.bare_loop import bare_seconds, in_turns, ratio
+from deflow.bare_loop import bare_seconds, in_turns, product_seconds, ratio
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
 from deflow.data.datamodule import BatchStream, SeedStream
@@ -40,6 +40,7 @@ from deflow.data.proposals import ProposalCache
 from deflow.data.replay import Replay
 from deflow.data.transitions import Transitions
 from deflow.envs import ogbench
+from deflow.errors import UserError
 from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -62,6 +63,9 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
 
     Whatever is compared takes turns in one process, so that a machine that slows down slows all of it, and ratios are
     medians over the rounds.
+
+    Raises:
+        UserError: if `config.measure` or `config.precisions` has a name that is not known.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -72,6 +76,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "hidden": list(config.networks.hidden),
         "batch_size": config.batch_size,
+        "precisions": list(config.precisions),
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
         "lightning": version("lightning"),
@@ -88,6 +93,9 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         "online": lambda: online(config),
         "startup": lambda: startup(),
     }
+    for setting, known in (("measure", measurements), ("precisions", PRECISIONS)):
+        if unknown := sorted(set(config[setting]) - set(known)):
+            raise UserError(f"{setting} has unknown {', '.join(unknown)}: choose among {', '.join(known)}")
     for name in config.measure:
         result[name] = measurements[name]()
     result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -102,17 +110,12 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
 def ceiling(config: DictConfig) -> dict[str, float]:
     """GFLOP/s of the products that updates are made of: batch x width x width."""
     width, rows = max(config.networks.hidden), config.batch_size
-    a, b = torch.randn(rows, width), torch.randn(width, width)
     result = {}
-    for name in PRECISIONS:
-        with _precision(name), torch.no_grad():
-            x, y = (a.bfloat16(), b.bfloat16()) if name == "bf16" else (a, b)
-            seconds = []
-            for _ in range(200):
-                started = time.perf_counter()
-                x @ y
-                seconds.append(time.perf_counter() - started)
-        result[name] = 2 * rows * width**2 / median(seconds) / 1e9
+    for name in config.precisions:
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        with _precision(name):
+            seconds = product_seconds(dtype, rows, width, repeats=200)
+        result[name] = 2 * rows * width**2 / seconds / 1e9
     return result
 
 
@@ -124,11 +127,12 @@ def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for stage, (settings, stream) in stages.items():
         agent.begin_stage(stage, first_step=0, **settings)
-        result[stage] = {name: config.updates / median(seconds[stage, name]) for name in PRECISIONS}
+        result[stage] = {name: config.updates / median(seconds[stage, name]) for name in config.precisions}
         result[stage]["gflop"] = _gflop(agent, stream)
-        result[stage]["bf16_over_fp32"] = ratio(seconds[stage, "fp32"], seconds[stage, "bf16"])
+        if {"fp32", "bf16"} <= set(config.precisions):
+            result[stage]["bf16_over_fp32"] = ratio(seconds[stage, "fp32"], seconds[stage, "bf16"])
     if "extraction_cached" in stages:
-        for name in PRECISIONS:
+        for name in config.precisions:
             pair = seconds["extraction", name], seconds["extraction_cached", name]
             result["extraction_cached"][f"over_solved_{name}"] = ratio(*pair)
     agent.begin_stage("joint", "all", first_step=0)
@@ -144,7 +148,7 @@ def stage_loops(config: DictConfig, agent: Agent, stages: Stages) -> dict[tuple[
         with _precision(precision) as context:
             return bare_seconds(agent, stream, context)
 
-    return {(stage, name): partial(seconds, stage, name) for stage in stages for name in PRECISIONS}
+    return {(stage, name): partial(seconds, stage, name) for stage in stages for name in config.precisions}
 
 
 def stages_of(config: DictConfig, agent: Agent) -> Stages:
@@ -186,7 +190,7 @@ def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
     transitions = random_transitions(agents["eager"])
     stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
     result: dict[str, Any] = {}
-    for precision in PRECISIONS:
+    for precision in config.precisions:
         with _precision(precision) as context:
             loops = {name: partial(bare_seconds, agent, stream, context) for name, agent in agents.items()}
             first = loops["compiled"]()
@@ -208,7 +212,7 @@ def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
         "together": (SeedStack(agents[1:]), SeedStream(streams)),
     }
     result: dict[str, Any] = {"seeds": config.seeds}
-    for precision in PRECISIONS:
+    for precision in config.precisions:
         with _precision(precision) as context:
             loops = {name: partial(bare_seconds, *competitor, context) for name, competitor in competitors.items()}
             seconds = in_turns(loops, config.rounds)
@@ -249,7 +253,7 @@ def sampling(config: DictConfig, agent: Agent) -> dict[str, float]:
     observations = torch.randn(config.batch_size, agent.spec.observation_dim)
     z = torch.randn(config.batch_size, agent.spec.action_dim)
     result = {}
-    for name in PRECISIONS:
+    for name in config.precisions:
         milliseconds = []
         for _ in range(config.rounds * 5):
             with _precision(name) as context, context:
@@ -377,7 +381,7 @@ def _gflop(agent: Agent, stream: BatchStream) -> float:
 def _print_profile(config: DictConfig, agent: Agent) -> None:
     """Where the time of the joint update goes, operation by operation."""
     stream = BatchStream(random_transitions(agent), config.batch_size, 0, PROFILED_UPDATES, (config.seed, "bare"))
-    for name in PRECISIONS:
+    for name in config.precisions:
         with _precision(name) as context:
             bare_seconds(agent, stream, context)
             with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -390,7 +394,7 @@ def _print(result: dict[str, Any]) -> None:
     console = Console()
     if "updates" in result:
         table = Table(title=f"updates/s, networks {result['hidden']}, {result['threads']} threads")
-        for column in ("agent", "stage", *PRECISIONS, "bf16 over fp32", "share of the ceiling (fp32, bf16)"):
+        for column in ("agent", "stage", *result["precisions"], "bf16 over fp32", "share of the ceiling"):
             table.add_column(column)
         for row in _rows(result):
             table.add_row(*row)
@@ -399,11 +403,13 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    precisions = result["precisions"]
     for agent, stages in result["updates"].items():
         for stage, speed in stages.items():
+            speeds = [f"{speed[name]:.1f}" for name in precisions]
+            gain = f"{speed['bf16_over_fp32']:.2f}" if "bf16_over_fp32" in speed else "-"
             shares = "-"
             if "ceiling" in result:
-                share = [speed[name] * speed["gflop"] / result["ceiling"][name] for name in ("fp32", "bf16")]
+                share = (speed[name] * speed["gflop"] / result["ceiling"][name] for name in precisions)
                 shares = ", ".join(f"{value:.0%}" for value in share)
-            speeds = [f"{speed[name]:.1f}" for name in PRECISIONS]
-            yield agent, stage, *speeds, f"{speed['bf16_over_fp32']:.2f}", shares
+            yield agent, stage, *speeds, gain, shares
