@@ -196,7 +196,8 @@ def _curves(
     for key, label in curves.items():
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label, lw=1)
+            marker = "o" if len(points) == 1 else ""  # one point makes no line
+            axis.plot(*zip(*points, strict=True), marker=marker, label=label, lw=1)
     if limit is not None:
         axis.axhline(limit, color="k", ls="--", lw=1, label="delta")
     if len(axis.lines) > (limit is not None):
