@@ -20,7 +20,6 @@ TINY = [
     "networks.hidden=[16,16]",
     "solver.steps=2",
     "rounds=1",
-    "precisions=[fp32,bf16]",
     "updates=2",
     "seeds=2",
     "evaluation.steps=5",
