@@ -1,6 +1,7 @@
 """Our updates beside DeFlow's joint update written in JAX, the authors' library: updates/s, in turns in one process.
 
-python studies/jax_speed.py [ROUNDS [PRECISION ...]]    prints a table of docs/results.md; needs `pip install jax optax`
+python studies/jax_speed.py [key=value ...]    prints a table of docs/results.md; needs `pip install jax optax`; the
+                                               settings are those of `benchmark.py`: rounds=4, precisions=[fp32], ...
 
 The JAX update is ours too, written as their code is organised: one jitted function, a vmap over the critic's members,
 the solver's steps unrolled, the tanh form of GELU, one Adam over everything. Before anything is timed, it must give
@@ -30,7 +31,8 @@ from deflow.types import Batch, Spec
 
 SOLVER_STEPS, LEARNING_RATE, DISCOUNT, TAU, DELTA = 10, 3e-4, 0.99, 0.005, 0.01
 SETTINGS = [f"agent.trust_region={DELTA}", f"agent.critic.discount={DISCOUNT}", "agent.critic.aggregate=mean"]
-STAGES, PRECISIONS = ("joint", "extraction_cached"), ("fp32", "bf16")
+SETTINGS += ["precisions=[fp32,bf16]"]
+STAGES = ("joint", "behavior", "extraction_cached")
 TOLERANCE = 1e-4
 
 Tree = Any  # nested dictionaries and lists of arrays
@@ -160,8 +162,8 @@ def jax_seconds(update: Callable[..., Tree], state: Tree, stream: Iterable[Batch
     return time.perf_counter() - started
 
 
-def main(rounds: int, precisions: Sequence[str]) -> None:
-    settings = [*SETTINGS, f"precisions=[{','.join(precisions)}]"]
+def main(overrides: Sequence[str]) -> None:
+    settings = [*SETTINGS, *overrides]
     with initialize_config_dir(CONFIG_DIR, version_base=None):
         config = compose("benchmark", settings)
         same_activation = compose("benchmark", [*settings, "networks.activation=gelu_tanh"])
@@ -178,25 +180,19 @@ def main(rounds: int, precisions: Sequence[str]) -> None:
     loops: dict[Any, Callable[[], float]] = {"jax": partial(jax_seconds, make_update(optimizer), state, stream)}
     for kind, ours in (("", agent), (", compiled", compiled)):
         of_stages = stage_loops(config, ours, stages)
-        loops |= {(stage + kind, name): of_stages[stage, name] for stage in STAGES for name in precisions}
-    seconds = in_turns(loops, rounds)
+        loops |= {(stage + kind, name): of_stages[stage, name] for stage in STAGES for name in config.precisions}
+    seconds = in_turns(loops, config.rounds)
 
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| updates/s | " + " | ".join(precisions) + " |\n" + "|---" * (1 + len(precisions)) + "|")
-    print(f"| JAX, joint | {config.updates / median(seconds['jax']):.1f} |" + " - |" * (len(precisions) - 1))
+    print("| updates/s | " + " | ".join(config.precisions) + " |\n" + "|---" * (1 + len(config.precisions)) + "|")
+    print(f"| JAX, joint | {config.updates / median(seconds['jax']):.1f} |" + " - |" * (len(config.precisions) - 1))
     for row in (stage + kind for stage in STAGES for kind in ("", ", compiled")):
         cells = []
-        for name in precisions:
+        for name in config.precisions:
             speed, gain = config.updates / median(seconds[row, name]), ratio(seconds["jax"], seconds[row, name])
             cells.append(f"{speed:.1f} ({gain:.2f}x)")
         print(f"| {row} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case []:
-            main(5, PRECISIONS)
-        case [count, *precisions]:
-            main(int(count), precisions or PRECISIONS)
-        case _:
-            sys.exit(__doc__)
+    main(sys.argv[1:])

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from common import LOGS, TASKS, interval, runs, seeds, success_of, task_settings, train_once
+
+from deflow.bare_loop import bfloat16_gain
 
 UPDATES, EVERY = 15_000, 7_500  # of the policy; between evaluations
 
@@ -29,8 +30,8 @@ class Variant(NamedTuple):
     @property
     def script(self) -> str:
         """What trains it here."""
-        has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        return "train.py" if has_bfloat16 or self.precision == "32-true" else "studies/float32_products.py"
+        usual = self.precision == "32-true" or bfloat16_gain() > 1
+        return "train.py" if usual else "studies/float32_products.py"
 
     def __str__(self) -> str:
         proposals = "solved" if self.proposals is None else f"{self.proposals} cached"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deflow.bare_loop import bfloat16_gain
 from deflow.benchmark import _gflop, benchmark, random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
@@ -30,6 +31,7 @@ TINY = [
 def test_every_measurement(tmp_path: Path) -> None:
     out = tmp_path / "benchmark.json"
     small = ["evaluation.one_by_one_episodes=1", "task=pointmaze_medium"]
+    small += ["precisions=[fp32,medium,bf16]"]
     result = run("benchmark.py", *TINY, *small, f"out={out}", "--profile")
     assert result.returncode == 0, result.stderr
     written = json.loads(out.read_text())
@@ -59,8 +61,21 @@ def test_unknown_names_are_refused_before_anything_is_measured(override: str) ->
         benchmark(compose_config(*TINY, override, config_name="benchmark"))
 
 
+@pytest.mark.parametrize(("gain", "measured"), [(0.1, ["fp32", "medium"]), (2.0, ["fp32", "medium", "bf16"])])
+def test_bf16_is_left_out_where_its_products_are_slow(
+    gain: float, measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("deflow.benchmark.bfloat16_gain", lambda: gain)
+    with caplog.at_level("INFO"):
+        result = benchmark(
+            compose_config(*TINY, "measure=[ceiling]", f"out={tmp_path / 'b.json'}", config_name="benchmark")
+        )
+    assert result["precisions"] == list(result["ceiling"]) == measured
+    assert ("bf16 is left out" in caplog.text) == ("bf16" not in measured)
+
+
 def test_ratios(tmp_path: Path) -> None:
-    has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)  # as every CPU with bfloat16 products
+    has_bfloat16 = bfloat16_gain() > 1
     precisions = "[fp32,bf16]" if has_bfloat16 else "[fp32]"
     settings = ["networks.hidden=[256,256,256]", "rounds=5", "updates=8", "threads=1", "agents=[deflow]"]
     settings += ["measure=[updates,lightning]", f"precisions={precisions}"]

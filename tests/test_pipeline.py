@@ -223,7 +223,7 @@ def test_the_faster_precision_is_taken_and_kept(
 ) -> None:
     timings = iter([9.0, 9.0, *[2.0, 1.0] * 4])  # the first round warms up
     monkeypatch.setattr(bare_loop, "bare_seconds", lambda *_: next(timings))
-    monkeypatch.setattr(bare_loop, "product_seconds", lambda dtype: {torch.float32: 4.0, torch.bfloat16: 1.0}[dtype])
+    monkeypatch.setattr(bare_loop, "bfloat16_gain", lambda: 4.0)
     with caplog.at_level("INFO"):
         run(tmp_path, point_data, "trainer.precision=auto")
     assert "precision bf16-mixed: an update in bf16-mixed is 2.00 times as fast" in caplog.text
@@ -235,7 +235,7 @@ def test_the_faster_precision_is_taken_and_kept(
 def test_slow_products_decide_alone(
     point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(bare_loop, "product_seconds", lambda dtype: {torch.float32: 1.0, torch.bfloat16: 4.0}[dtype])
+    monkeypatch.setattr(bare_loop, "bfloat16_gain", lambda: 0.25)
     monkeypatch.delattr(bare_loop, "bare_seconds")
     with caplog.at_level("INFO"):
         run(tmp_path, point_data, "trainer.precision=auto")

@@ -55,7 +55,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
 def faster_precision(agent: Agent, stream: Iterable[Batch]) -> str:
     """`bf16-mixed` if a copy of `agent` passes over `stream` faster in it than in float32, else `32-true`."""
     # A CPU without bfloat16 products would take minutes for the updates: there one product says enough.
-    gain = product_seconds(torch.float32) / product_seconds(torch.bfloat16)
+    gain = bfloat16_gain()
     if gain < 1:
         log.info("precision %s: a product in bfloat16 is %.2f times as fast as in float32 here", FLOAT32, gain)
         return FLOAT32
@@ -69,6 +69,11 @@ def faster_precision(agent: Agent, stream: Iterable[Batch]) -> str:
     chosen = BFLOAT16 if gain > 1 else FLOAT32
     log.info("precision %s: an update in bf16-mixed is %.2f times as fast as in 32-true here", chosen, gain)
     return chosen
+
+
+def bfloat16_gain() -> float:
+    """How many times as fast a product is in bfloat16 as in float32; far below 1 on a CPU without such products."""
+    return product_seconds(torch.float32) / product_seconds(torch.bfloat16)
 
 
 def product_seconds(dtype: torch.dtype, rows: int = 256, width: int = 512, repeats: int = 10) -> float:
