@@ -19,6 +19,10 @@ from deflow.types import Batch, Metrics, Spec
 
 Loss = tuple[str, Tensor, Metrics]
 
+# Left alone, torch.compile's C++ computes a GELU anew in each pass of the layer normalisation over it; with this option
+# it keeps what took so many operations. Code for a GPU, which is another, keeps the defaults.
+COMPILED_FOR_CPU: dict[str, Any] = {"realize_opcount_threshold": 4}
+
 
 class Agent(LightningModule, ABC):
     """The outer LightningModule. An algorithm subclasses it and writes `losses` and `act`.
@@ -149,7 +153,12 @@ class Agent(LightningModule, ABC):
 
     def compile_losses(self) -> None:
         """Let torch.compile fuse what `terms` and its gradient are made of; every stage compiles once, at its start."""
-        self._list_losses = torch.compile(_list_losses)
+        on_cpu, elsewhere = torch.compile(_list_losses, options=COMPILED_FOR_CPU), torch.compile(_list_losses)
+
+        def compiled(agent: Agent, batch: Batch, noise: Any) -> list[Loss]:
+            return (on_cpu if batch.rewards.is_cpu else elsewhere)(agent, batch, noise)
+
+        self._list_losses = compiled
 
     # What Lightning calls.
 
