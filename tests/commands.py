@@ -12,18 +12,18 @@ from tests.conftest import TINY
 ROOT = Path(__file__).parents[1]
 
 
-def start(script: str, *overrides: str) -> subprocess.Popen[str]:
-    """Start a command of the project."""
+def start(script: str, *overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    """Start a command of the project in the folder `cwd`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *overrides]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def run(script: str, *overrides: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    """Run a command of the project to its end."""
-    process = start(script, *overrides)
+def run(script: str, *overrides: str, cwd: Path = ROOT, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project to its end, in the folder `cwd`."""
+    process = start(script, *overrides, cwd=cwd)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:

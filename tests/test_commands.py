@@ -54,6 +54,12 @@ def test_errors_are_one_line(script: str, arguments: list[str], says: str, tmp_p
     assert not (ROOT / "nowhere").exists()
 
 
+def test_a_command_that_is_not_a_run_leaves_no_log_file(tmp_path: Path) -> None:
+    result = run("benchmark.py", "measure=[]", "precisions=[fp32]", "out=benchmark.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
+
+
 def test_kill_and_resume(point_data: Path, tmp_path: Path) -> None:
     settings = ["updates=300", "eval.every=100", "checkpoint_every=10", "stages=staged", "validate_every=100"]
     whole = run("train.py", *tiny_overrides(point_data, tmp_path / "whole", *settings))
