@@ -30,8 +30,12 @@ from deflow.config import CONFIG_DIR
 from deflow.types import Batch, Spec
 
 SOLVER_STEPS, LEARNING_RATE, DISCOUNT, TAU, DELTA = 10, 3e-4, 0.99, 0.005, 0.01
-SETTINGS = [f"agent.trust_region={DELTA}", f"agent.critic.discount={DISCOUNT}", "agent.critic.aggregate=mean"]
-SETTINGS += ["precisions=[fp32,bf16]"]
+SETTINGS = [
+    f"agent.trust_region={DELTA}",
+    f"agent.critic.discount={DISCOUNT}",
+    "agent.critic.aggregate=mean",
+    "precisions=[fp32,bf16]",
+]
 STAGES = ("joint", "behavior", "extraction_cached")
 TOLERANCE = 1e-4
 

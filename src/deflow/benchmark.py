@@ -71,8 +71,6 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.precisions is None:
-        config.precisions = worthwhile_precisions()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     spec = Spec(config.observation_dim, config.action_dim)
     agents = {name: make_agent(config, name, spec) for name in config.agents}
@@ -80,7 +78,6 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "hidden": list(config.networks.hidden),
         "batch_size": config.batch_size,
-        "precisions": list(config.precisions),
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
         "lightning": version("lightning"),
@@ -98,8 +95,11 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         "startup": lambda: startup(),
     }
     for setting, known in (("measure", measurements), ("precisions", PRECISIONS)):
-        if unknown := sorted(set(config[setting]) - set(known)):
+        if unknown := sorted(set(config[setting] or ()) - set(known)):
             raise UserError(f"{setting} has unknown {', '.join(unknown)}: choose among {', '.join(known)}")
+    if config.precisions is None:
+        config.precisions = worthwhile_precisions()
+    result["precisions"] = list(config.precisions)
     for name in config.measure:
         result[name] = measurements[name]()
     result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
