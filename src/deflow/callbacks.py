@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,17 +13,21 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from deflow import distributed, signals
 from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.online import OnlineStream
+from deflow.signals import Stopped
 
 LAST = "last.ckpt"
 FINAL = "final.ckpt"
+
+AGREE_EVERY = 10  # updates after which several processes ask each other whether one of them was asked to stop
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -37,45 +42,103 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"cannot write {target}: {error.strerror}; the checkpoint before it is whole") from error
 
 
-class StageCheckpoint(ModelCheckpoint):
-    """`last.ckpt` every `every` updates of a stage; `card` (plain values) goes into each checkpoint."""
+class BetweenUpdates(Callback):
+    """What is due between two updates: evaluation, checkpoint, and the end of a run that was asked to stop.
 
-    def __init__(self, folder: Path, every: int, card: dict[str, Any]) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename=LAST.removesuffix(".ckpt"),
-            every_n_train_steps=every,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
-        self.card = card
+    Everything of the update before is then done and logged, and nothing of the next has begun, so `metrics.csv` holds
+    all that comes before a checkpoint, whenever a kill comes. Lightning has no hook there (its last one comes before
+    the log row and the validation), so the stream of batches calls this object when the next batch is asked for.
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["deflow"] = self.card
+    At the end of the stage `final.ckpt` is written, and then the last evaluation made: an evaluation that a kill cut
+    off is made up for when the run goes on.
 
-
-class PeriodicEvaluation(Callback):
-    """Calls `evaluate` every `every` updates of a stage and at its end, and logs the numbers it gives.
-
-    Runs before checkpoints are written, so that a checkpoint never lacks the
-    evaluation of its step.
+    Args:
+        folder: of the stage's checkpoints.
+        checkpoint_every: updates between checkpoints.
+        card: plain values that go into each checkpoint.
+        finish: what else is written before `final.ckpt`; gives what goes into it beside `card`.
+        clock: stands still meanwhile.
+        evaluate: gives the numbers of an evaluation; None: the stage is not evaluated.
+        evaluate_every: updates between evaluations.
+        evaluated: whether the evaluation at a step of the run is in the log.
     """
 
-    def __init__(self, evaluate: Callable[[], dict[str, float]], every: int) -> None:
-        self.evaluate, self.every = evaluate, every
-        self.seconds = 0.0
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint_every: int,
+        card: Callable[[], dict[str, Any]],
+        finish: Callable[[], dict[str, Any]],
+        clock: StageClock,
+        evaluate: Callable[[], dict[str, float]] | None,
+        evaluate_every: int,
+        evaluated: Callable[[int], bool],
     ) -> None:
-        assert isinstance(pl_module, Agent)
-        if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
+        self._folder, self._checkpoint_every = folder, checkpoint_every
+        self._card, self._finish, self._clock = card, finish, clock
+        self._evaluate, self._evaluate_every, self._evaluated = evaluate, evaluate_every, evaluated
+        self._final: dict[str, Any] = {}
+        self._trainer: Trainer | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = trainer
+        signals.take_over()
+        if trainer.global_step:  # of a run that goes on: an evaluation may have been cut off
+            self._evaluate_if_due()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Lightning's own count, by which it logs, is one too high after a checkpoint that followed a validation.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def __call__(self) -> None:
+        assert self._trainer is not None
+        step = self._trainer.global_step
+        stop = _asked_to_stop(step)
+        if stop is None:
+            try:
+                self._evaluate_if_due()
+            except Stopped as stopped:
+                stop = stopped.number
+        if stop is not None or step % self._checkpoint_every == 0:
+            self._clock.pause()
+            self._trainer.save_checkpoint(self._folder / LAST)
+        if stop is not None:
+            raise Stopped(stop)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.pause()
+        self._final = self._finish()
+        trainer.save_checkpoint(self._folder / FINAL)
+        self._evaluate_if_due()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["deflow"] = self._card() | self._final
+
+    def _evaluate_if_due(self) -> None:
+        trainer = self._trainer
+        assert trainer is not None
+        due = trainer.global_step % self._evaluate_every == 0 or trainer.global_step == trainer.max_steps
+        if self._evaluate is None or not due:
             return
-        started = time.perf_counter()
-        metrics = {f"eval/{key}": value for key, value in self.evaluate().items()}
+        agent = trainer.lightning_module
+        assert isinstance(agent, Agent)
+        if distributed.of_main_process(self._evaluated(agent.run_step)):
+            return
+        self._clock.pause()
+        # With several processes none may leave: the others would wait for its episodes.
+        with signals.prompt() if distributed.world_size() == 1 else nullcontext():
+            metrics = self._evaluate()
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=pl_module.run_step)
-        self.seconds += time.perf_counter() - started
+            logger.log_metrics(metrics, step=agent.run_step)
+
+
+def _asked_to_stop(step: int) -> int | None:
+    """The signal that any of the processes has got; several of them ask each other now and then only."""
+    if distributed.world_size() == 1:
+        return signals.pending()
+    if step % AGREE_EVERY:
+        return None
+    return max((number for number in distributed.gather_objects(signals.pending()) if number is not None), default=None)
 
 
 class OnlineProgress(Callback):
@@ -110,7 +173,7 @@ class OnlineProgress(Callback):
 
 
 class StageClock(Callback):
-    """Seconds spent on updates, validation left out; updates done in this process."""
+    """Seconds spent on updates alone; updates done in this process."""
 
     def __init__(self) -> None:
         self.seconds, self.updates = 0.0, 0
@@ -129,12 +192,13 @@ class StageClock(Callback):
             self.first_update_at = time.time()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
+        self.pause()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
+        self.pause()
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
+        """Stand still until the next update."""
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
             self._since = None

@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -21,32 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deflow.errors import UserError
+from deflow.run_folder import new_run_folder
+from deflow.signals import Stopped, end_with_parent, listening
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"  # the resolved configuration in a run's folder
 CONFIG_DIR = str(Path(__file__).resolve().parents[2] / "configs")
-
-
-def new_run_folder(root: str, name: str, resume: str | None) -> str:
-    """`root/name/date_time`, made here so that no other run takes it, with a number behind it if one has; or `resume`.
-
-    Raises:
-        UserError: if `resume` is not a run.
-    """
-    if resume is not None:
-        if not (Path(resume) / CONFIG_FILE).is_file():  # before Hydra makes a folder of that name
-            raise UserError(f"{resume} is not a run to resume: it has no {CONFIG_FILE}")
-        return resume
-    folder = Path(root) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    mine, number = folder, 1
-    while True:
-        try:
-            mine.mkdir(parents=True)
-            return str(mine)
-        except FileExistsError:  # of a run that began in the same second, perhaps at this very moment
-            number += 1
-            mine = folder.with_name(f"{folder.name}-{number}")
 
 
 OmegaConf.register_new_resolver("run_folder", new_run_folder, use_cache=True, replace=True)
@@ -70,7 +49,9 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
             sys.argv[1:] = [re.sub(r"^agent\.(\w+)=(?=[a-z]\w*$)", _as_group, argument) for argument in sys.argv[1:]]
             # Hydra prints its errors over many lines unless it is told to raise them.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-            with _errors_in_one_line():
+            if "LOCAL_RANK" in os.environ:  # a process of several, started by Lightning or torchrun
+                end_with_parent()
+            with _errors_in_one_line(), listening():
                 composed()
 
         return command
@@ -93,8 +74,13 @@ def _errors_in_one_line() -> Iterator[None]:
             cause = cause.__cause__
         print(f"error: {_one_line(cause or error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Stopped as stop:
+        from deflow.distributed import is_main_process
+
+        if not is_main_process():
+            sys.exit(0)  # Lightning takes any other status of a rank for a fault, and kills the main process
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
 
 
 def _one_line(error: BaseException) -> str:

@@ -40,3 +40,8 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def of_main_process(value: Any) -> Any:
+    """The main process's value, on every rank."""
+    return gather_objects(value)[0]

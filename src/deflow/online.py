@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,11 @@ from deflow.data.replay import Replay
 from deflow.data.source import Source
 from deflow.data.transitions import ACTION_BOUND, Transitions, returns_to_go
 from deflow.errors import UserError
-from deflow.evaluation.rollout import Episode, Seat, decide, take_seat
+from deflow.evaluation.rollout import Episode, Seat, decide, draw_noise, take_seat
 from deflow.seeding import fold_seed, torch_generator
 from deflow.types import Batch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,9 +50,15 @@ class _Player:
     """A seat in an environment, with the transitions of its episode that are under way or not yet given."""
 
     seat: Seat
+    plans: list[np.ndarray] = field(default_factory=list)  # decided in this episode, each (horizon, action_dim)
     windows: list[_Window] = field(default_factory=list)
     ended: list[_Ended] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+
+    def begin_window(self) -> None:
+        """Begin a transition with the plan that was just decided."""
+        self.plans.append(np.stack(self.seat.plan))
+        self.windows.append(_Window(self.seat.observation, np.concatenate(self.seat.plan), start=len(self.rewards)))
 
 
 class Collector:
@@ -95,20 +104,41 @@ class Collector:
         deciding = [player for player in self._players if not player.seat.plan]
         decide(self._agent, [player.seat for player in deciding])
         for player in deciding:
-            plan = np.concatenate(player.seat.plan)
-            player.windows.append(_Window(player.seat.observation, plan, start=len(player.rewards)))
+            player.begin_window()
         finished = [transition for player in self._players for transition in self._step(player)]
         return _batch(finished, self._agent)
 
-    def restart(self) -> Batch:
-        """Cut the episodes under way, as a time limit does; the transitions that end by it. New ones begin next."""
-        finished: list[_Ended] = []
-        for player in self._players:
-            if self._agent.spec.horizon == 1:  # a chunk that is cut was not executed: it is no transition
-                player.ended += [(w, w.discount / self._discount, player.seat.observation) for w in player.windows]
-            finished += self._take(player, terminated=False)
-        self._players = []
-        return _batch(finished, self._agent)
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs: the counts, and of each episode under way its number and its decisions."""
+        return {
+            "episodes": self.episodes,
+            "finished": [[e.index, e.success, e.episode_return, e.length] for e in self.finished],
+            "players": [_under_way(player) for player in self._players],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the checkpoint was made, by playing the episodes under way again up to there.
+
+        An environment that does not come out where it was (it is not the same for the same seed and actions) begins a
+        new episode, which is said.
+        """
+        self.episodes = state["episodes"]
+        self._players = [self._play_again(env, of) for env, of in zip(self._envs, state["players"], strict=False)]
+        self.finished = [Episode(*values) for values in state["finished"]]
+
+    def _play_again(self, env: gymnasium.Env, state: dict[str, Any]) -> _Player:
+        player = _Player(self._seat(env, state["episode"]))
+        seat = player.seat
+        for plan in state["plans"].numpy():
+            draw_noise(self._agent, seat)  # as the decision did
+            seat.plan.extend(plan)
+            player.begin_window()
+            while seat.plan and player.seat is seat and len(player.rewards) < state["steps"]:
+                self._step(player)  # its transitions are in the replay
+        if player.seat is seat and np.array_equal(seat.observation, state["observation"].numpy()):
+            return player
+        log.warning("episode %d did not come out where it was: a new one takes its place", state["episode"])
+        return _Player(self._next_seat(env))
 
     def close(self) -> None:
         """Close the environments."""
@@ -117,7 +147,10 @@ class Collector:
 
     def _next_seat(self, env: gymnasium.Env) -> Seat:
         self.episodes += 1
-        return take_seat(env, fold_seed(self._seed, "online", distributed.rank()), self.episodes)
+        return self._seat(env, self.episodes)
+
+    def _seat(self, env: gymnasium.Env, episode: int) -> Seat:
+        return take_seat(env, fold_seed(self._seed, "online", distributed.rank()), episode)
 
     def _step(self, player: _Player) -> list[_Ended]:
         """Step one environment; the transitions that can be given."""
@@ -141,7 +174,7 @@ class Collector:
         if over:
             seat.episode.success = float(info.get("success", 0.0))
             self.finished.append(seat.episode)
-            player.seat, player.rewards = self._next_seat(seat.env), []
+            player.seat, player.plans, player.rewards = self._next_seat(seat.env), [], []
         return finished
 
     def _take(self, player: _Player, terminated: bool) -> list[_Ended]:
@@ -155,6 +188,16 @@ class Collector:
             for window, _, _ in ended:
                 window.return_to_go = returns[window.start]
         return ended
+
+
+def _under_way(player: _Player) -> dict[str, Any]:
+    """An episode in plain values, from which it can be played again."""
+    return {
+        "episode": player.seat.episode.index,
+        "steps": len(player.rewards),
+        "plans": torch.from_numpy(np.array(player.plans, np.float32)),
+        "observation": torch.from_numpy(np.array(player.seat.observation)),
+    }
 
 
 def _batch(transitions: list[_Ended], agent: Agent) -> Batch:
@@ -180,8 +223,8 @@ def _batch(transitions: list[_Ended], agent: Agent) -> Batch:
 class OnlineStream(IterableDataset):
     """Batches of an online stage: before each, the steps in the environment that are due; then a draw from the replay.
 
-    A checkpoint holds how many transitions and episodes there were. Making one cuts the episodes under way, so that a
-    resumed run, which must begin new ones, goes on to the same bits as one that was never stopped.
+    A checkpoint holds how many transitions there were, and the decisions of the episodes under way. A resumed run plays
+    these again, so that it goes on to the same bits as one that was never stopped.
 
     Args:
         collector: plays.
@@ -222,7 +265,8 @@ class OnlineStream(IterableDataset):
         self._seed_parts = seed_parts
         self._n_step, self._discount, self._horizon = n_step, discount, horizon
         self._crop_probability = crop_probability
-        self._first, self._batch_size, self._added = 0, 1, 0
+        self._first, self._batch_size = 0, 1
+        self._added, self._drawn = 0, (0, 0)  # those of the checkpoint
         self.replay: Replay | None = None
 
     @classmethod
@@ -267,6 +311,7 @@ class OnlineStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         self.replay = self._make_replay(self._added)
+        self.replay.drawn, self.replay.drawn_new = self._drawn
         for number in range(self._first, self.last):
             for _ in range(self.rounds(number) - self.rounds(number - 1)):
                 self.replay.add(self.collector.step())
@@ -280,15 +325,15 @@ class OnlineStream(IterableDataset):
         environments = self.collector.num_envs * distributed.world_size()
         return 0 if number < 0 else int(number / (self._updates_per_step * environments)) + 1
 
-    def state_dict(self) -> dict[str, int]:
-        """What `load_state_dict` needs; cuts the episodes under way."""
-        cut = self.collector.restart()
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs, in plain values."""
+        drawn = (0, 0)
         if self.replay is not None:
-            self.replay.add(cut)
             self.replay.flush()
-            self._added = self.replay.added
-        return {"added": self._added, "episodes": self.collector.episodes}
+            self._added, drawn = self.replay.added, (self.replay.drawn, self.replay.drawn_new)
+        return {"added": self._added, "drawn": drawn, "collector": self.collector.state_dict()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the checkpoint was made."""
-        self._added, self.collector.episodes = state["added"], state["episodes"]
+        self._added, self._drawn = state["added"], state["drawn"]
+        self.collector.load_state_dict(state["collector"])

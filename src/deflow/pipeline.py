@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
@@ -16,7 +17,7 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, OmegaConf
 
-from deflow import report
+from deflow import report, signals
 from deflow.agents.base import Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.bare_loop import faster_precision
@@ -25,15 +26,14 @@ from deflow.callbacks import (
     FINAL,
     LAST,
     AtomicCheckpointIO,
+    BetweenUpdates,
     OnlineProgress,
-    PeriodicEvaluation,
-    StageCheckpoint,
     StageClock,
     StageProgress,
     SystemMetrics,
 )
 from deflow.checkpoints import agent_of, load_checkpoint, load_weights
-from deflow.config import CONFIG_FILE, check, plain
+from deflow.config import check, plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.proposals import ProposalCache
 from deflow.data.source import Source
@@ -42,12 +42,14 @@ from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions
 from deflow.evaluation.latency import latency
-from deflow.evaluation.rollout import Episode, Evaluator
+from deflow.evaluation.rollout import Episode, Evaluator, load_episodes, save_episodes
 from deflow.evaluation.statistics import summarise
 from deflow.files import replacing
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import OnlineStream
+from deflow.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, REPLAY, SUMMARY_FILE, RunFolder
+from deflow.signals import Stopped
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ LIGHTNING_WARNINGS = (
     ".*exists and is not empty",
     r".*isinstance\(treespec, LeafSpec\)",
 )
+
+EPISODES_FILE = "episodes.json"  # of the last evaluation
 
 TIMED_UPDATES = 4  # of each round in which `trainer.precision=auto` compares
 
@@ -79,9 +83,11 @@ class Run:
     evaluator: Evaluator | None  # None: the data have no environment
     loggers: list[Any]
     metrics: CsvMetrics
+    seconds_before: float = 0.0  # spent on the run by the processes before this one
+    started: float = field(default_factory=time.perf_counter)
     first_update_at: float | None = None  # seconds since the epoch
     stage_speed: dict[str, float] = field(default_factory=dict)
-    episodes: list[Episode] = field(default_factory=list)
+    episodes: list[Episode] = field(default_factory=list)  # of the last evaluation
 
     @property
     def agent(self) -> Agent:
@@ -89,9 +95,15 @@ class Run:
         return self.agents[0]
 
     @property
+    def seconds(self) -> float:
+        """Spent on the run so far; what a kill undid is not counted."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
     def card(self) -> dict[str, Any]:
         """What a checkpoint says of itself, in plain values."""
-        return {"config": plain(self.config), "task": self.data.source.task, "spec": list(self.agent.spec)}
+        of_task = {"task": self.data.source.task, "spec": list(self.agent.spec)}
+        return {"config": plain(self.config), "seconds": self.seconds} | of_task
 
 
 def train(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -103,27 +115,39 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for whatever the user can mend; a new run that fails before its first update leaves no folder.
     """
-    started = time.perf_counter()
     resume = config.resume is not None
+    if resume and (folder / SUMMARY_FILE).exists():
+        return _show(folder)
     if resume:
         config = cast(DictConfig, OmegaConf.load(folder / CONFIG_FILE))
-    try:
-        run = prepare(config, folder, resume)
-    except BaseException:  # Hydra wraps what a component raises
-        if not resume and is_main_process():
-            _discard(folder)
-        raise
-    first_step = 0
-    for number, (name, stage) in enumerate(config.stages.items()):
-        run_stage(run, str(name), stage, folder / "checkpoints" / f"{number}_{name}", first_step)
-        first_step += stage.steps
-    if run.evaluator is not None:
-        run.evaluator.close()
-    return finish(run, time.perf_counter() - started)
+    with RunFolder(folder, resume) as held:
+        run = None
+        try:
+            run = prepare(config, folder, resume)
+            run_stages(run)
+            return finish(run)
+        except BaseException as error:
+            nothing_done = not resume and (run is None or run.first_update_at is None)
+            if nothing_done:
+                held.discard()
+            if isinstance(error, Stopped):
+                error.advice = (
+                    "before the first update" if nothing_done else f"go on by python train.py resume={folder}"
+                )
+            raise
+        return finish(run)
+
+
+def _show(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run, on the terminal too."""
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    report.print_table(summary, folder)
+    return summary
 
 
 def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     """Build every component; whatever is wrong with the configuration, the data or the tracker is said here."""
+    started = time.perf_counter()
     check(config)
     seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
@@ -156,8 +180,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if source.has_env:
         evaluator = Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = CsvMetrics(folder / "metrics.csv", last_step=_saved_step(config, folder) if resume else 0)
+    last_step, seconds_before = _saved(config, folder) if resume else (0, 0.0)
+    metrics = CsvMetrics(folder / METRICS_FILE, last_step)
     tracker = instantiate(config.logger, _partial_=True)(run_dir=str(folder))
     if not resume and is_main_process():
         with replacing(folder / CONFIG_FILE) as part:
@@ -166,7 +190,13 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if not resume:
         for logger in loggers:
             logger.log_hyperparams(plain(config))
-    return Run(folder, config, resume, agents, agent, data, evaluator, loggers, metrics)
+    episodes = load_episodes(folder / EPISODES_FILE) if resume else []
+    return Run(
+        *(folder, config, resume, agents, agent, data, evaluator, loggers, metrics),
+        seconds_before=seconds_before,
+        started=started,
+        episodes=episodes,
+    )
 
 
 def _build_agents(config: DictConfig, spec: Spec) -> tuple[list[Agent], Agent]:
@@ -179,57 +209,91 @@ def _build_agents(config: DictConfig, spec: Spec) -> tuple[list[Agent], Agent]:
     return agents, agents[0] if len(agents) == 1 else SeedStack(agents)
 
 
+def run_stages(run: Run) -> None:
+    """Train every stage that is not done yet."""
+    first_step = 0
+    for number, (name, stage) in enumerate(run.config.stages.items()):
+        run_stage(run, str(name), stage, run.folder / CHECKPOINTS / f"{number}_{name}", first_step)
+        first_step += stage.steps
+    if run.evaluator is not None:
+        run.evaluator.close()
+
+
 def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:
     """Train one stage, or load its result if it is done."""
-    final = checkpoints / FINAL
-    if run.resume and final.exists():
-        card = load_checkpoint(final)
-        run.module.load_state_dict(card["state_dict"])
-        run.module.keep_moments(card)
-        run.stage_speed[name] = card["deflow"]["updates_per_second"]
+    if run.resume and (checkpoints / FINAL).exists():
+        _load_stage(run, name, stage, checkpoints / FINAL, first_step)
         return
     decay = stage.steps if stage.get("cosine_decay") else None
     run.module.begin_stage(name, stage.train, first_step, stage.get("freeze", ()), stage.get("lr"), decay)
     online = _online(run, name, stage)
-    run.data.begin_stage(name, stage.steps, _proposals(run, stage), online)
     clock = StageClock()
-    checkpoint = StageCheckpoint(checkpoints, run.config.checkpoint_every, run.card)
-    callbacks: list[Callback] = [clock, StageProgress(name), checkpoint]
-    evaluation = None
-    if run.evaluator is not None and stage.get("evaluate", True):
-        evaluation = PeriodicEvaluation(lambda: _evaluate(run), run.config.eval.every)
-        callbacks.insert(1, evaluation)  # before the checkpoint of the same step
+
+    def finish_stage() -> dict[str, Any]:
+        run.stage_speed[name] = clock.updates / max(clock.seconds, 1e-9)
+        if len(run.agents) > 1:
+            _save_each(run, checkpoints)
+        return {"updates_per_second": run.stage_speed[name]}
+
+    between_updates = BetweenUpdates(
+        checkpoints,
+        run.config.checkpoint_every,
+        card=lambda: run.card,
+        finish=finish_stage,
+        clock=clock,
+        evaluate=(lambda: _evaluate(run, run.module.run_step)) if _is_evaluated(run, stage) else None,
+        evaluate_every=run.config.eval.every,
+        evaluated=lambda step: _has_evaluation(run, step),
+    )
+    callbacks: list[Callback] = [clock, StageProgress(name), between_updates]
     if online is not None:
         callbacks.insert(0, OnlineProgress(online))
     callbacks += [SystemMetrics(logger) for logger in run.loggers if isinstance(logger, MLFlowLogger)]
+    run.data.begin_stage(name, stage.steps, _proposals(run, stage), online, between_updates)
     trainer: Trainer = instantiate(run.config.trainer, _partial_=True)(
         max_steps=stage.steps,
         logger=run.loggers,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,  # Lightning's own way, see BetweenUpdates
         val_check_interval=min(run.config.validate_every, stage.steps),
     )
     last = checkpoints / LAST
     resuming = run.resume and last.exists()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), signals.patient():
             for message in LIGHTNING_WARNINGS:
                 warnings.filterwarnings("ignore", message)
-            trainer.fit(run.module, run.data, ckpt_path=str(last) if resuming else None)
+            trainer.fit(run.module, run.data, ckpt_path=str(last) if resuming else None, weights_only=True)
     except NonFiniteLossError as error:
         kept = f"last good checkpoint: {last}" if last.exists() else "no checkpoint had been written yet"
         raise NonFiniteLossError(f"{error}; {kept}") from error
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    finally:
+        run.first_update_at = run.first_update_at or clock.first_update_at
     if online is not None:
         online.collector.close()
-    run.first_update_at = run.first_update_at or clock.first_update_at
-    run.stage_speed[name] = clock.updates / max(clock.seconds - (evaluation.seconds if evaluation else 0), 1e-9)
-    checkpoint.card = run.card | {"updates_per_second": run.stage_speed[name]}
-    if len(run.agents) > 1:
-        _save_each(run, checkpoints)
-    trainer.save_checkpoint(final)
     run.module.keep_moments({"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]})
+
+
+def _load_stage(run: Run, name: str, stage: DictConfig, final: Path, first_step: int) -> None:
+    """Take the result of a stage that is done, and make up for its last evaluation if a kill cut it off."""
+    checkpoint = load_checkpoint(final)
+    run.module.load_state_dict(checkpoint["state_dict"])
+    run.module.keep_moments(checkpoint)
+    run.stage_speed[name] = checkpoint["deflow"]["updates_per_second"]
+    end = first_step + stage.steps
+    if _is_evaluated(run, stage) and not _has_evaluation(run, end):
+        metrics = _evaluate(run, end)
+        for logger in run.loggers:
+            logger.log_metrics(metrics, step=end)
+
+
+def _is_evaluated(run: Run, stage: DictConfig) -> bool:
+    return run.evaluator is not None and stage.get("evaluate", True)
+
+
+def _has_evaluation(run: Run, step: int) -> bool:
+    return any(row["step"] == step and "eval/success" in row for row in run.metrics.rows)
 
 
 def _save_each(run: Run, checkpoints: Path) -> None:
@@ -267,7 +331,7 @@ def _online(run: Run, name: str, stage: DictConfig) -> OnlineStream | None:
         run.agent,
         data.source,
         data.transitions,
-        folder=run.folder / "replay",
+        folder=run.folder / REPLAY,
         stage=name,
         updates=stage.steps,
         seed=run.config.seed,
@@ -278,8 +342,8 @@ def _online(run: Run, name: str, stage: DictConfig) -> OnlineStream | None:
     )
 
 
-def finish(run: Run, seconds: float) -> dict[str, Any]:
-    """Write `summary.json` and `report.png`, record the video, show the table, hand all of it to the tracker."""
+def finish(run: Run) -> dict[str, Any]:
+    """Draw `report.png`, record the video, hand it all to the tracker, show the table; last, write `summary.json`."""
     summary = report.summarise_run(
         run.metrics.rows,
         config=plain(run.config),
@@ -287,7 +351,7 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
         protocol=run.data.source.protocol(),
         task=run.data.source.task,
         stage_speed=run.stage_speed,
-        seconds=seconds,
+        seconds=run.seconds,
     )
     if run.first_update_at is not None:
         summary["seconds_to_first_update"] = run.first_update_at - psutil.Process().create_time()
@@ -296,15 +360,16 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
     if run.config.diversity.states and run.agent.spec.image is None:  # distances between images say little
         _measure_diversity(run, summary)
     report.draw(run.metrics.rows, run.episodes, run.folder / "report.png", plain(run.config), run.data.source.task)
-    report.write_json(run.folder / "summary.json", summary)
     if run.config.video.episodes and run.evaluator is not None:
         _record(run)
     for logger in run.loggers:
         if isinstance(logger, MLFlowLogger):
-            for name in (CONFIG_FILE, "summary.json", "report.png", "actions.png"):
+            logger.experiment.log_dict(logger.run_id, summary, SUMMARY_FILE)
+            for name in (CONFIG_FILE, "report.png", "actions.png"):
                 if (run.folder / name).exists():
                     logger.experiment.log_artifact(logger.run_id, str(run.folder / name))
     report.print_table(summary, run.folder)
+    report.write_json(run.folder / SUMMARY_FILE, summary)
     return summary
 
 
@@ -361,8 +426,12 @@ def _record(run: Run) -> None:
         log.warning("%s", error)
 
 
-def _evaluate(run: Run) -> dict[str, float]:
-    """Play every seed's policy and remember the episodes for the report; what they came to, all and of each seed."""
+def _evaluate(run: Run, step: int) -> dict[str, float]:
+    """Play every seed's policy after `step` updates of the run and keep the episodes for the report.
+
+    Returns:
+        What the episodes came to, all and of each seed, as it is logged.
+    """
     assert run.evaluator is not None
     played = [run.evaluator.run(agent) for agent in run.agents]
     run.episodes = [episode for episodes in played for episode in episodes]
@@ -371,30 +440,22 @@ def _evaluate(run: Run) -> dict[str, float]:
         for seed, episodes in zip(run.data.seeds, played, strict=True):
             result[f"success/seed_{seed}"] = summarise(episodes, run.data.source.score)["success"]
     if is_main_process():
-        step, episodes_played = run.module.run_step, len(run.episodes)
-        log.info("update %d: success %.2f over %d episodes", step, result["success"], episodes_played)
-    return result
+        save_episodes(run.episodes, run.folder / EPISODES_FILE)
+        log.info("update %d: success %.2f over %d episodes", step, result["success"], len(run.episodes))
+    return {f"eval/{key}": value for key, value in result.items()}
 
 
-def _saved_step(config: DictConfig, folder: Path) -> int:
-    """Updates of the whole run at its newest checkpoint."""
-    step = 0
-    for number, (name, stage) in enumerate(config.stages.items()):
-        checkpoints = folder / "checkpoints" / f"{number}_{name}"
-        if (checkpoints / FINAL).exists():
-            step += stage.steps
-        elif (checkpoints / LAST).exists():
-            return step + int(load_checkpoint(checkpoints / LAST)["global_step"])
-        else:
+def _saved(config: DictConfig, folder: Path) -> tuple[int, float]:
+    """Updates of the whole run at its newest checkpoint, and the seconds that they took."""
+    step, seconds = 0, 0.0
+    for number, name in enumerate(config.stages):
+        checkpoints = folder / CHECKPOINTS / f"{number}_{name}"
+        final, last = checkpoints / FINAL, checkpoints / LAST
+        if not (final.exists() or last.exists()):
             break
-    return step
-
-
-def _discard(folder: Path) -> None:
-    """Remove a run's folder that holds nothing but Hydra's empty log."""
-    if folder.is_dir() and not (folder / "checkpoints").exists():
-        for file in folder.iterdir():
-            if file.is_file():
-                file.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        checkpoint = load_checkpoint(final if final.exists() else last)
+        step += int(checkpoint["global_step"])
+        seconds = checkpoint["deflow"].get("seconds", 0.0)  # older ones do not say
+        if not final.exists():
+            break
+    return step, seconds

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, Protocol, cast
 
 import torch
 from lightning import LightningDataModule
@@ -90,15 +90,30 @@ class SeedStream(IterableDataset):
             yield stack(batches)
 
 
+class PacedStream(IterableDataset):
+    """A stream that calls `between` whenever, after its first, the next batch is asked for."""
+
+    def __init__(self, stream: IterableDataset, between: Callable[[], None]) -> None:
+        self._stream, self._between = stream, between
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self._stream))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._stream:
+            yield batch
+            self._between()
+
+
 class OnlineBatches(Protocol):
     """Batches that partly come from the environment, and so have a state; see `deflow.online`."""
 
     def start_at(self, first: int, batch_size: int) -> IterableDataset:
         """The stream from batch `first` on, `batch_size` transitions each."""
 
-    def state_dict(self) -> dict[str, int]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class OfflineDataModule(LightningDataModule):
@@ -176,9 +191,19 @@ class OfflineDataModule(LightningDataModule):
         steps: int,
         proposals: Sequence[ProposalCache] | None = None,
         online: OnlineBatches | None = None,
+        between_updates: Callable[[], None] = lambda: None,
     ) -> None:
-        """What the next `fit` draws: `steps` batches of the data, with each seed's proposals, or `online`'s."""
+        """What the next `fit` draws.
+
+        Args:
+            name: of the stage.
+            steps: batches.
+            proposals: each seed's, which come with the batches.
+            online: gives the batches instead of the data.
+            between_updates: called between any two batches.
+        """
         self._stage, self._steps, self._proposals, self._online = name, steps, proposals, online
+        self._between_updates = between_updates
 
     def state_dict(self) -> dict[str, Any]:
         """What an online stage needs to go on, of every rank; nothing else has a state."""
@@ -191,10 +216,13 @@ class OfflineDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.transitions is not None
         first = self.trainer.global_step if self.trainer is not None else 0
+        stream: IterableDataset
         if self._online is not None:
-            return DataLoader(self._online.start_at(first, self._rank_batch_size()), batch_size=None)
-        stream = self._stream(self.transitions, first, self._steps, self._stage, self._proposals, self.crop_probability)
-        return DataLoader(stream, batch_size=None)
+            stream = self._online.start_at(first, self._rank_batch_size())
+        else:
+            draw = self._steps, self._stage, self._proposals, self.crop_probability
+            stream = self._stream(self.transitions, first, *draw)
+        return DataLoader(PacedStream(stream, self._between_updates), batch_size=None)
 
     def sample_stream(self, steps: int) -> BatchStream | SeedStream:
         """A few batches of the data, for whoever wants to time an update."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -17,6 +19,7 @@ from deflow import distributed
 from deflow.agents.base import Agent
 from deflow.envs.ogbench import seeded_reset
 from deflow.errors import UserError
+from deflow.files import replacing
 from deflow.seeding import fold_seed
 
 
@@ -32,6 +35,17 @@ class Episode:
     episode_return: float = 0.0
     length: int = 0
     path: list[tuple[float, float]] = field(default_factory=list)
+
+
+def save_episodes(episodes: Sequence[Episode], path: Path) -> None:
+    """Write what the episodes came to, with their paths, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps([asdict(episode) for episode in episodes]))
+
+
+def load_episodes(path: Path) -> list[Episode]:
+    """What `save_episodes` wrote; none if there is no such file."""
+    return [Episode(**values) for values in json.loads(path.read_text())] if path.exists() else []
 
 
 @dataclass(eq=False)
@@ -52,14 +66,18 @@ def take_seat(env: gymnasium.Env, seed: int, index: int) -> Seat:
     return Seat(env, Episode(index), observation, np.random.default_rng(seed))
 
 
+def draw_noise(agent: Agent, seat: Seat) -> np.ndarray:
+    """The noise of the next decision, shape (candidates, action_dim)."""
+    return seat.rng.standard_normal((agent.candidates, agent.spec.action_dim), dtype=np.float32)
+
+
 @torch.no_grad()
 def decide(agent: Agent, seats: Sequence[Seat]) -> None:
     """Plan the next actions of those `seats` that have none left, with one call of the policy."""
     seats = [seat for seat in seats if not seat.plan]
     if not seats:
         return
-    shape = (agent.candidates, agent.spec.action_dim)
-    z = np.stack([seat.rng.standard_normal(shape, dtype=np.float32) for seat in seats])
+    z = np.stack([draw_noise(agent, seat) for seat in seats])
     observations = np.stack([seat.observation for seat in seats])
     if agent.spec.image is None:
         observations = observations.astype(np.float32)
