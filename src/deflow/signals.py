@@ -55,7 +55,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _State.listening = False
+        _State.listening, _State.pending = False, None
         for number, handler in before.items():
             signal.signal(number, handler)
 

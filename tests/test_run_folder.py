@@ -1,0 +1,126 @@
+"""A run's folder: refused if it holds a run or somebody is in it, and only our own files are taken away again."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deflow.config import CONFIG_DIR
+from deflow.errors import UserError
+from deflow.pipeline import train
+from deflow.run_folder import BEFORE_THE_FIRST_UPDATE, SIGNS_OF_A_RUN, RunFolder, new_run_folder
+from tests.conftest import compose_config, tiny_config
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file below a folder with its time of change."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_run_that_fails_takes_away_nothing_but_its_own(point_data: Path, tmp_path: Path) -> None:
+    for name in ("train.py", "train.log", "README.md"):
+        (tmp_path / name).write_text("somebody's")
+    (tmp_path / "replay").mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint"):
+        train(tiny_config(point_data, "experiment=pointmaze", "ckpt=nowhere.ckpt"), tmp_path)
+    assert contents(tmp_path) == before
+    assert (tmp_path / "replay").is_dir()
+
+
+def test_what_a_run_without_an_update_left_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with RunFolder(folder, resume=False) as held:
+        for name in BEFORE_THE_FIRST_UPDATE:
+            if not (folder / name).exists():
+                (folder / name).write_text("ours")
+        (folder / "foreign").write_text("somebody's")
+        held.discard()
+        assert [path.name for path in folder.iterdir()] == ["foreign"]
+        (folder / "foreign").unlink()
+        held.discard()
+    assert not folder.exists()
+
+
+def test_an_empty_folder_that_was_there_stays(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, resume=False) as held:
+        held.discard()
+    assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize("sign", SIGNS_OF_A_RUN)
+def test_a_new_run_does_not_begin_in_another(sign: str, point_data: Path, tmp_path: Path) -> None:
+    (tmp_path / sign).write_text("of a run")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"holds a run already: go on with it by resume={tmp_path}"):
+        train(tiny_config(point_data, "experiment=pointmaze"), tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_one_process_at_a_time(resume: bool, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from deflow.run_folder import RunFolder
+with RunFolder(Path({str(tmp_path)!r}), resume={resume}):
+    print("held", flush=True)
+    input()
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*, since 20"),
+            RunFolder(tmp_path, resume),
+        ):
+            pass
+    finally:
+        other.send_signal(signal.SIGKILL)  # nothing is left locked
+        other.communicate()
+    with RunFolder(tmp_path, resume):
+        pass
+
+
+def test_the_other_processes_of_a_run_do_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunFolder(tmp_path, resume=False):
+        (tmp_path / "config.yaml").touch()
+        monkeypatch.setattr("deflow.distributed.is_main_process", lambda: False)
+        with RunFolder(tmp_path, resume=False) as held:
+            held.discard()
+        assert (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("below", ["file", "file/run"])
+def test_a_file_is_no_folder(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot use .* as a run's folder"), RunFolder(tmp_path / below, resume=False):
+        pass
+    with pytest.raises(UserError, match=r"cannot use .* as a run's folder"):
+        new_run_folder(str(tmp_path / "file"), "name", None)
+
+
+def test_two_that_begin_in_the_same_second(tmp_path: Path) -> None:
+    folders = {new_run_folder(str(tmp_path), "name", None) for _ in range(3)}
+    assert len(folders) == 3
+    assert all(Path(folder).is_dir() for folder in folders)
+
+
+def test_hydra_asks_before_it_makes_a_folder() -> None:
+    assert "deflow.run_folder.NoticeNewFolders" in (Path(CONFIG_DIR) / "hydra" / "default.yaml").read_text()
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_a_finished_run_stays_as_it_is(point_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    summary = train(tiny_config(point_data, "experiment=pointmaze"), tmp_path)
+    before = contents(tmp_path)
+    shown = capsys.readouterr().out
+    again = train(compose_config(f"resume={tmp_path}"), tmp_path)
+    assert again == summary
+    assert contents(tmp_path) == before
+    assert capsys.readouterr().out.splitlines()[-8:] == shown.splitlines()[-8:]
