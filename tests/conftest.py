@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from deflow.config import CONFIG_DIR
 from deflow.data.d4rl import SIZES
 from deflow.envs import ogbench
+from deflow.pipeline import train
+from tests.commands import ROOT, TINY, kill_left_over
 
 EPISODES, STEPS = 4, 40
-
-# Everything that costs time, made small.
-TINY = (
-    "networks.hidden=[16,16]",
-    "updates=6",
-    "eval.every=3",
-    "eval.episodes=2",
-    "eval.num_envs=2",
-    "validate_every=3",
-    "checkpoint_every=2",
-    "data.batch_size=8",
-    "data.validation_batches=2",
-    "trainer.log_every_n_steps=2",
-    "logger=csv",
-    "video.episodes=0",
-    "diversity.states=4",
-    "diversity.samples=4",
-    "diversity.neighbours=4",
-    "threads=1",
-)
 
 
 def compose_config(*overrides: str, config_name: str = "train") -> DictConfig:
@@ -95,16 +79,26 @@ def write_d4rl(path: Path, family: str, episodes: int = 4, length: int = 40) -> 
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all the processes of this session of pytest: what is dear is made once for all, under a lock."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(shared_folder: Path) -> Callable[[str, str], Path]:
     """`tiny_data(env, dataset)`: the folder that holds tiny data of that environment, made at most once."""
-    folder = tmp_path_factory.mktemp("data")
-    made: set[tuple[str, str]] = set()
 
     def make(env_name: str, dataset: str) -> Path:
-        if (env_name, dataset) not in made:
-            write_tiny_data(env_name, dataset, folder)
-            made.add((env_name, dataset))
-        return folder
+        made = shared_folder / f"{env_name}-{dataset}.made"
+        with FileLock(made.with_suffix(".lock")):
+            if not made.exists():
+                (shared_folder / "data").mkdir(exist_ok=True)
+                write_tiny_data(env_name, dataset, shared_folder / "data")
+                made.touch()
+        return shared_folder / "data"
 
     return make
 
@@ -115,11 +109,62 @@ def point_data(tiny_data: Callable[[str, str], Path]) -> Path:
     return tiny_data("pointmaze-medium", "navigate")
 
 
+@pytest.fixture(scope="session")
+def finished_run(tiny_data: Callable[[str, str], Path], shared_folder: Path) -> Callable[..., Path]:
+    """`finished_run(*overrides)`: the folder of a tiny pointmaze run, trained at most once, with short episodes.
+
+    It is everybody's: a test reads it, and works on a copy of whatever it changes.
+    """
+
+    def make(*overrides: str) -> Path:
+        folder = shared_folder / "runs" / ("_".join(overrides) or "joint")
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "summary.json").exists():
+                data = tiny_data("pointmaze-medium", "navigate")
+                with pytest.MonkeyPatch.context() as monkeypatch:
+                    shorten_episodes(monkeypatch)
+                    train(tiny_config(data, "experiment=pointmaze", *overrides), folder)
+        return folder
+
+    return make
+
+
+def shorten_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give episodes 20 steps."""
+    make_env = ogbench.make_env
+    monkeypatch.setattr(ogbench, "make_env", lambda name, **kw: make_env(name, **({"max_episode_steps": 20} | kw)))
+
+
 @pytest.fixture
 def short_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation episodes of 20 steps."""
-    make_env = ogbench.make_env
-    monkeypatch.setattr(ogbench, "make_env", lambda name, **kw: make_env(name, **({"max_episode_steps": 20} | kw)))
+    shorten_episodes(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """A test ends with whatever it started: what is left is killed, and the test is at fault."""
+    yield
+    left = kill_left_over()
+    assert not left, f"left running: {left}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def working_tree_untouched() -> Iterator[None]:
+    """No test writes into the repository."""
+    before = working_tree()
+    yield
+    assert not (new := working_tree() - before), f"written by tests: {sorted(map(str, new))}"
+
+
+def working_tree() -> set[Path]:
+    """The repository's files, but for caches, hidden folders and what is installed there."""
+    found = set()
+    for folder, subfolders, names in os.walk(ROOT):
+        subfolders[:] = [n for n in subfolders if not n.startswith(".") and not n.endswith(("cache__", ".egg-info"))]
+        found |= {Path(folder, name) for name in names}
+    return found
 
 
 @pytest.fixture(autouse=True)

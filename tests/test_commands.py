@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -67,12 +66,9 @@ def test_kill_and_resume(point_data: Path, tmp_path: Path) -> None:
 
     process = start("train.py", *tiny_overrides(point_data, tmp_path / "killed", *settings))
     last = tmp_path / "killed" / "checkpoints" / "1_extraction" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process.wait_for(last.exists)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert last.exists()
+    assert process.wait() == -signal.SIGKILL
     assert not last.with_name("final.ckpt").exists(), "killed too late to show anything"
 
     refused = run("train.py", f"resume={tmp_path / 'killed'}", "updates=5")
