@@ -26,9 +26,7 @@ EPISODES, STEPS = 4, 40
 def compose_config(*overrides: str, config_name: str = "train") -> DictConfig:
     """The composed configuration, as the command line would give it."""
     with initialize_config_dir(CONFIG_DIR, version_base=None):
-        experiment = next((o.split("=")[1] for o in overrides if o.startswith("experiment=")), "quickstart")
-        name = [f"name={experiment}"] if config_name == "train" else []
-        return compose(config_name, overrides=[*name, *overrides])
+        return compose(config_name, overrides=list(overrides))
 
 
 def tiny_config(data_dir: Path, *overrides: str) -> DictConfig:

@@ -172,11 +172,7 @@ def test_nan_stops_with_part_step_and_checkpoint(
 @pytest.mark.parametrize(
     "override,says",
     [
-        ("updates=0", "stages.joint.steps must be at least 1"),
-        ("updates=-5", "stages.joint.steps must be at least 1"),
-        ("checkpoint_every=0", "checkpoint_every must be at least 1"),
-        ("eval.every=0", "eval.every must be at least 1"),
-        ("eval.episodes=0", "episodes and num_envs must be at least 1"),
+        ("updates=0", "updates must be a whole number of at least 1, got 0"),
         ("data.batch_size=100000", "larger than the data"),
         ("stages.joint.train=[actor]", "choose among the agent's parts"),
         ("task.env=nonsense", "OGBench has no environment"),
@@ -289,9 +285,11 @@ def test_evaluate_a_checkpoint(point_data: Path, tmp_path: Path) -> None:
     result = pipeline.evaluate(config)
     assert (result["episodes"], result["best_of_n"], result["refine_steps"]) == (3, 4, 2)
     assert json.loads(final.with_name("evaluation.json").read_text()) == result
-    config.task = "cube-single-play-singletask-v0"
-    with pytest.raises(UserError, match="not of cube-single"):
-        pipeline.evaluate(config)
+    assert pipeline.evaluate(
+        compose_config(f"ckpt={final}", "episodes=1", "task=pointmaze_medium", config_name="evaluate")
+    )
+    with pytest.raises(UserError, match=r"is a checkpoint of pointmaze-medium navigate, not of scene play"):
+        pipeline.evaluate(compose_config(f"ckpt={final}", "task=scene", config_name="evaluate"))
     config.ckpt = str(tmp_path / "none.ckpt")
     with pytest.raises(UserError, match="no checkpoint"):
         pipeline.evaluate(config)

@@ -35,6 +35,7 @@ from deflow.agents.seed_stack import SeedStack
 from deflow.bare_loop import bare_seconds, bfloat16_gain, in_turns, product_seconds, ratio
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
+from deflow.cores import set_threads
 from deflow.data.datamodule import BatchStream, SeedStream
 from deflow.data.proposals import ProposalCache
 from deflow.data.replay import Replay
@@ -69,8 +70,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: if `config.measure` or `config.precisions` has a name that is not known.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     spec = Spec(config.observation_dim, config.action_dim)
     agents = {name: make_agent(config, name, spec) for name in config.agents}

@@ -14,14 +14,10 @@ from deflow.config import plain
 from deflow.data.iav import intrinsic_action_variance
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
+from deflow.settings import AUTO, STAND_IN, check_component
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
-
-AUTO = "auto"  # in the place of a setting that the data (or the machine) decide
-
-# Such settings, and what stands in for them in an agent that is built before the data are there.
-STAND_IN: dict[str, Any] = {"trust_region": 1.0, "critic.value_range": [-1.0, 0.0]}
 
 
 def build_agent(settings: DictConfig | dict[str, Any], spec: Spec) -> Agent:
@@ -30,7 +26,11 @@ def build_agent(settings: DictConfig | dict[str, Any], spec: Spec) -> Agent:
     Args:
         settings: the configuration's `agent`; `horizon` is how many actions the policy decides at once.
         spec: sizes of the task.
+
+    Raises:
+        UserError: for a setting that the agent does not know, or a value that it may not have.
     """
+    check_component(settings, "agent")
     config = OmegaConf.create(plain(settings) if isinstance(settings, DictConfig) else settings)
     for key in _undecided(config):
         OmegaConf.update(config, key, STAND_IN[key])

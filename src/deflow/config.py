@@ -7,24 +7,34 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deflow.cores import set_threads
 from deflow.errors import UserError
+from deflow.files import check_file, check_folder
 from deflow.run_folder import new_run_folder
+from deflow.settings import check_settings, unknown_setting
 from deflow.signals import Stopped, end_with_parent, listening
 
 log = logging.getLogger(__name__)
 
+OF_THE_USER = (UserError, HydraException, OmegaConfBaseException)
 CONFIG_DIR = str(Path(__file__).resolve().parents[2] / "configs")
 
 
@@ -34,29 +44,113 @@ OmegaConf.register_new_resolver("run_folder", new_run_folder, use_cache=True, re
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable[[], None]]:
     """Turn `main(config, run_folder)` into a command: Hydra composes the configuration, errors become one line.
 
-    Exit status: 2 for an error of the user's, 1 (with a traceback) for one of ours.
+    Exit status: 2 for an error of the user's, 1 (with a traceback) for one of ours. The jobs of a sweep (`-m`) go on
+    after one that fails; the status is then that of the worst.
     """
 
     def decorate(main: Callable[[DictConfig, Path], Any]) -> Callable[[], None]:
+        sweep = Sweep()
+
         @hydra.main(version_base=None, config_path=CONFIG_DIR, config_name=config_name)
         def composed(config: DictConfig) -> None:
+            job = HydraConfig.get()
+            folder = Path(job.runtime.output_dir)
+            if job.mode == RunMode.MULTIRUN:
+                with sweep.job(job.overrides.task):
+                    _begin(config, job, config_name, folder)
+                    main(config, folder)
+                return
             with _errors_in_one_line():  # here and not only outside, or Hydra prints a line of its own
-                main(config, Path(HydraConfig.get().runtime.output_dir))
+                set_threads(config.threads)
+                main(config, folder)
 
         @wraps(main)
         def command() -> None:
-            # A group inside a group is overridden with a slash; the dot of every other override is what fingers type.
-            sys.argv[1:] = [re.sub(r"^agent\.(\w+)=(?=[a-z]\w*$)", _as_group, argument) for argument in sys.argv[1:]]
             # Hydra prints its errors over many lines unless it is told to raise them.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             if "LOCAL_RANK" in os.environ:  # a process of several, started by Lightning or torchrun
                 end_with_parent()
-            with _errors_in_one_line(), listening():
+            with _errors_in_one_line(config_name, sweep), listening():
+                sys.argv[1:] = [_readable(argument) for argument in sys.argv[1:]]
                 composed()
 
         return command
 
     return decorate
+
+
+class SettingsCheck(Callback):
+    """Checks a command's configuration before Hydra makes a folder for it; configs/hydra names it."""
+
+    def on_run_start(self, config: DictConfig, **more: Any) -> None:
+        with _errors_in_one_line():
+            job = config.hydra
+            own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            check_command(own, job, more["config_name"])
+
+
+def _begin(config: DictConfig, job: Any, command: str, folder: Path) -> None:
+    """What comes before a job of a sweep, whose folder Hydra has already made."""
+    try:
+        check_command(config, job, command)
+    except UserError:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+        raise
+    set_threads(config.threads)
+
+
+class Sweep:
+    """The jobs of a `-m` that were played in this process, and the errors of those that failed."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+        self.errors: list[Exception] = []
+
+    @contextmanager
+    def job(self, overrides: Iterable[str]) -> Iterator[None]:
+        """Say at once what fails, and let it go on to Hydra, which goes on to the next job."""
+        self.jobs += 1
+        try:
+            yield
+        except Exception as error:
+            self.errors.append(error)
+            if not isinstance(error, OF_THE_USER):
+                traceback.print_exc()
+            print(f"error: {' '.join(overrides)}: {_one_line(error)}", file=sys.stderr)
+            raise
+
+    def end(self) -> None:
+        """The last line, and the exit status."""
+        print(f"error: {len(self.errors)} of {self.jobs} jobs failed", file=sys.stderr)
+        sys.exit(2 if all(isinstance(error, OF_THE_USER) for error in self.errors) else 1)
+
+
+def _readable(argument: str) -> str:
+    """A command line's override as Hydra's grammar has it.
+
+    Raises:
+        UserError: if it cannot be guessed what is meant.
+    """
+    # A group inside a group is overridden with a slash; the dot of every other override is what fingers type.
+    argument = re.sub(r"^agent\.(\w+)=(?=[a-z]\w*$)", _as_group, argument)
+    key, equals, value = argument.partition("=")
+    if argument.startswith("-") or not equals or _parses(argument):
+        return argument
+    # A backslash counts only before a quote.
+    quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), value)
+    quoted = f"{key}='{quoted}'"
+    if value.startswith(("[", "{", "'", '"')) or not _parses(quoted):
+        raise UserError(f'cannot read {argument}: close its brackets and quotes; as text it is "{quoted}"')
+    return quoted
+
+
+def _parses(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
 
 
 def _as_group(match: re.Match[str]) -> str:
@@ -65,14 +159,16 @@ def _as_group(match: re.Match[str]) -> str:
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def _errors_in_one_line(command: str = "", sweep: Sweep | None = None) -> Iterator[None]:
+    """End with a line and a status. Around the whole command: its name, and the jobs if it is a sweep."""
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):  # Hydra wraps what a component raises
-            cause = cause.__cause__
-        print(f"error: {_one_line(cause or error)}", file=sys.stderr)
+    except Exception as error:
+        if sweep is not None and sweep.errors:
+            sweep.end()
+        if not isinstance(error, OF_THE_USER):
+            raise
+        print(f"error: {_one_line(error, command)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         from deflow.distributed import is_main_process
@@ -83,7 +179,16 @@ def _errors_in_one_line() -> Iterator[None]:
         sys.exit(stop.status)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, command: str = "") -> str:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):  # Hydra wraps what a component raises
+        cause = cause.__cause__
+    if cause is not None:
+        return str(cause)
+    if (
+        unknown := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))
+    ) is not None and command:
+        return str(unknown_setting(unknown[1], _known_settings(command, without=unknown[1])))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{name}': choose one of {', '.join(sorted(error.options))}"
@@ -91,6 +196,27 @@ def _one_line(error: BaseException) -> str:
         error = error.__cause__
     message = str(error).removeprefix("UserError raised while resolving interpolation: ").partition("\n    full_key")[0]
     return re.sub(r"\s+", " ", message).strip()
+
+
+def _known_settings(command: str, without: str) -> list[str]:
+    """Dotted names of all that the command line can set, were it not for the override of `without`."""
+    kept = [o for o in sys.argv[1:] if not o.startswith("-") and re.split("[=@]", o.lstrip("+~"))[0] != without]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONFIG_DIR, version_base=None):
+        try:
+            config = compose(command, overrides=kept)
+        except HydraException:  # there is more than one mistake
+            config = compose(command)
+    folders = [path.relative_to(CONFIG_DIR) for path in Path(CONFIG_DIR).rglob("*") if path.is_dir()]
+    return [*_dotted_keys(config), *(".".join(folder.parts) for folder in folders)]
+
+
+def _dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, config):
+        yield f"{prefix}{key}"
+        value = None if OmegaConf.is_missing(config, key) else config._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
+            yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
 def refuse_other_overrides(key: str) -> None:
@@ -111,23 +237,72 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def check(config: DictConfig) -> None:
-    """Checks that no single component can make.
+def check_command(config: DictConfig, job: Any, command: str) -> None:
+    """Whatever can be said of a command before it begins; nothing is made.
+
+    Args:
+        config: what the command gets.
+        job: Hydra's own configuration.
+        command: name of its script.
 
     Raises:
-        UserError: for stages without steps, intervals below 1, several seeds where they cannot be stacked,
-            a precision that cannot be compared, or nothing to compile with.
+        UserError: for the first mistake.
     """
+    if command == "train":
+        _refuse_a_task_alone(list(job.overrides.task))
+        check(config)
+    else:
+        check_settings(config, command)
+    if command in ("train", "distill"):
+        dir = OmegaConf.to_container(job.run, resolve=False)["dir"]  # type: ignore[index, call-overload]
+        if config.resume is not None:
+            check_folder(Path(config.resume), "resume")
+        elif job.mode == RunMode.MULTIRUN or str(dir).startswith("${run_folder"):  # which would make it
+            check_folder(Path(config.paths.logs), "paths.logs")
+        else:
+            check_folder(Path(job.run.dir), "hydra.run.dir")
+    elif command == "evaluate":
+        check_folder(Path(config.ckpt).parent, "ckpt")  # its result is written beside it
+    elif command in ("generate", "inspect_data"):
+        check_folder(Path(config.out), "out")
+    else:
+        check_file(Path(config.out), "out")
+
+
+def _refuse_a_task_alone(overrides: list[str]) -> None:
+    """Without an experiment, the default one's few updates and small networks would pass for the task's settings."""
+    chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
+    task = chosen.get("task")
+    if task is None or {"experiment", "resume"} & chosen.keys():
+        return
+    root = Path(CONFIG_DIR) / "experiment"
+    same = [path.stem for path in sorted(root.glob("*.yaml")) if f"/task: {task}\n" in path.read_text()]
+    instead = " or ".join(f"experiment={name}" for name in same[:3])
+    raise UserError(
+        f"task={task} alone would train with the quickstart's settings: choose {instead or 'an experiment'}, "
+        f"or keep them with experiment=quickstart task={task}"
+    )
+
+
+def check(config: DictConfig) -> None:
+    """Check the configuration of a training run: each setting, then what relates several of them.
+
+    Raises:
+        UserError: for a setting as `check_settings` says, no stages, several seeds where they cannot be stacked, two
+            discounts, a device or precision that this machine does not have, or nothing to compile with.
+    """
+    check_settings(config, "train")
     if not config.stages:
         raise UserError("no stages: choose stages=joint or stages=staged")
-    for name, stage in config.stages.items():
-        if stage.steps < 1:
-            raise UserError(f"stages.{name}.steps must be at least 1, got {stage.steps}")
-    for key in ("eval.every", "checkpoint_every", "validate_every"):
-        if OmegaConf.select(config, key) < 1:
-            raise UserError(f"{key} must be at least 1, got {OmegaConf.select(config, key)}")
-    if config.seeds < 1:
-        raise UserError(f"seeds must be at least 1, got {config.seeds}")
+    if config.seed + config.seeds > 2**32:
+        raise UserError(f"seed={config.seed} with seeds={config.seeds} goes beyond {2**32 - 1}")
+    discount = OmegaConf.select(config, "agent.critic.discount")
+    if discount is not None and discount != config.data.discount:
+        raise UserError(
+            f"two discounts, agent.critic.discount={discount} and data.discount={config.data.discount}: "
+            "set task.discount, which both follow"
+        )
+    _check_device(config.trainer)
     online = any(stage.get("environment") is not None for stage in config.stages.values())
     if config.seeds > 1 and (online or config.trainer.devices != 1):
         raise UserError("seeds > 1 trains on data alone and in one process: train the seeds one by one")
@@ -135,3 +310,17 @@ def check(config: DictConfig) -> None:
         raise UserError("trainer.precision=auto compares on trainer=cpu alone: choose 32-true or bf16-mixed")
     if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("compile=true needs a C++ compiler: install g++, or name another in CXX")
+
+
+def _check_device(trainer: DictConfig) -> None:
+    if trainer.accelerator not in ("gpu", "cuda"):
+        if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
+            raise UserError("trainer.precision=16-mixed needs a GPU: choose 32-true or bf16-mixed")
+        return
+    import torch  # seconds, which a mistake in the settings need not wait for
+
+    if not torch.cuda.is_available() and not (trainer.accelerator == "gpu" and torch.backends.mps.is_available()):
+        raise UserError(f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU here: choose trainer=cpu")
+    found = max(1, torch.cuda.device_count())
+    if isinstance(trainer.devices, int) and trainer.devices > found:
+        raise UserError(f"trainer.devices={trainer.devices}, but this machine has {found}")

@@ -47,3 +47,25 @@ def sync(file: BinaryIO) -> None:
     """See to it that all that was written is on disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def check_folder(folder: Path, setting: str) -> None:
+    """Whether files can be made in `folder`, or it can be made itself.
+
+    Raises:
+        UserError: naming `setting`, if it cannot.
+    """
+    path = folder.expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"{setting}: {path} is not a folder, choose another")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{setting}: nothing can be written into {path}, choose another folder")
+
+
+def check_file(path: Path, setting: str) -> None:
+    """Whether `path` can be made or replaced; `UserError`, naming `setting`, if it cannot."""
+    if path.expanduser().is_dir():
+        raise UserError(f"{setting}: {path} is a folder, name a file")
+    check_folder(path.parent, setting)

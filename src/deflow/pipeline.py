@@ -18,10 +18,10 @@ from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, OmegaConf
 
 from deflow import report, signals
-from deflow.agents.base import Agent
+from deflow.agents.base import WHOLE_STAGES, Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.bare_loop import faster_precision
-from deflow.build import AUTO, build_agent, decide
+from deflow.build import build_agent, decide
 from deflow.callbacks import (
     FINAL,
     LAST,
@@ -34,6 +34,7 @@ from deflow.callbacks import (
 )
 from deflow.checkpoints import agent_of, load_checkpoint, load_weights
 from deflow.config import check, plain
+from deflow.cores import set_threads
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.proposals import ProposalCache
 from deflow.data.source import Source
@@ -49,6 +50,7 @@ from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import OnlineStream
 from deflow.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, REPLAY, SUMMARY_FILE, RunFolder
+from deflow.settings import AUTO
 from deflow.signals import Stopped
 from deflow.types import Spec
 
@@ -151,8 +153,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     check(config)
     seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
 
     data = instantiate(config.data)
     source = data.source
@@ -161,7 +162,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     for name, stage in config.stages.items():
         agent.begin_stage(name, stage.train, first_step=0, freeze=stage.get("freeze", ()))
         if agent.trains_jointly and not all(agent.trains(part) for part in agent.parts):
-            raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: use stages=joint")
+            raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: {WHOLE_STAGES}")
         if stage.get("environment") is not None and not source.has_env:
             raise UserError(f"stage '{name}' plays in the environment, and these data have none")
     data.prepare_data()  # before anything is tracked: a missing file is the commonest error
@@ -379,17 +380,18 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: if the checkpoint is broken or of another task than `config.task`.
     """
+    set_threads(config.threads)
     path = Path(config.ckpt)
     checkpoint = load_checkpoint(path)
     card = checkpoint["deflow"]
-    if config.task is not None and config.task != card["task"]:
-        raise UserError(f"{path} is a checkpoint of {card['task']}, not of {config.task}")
+    if config.task is not None:
+        _check_task(path, plain(config.task), card["config"]["task"])
     chosen = {key: config[key] for key in ("best_of_n", "refine_steps") if config[key] is not None}
     agent = agent_of(checkpoint, **chosen)
     source: Source = instantiate(card["config"]["data"]["source"])
     if not source.has_env:
         raise UserError(f"{path}: {card['task']} has no environment to evaluate in")
-    num_envs = config.num_envs or card["config"]["eval"]["num_envs"]
+    num_envs = card["config"]["eval"]["num_envs"] if config.num_envs is None else config.num_envs
     result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
     result |= play(agent, source, config.episodes, num_envs, config.seed) | latency(agent)
     settings = card["config"]["agent"] | chosen
@@ -397,6 +399,13 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     report.write_json(path.with_name("evaluation.json"), result)
     report.print_evaluation(result)
     return result
+
+
+def _check_task(path: Path, asked: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Raise `UserError` unless a checkpoint was trained in the environment and on the data set that are asked for."""
+    names = [" ".join(str(task[key]) for key in ("env", "dataset") if key in task) for task in (asked, trained)]
+    if names[0] != names[1]:
+        raise UserError(f"{path} is a checkpoint of {names[1] or 'own data'}, not of {names[0]}")
 
 
 def _measure_diversity(run: Run, summary: dict[str, Any]) -> None:

@@ -73,5 +73,5 @@ def test_values_above_the_return_are_pushed_down_and_those_below_are_not() -> No
 
 
 def test_impossible_settings() -> None:
-    with pytest.raises(UserError, match=r"conservatism must be >= 0"):
+    with pytest.raises(UserError, match=r"agent.conservatism must be a number of at least 0, got -1"):
         make("agent.conservatism=-1")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.flow.path import straight_path
 
@@ -58,9 +57,3 @@ def test_straight_path_reaches_both_ends() -> None:
     x_0, x_1 = torch.randn(2, 4, 3)
     assert torch.equal(straight_path(x_0, x_1, torch.zeros(4, 1))[0], x_0)
     torch.testing.assert_close(straight_path(x_0, x_1, torch.ones(4, 1))[0], x_1)
-
-
-@pytest.mark.parametrize("wrong", [{"method": "eulr"}, {"steps": 0}])
-def test_wrong_settings_are_named(wrong: dict) -> None:
-    with pytest.raises(UserError, match=r"solver\."):
-        Solver(**wrong)

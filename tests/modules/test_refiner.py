@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -98,11 +97,7 @@ def test_a_fixed_alpha_multiplies_the_penalty_once() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"trust_region": 0.0}, "limit of the constraint 'trust_region' must be > 0"),
-        ({"trust_region": [0.1, -1.0, 0.1]}, "must be > 0"),
-        ({"trust_region": "large"}, "must be a number or a list, got large"),
         ({"trust_region": [0.1, 0.1]}, "needs one limit or 3"),
-        ({"lagrange": False, "alpha": 0.0}, "multiplier of the constraint 'trust_region' must be > 0"),
         ({"constraints": [{"kind": "speed", "limit": 1}]}, "unknown constraint 'speed': choose one of trust_region"),
         ({"constraints": [{"kind": "trust_region", "limit": 1}]}, "given twice"),
     ],
@@ -130,9 +125,3 @@ def test_demonstrations_pull_toward_the_datas_action_as_far_as_the_region_goes()
     assert float(metrics["weight"]) == pytest.approx(math.exp(-3.0 * 0.006), rel=1e-4)
     held = Refiner(SPEC, hidden=(16,), objective="demonstration", trust_region=1e-3)
     assert float(train(held)["trust_region/cost"]) == pytest.approx(1e-3, rel=0.1)
-
-
-@pytest.mark.parametrize("settings", [{"objective": "policy"}, {"eta": 0.0}, {"beta": -1.0}])
-def test_impossible_objectives(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"objective|must be > 0"):
-        Refiner(SPEC, hidden=(16,), **settings)

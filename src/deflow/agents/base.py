@@ -19,6 +19,8 @@ from deflow.types import Batch, Metrics, Spec
 
 Loss = tuple[str, Tensor, Metrics]
 
+WHOLE_STAGES = "use stages=joint, stages=offline_to_online or stages=from_scratch"  # in which all of an agent trains
+
 # Left alone, torch.compile's C++ computes a GELU anew in each pass of the layer normalisation over it; with this option
 # it keeps what took so many operations. Code for a GPU, which is another, keeps the defaults.
 COMPILED_FOR_CPU: dict[str, Any] = {"realize_opcount_threshold": 4}
@@ -105,14 +107,15 @@ class Agent(LightningModule, ABC):
             cosine_decay_steps: if given, the learning rate falls to 0 over so many updates, along half a cosine.
 
         Raises:
-            UserError: if a part is not one of the agent's.
+            UserError: if a part is not one of the agent's, or none trains.
         """
         train = tuple(self._trainable) if train == "all" else train
         unknown = sorted({*train, *freeze} - set(self._trainable))
         train = [part for part in train if part not in freeze]
         if unknown:
             known = ", ".join(self._trainable)
-            raise UserError(f"stage '{name}' trains {unknown}: choose among the agent's parts {known}")
+            instead = f"; better, {WHOLE_STAGES}" if self.trains_jointly else ""
+            raise UserError(f"stage '{name}' trains {unknown}: choose among the agent's parts {known}{instead}")
         if not train:
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")
         self._stage, self._active, self._first_step = name, tuple(train), first_step

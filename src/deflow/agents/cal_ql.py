@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
-from deflow.errors import UserError
 from deflow.modules.critic import Critic
 from deflow.modules.gaussian import GaussianActor
+from deflow.ranges import Count, NonNegative, Seed
 from deflow.types import Batch, Spec
 
 
@@ -50,9 +50,6 @@ class CalQL(Agent):
         conservatism: beta, weight of the gap, >= 0.
         samples: n, actions of each kind, at least 1.
         max_backup: take the best of n actions at s' in the target; otherwise one is drawn.
-
-    Raises:
-        UserError: for a negative weight, or fewer than one sample.
     """
 
     critic: Critic
@@ -66,15 +63,11 @@ class CalQL(Agent):
         critic: Callable[[Spec], Critic],
         actor: Callable[[Spec], GaussianActor],
         optimizer: Callable[[Any], Optimizer],
-        seed: int = 0,
-        conservatism: float = 5.0,
-        samples: int = 10,
+        seed: Seed = 0,
+        conservatism: NonNegative = 5.0,
+        samples: Count = 10,
         max_backup: bool = True,
     ) -> None:
-        if conservatism < 0 or samples < 1:
-            raise UserError(
-                f"agent.conservatism must be >= 0 and agent.samples at least 1, got {conservatism} and {samples}"
-            )
         super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed)
         self.conservatism, self.samples, self.max_backup = conservatism, samples, max_backup
 

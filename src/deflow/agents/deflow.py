@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
-from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.modules.constraints import ConstraintSettings
 from deflow.modules.critic import Critic
 from deflow.modules.refiner import Refiner
+from deflow.ranges import Count, Limit, Seed
 from deflow.types import Batch, Metrics, Spec
 
 
@@ -63,14 +64,12 @@ class DeFlow(Agent):
         critic: Callable[[Spec], Critic],
         refiner: Callable[..., Refiner],
         optimizer: Callable[[Any], Optimizer],
-        trust_region: float | Sequence[float] = 0.001,
-        constraints: Sequence[Mapping[str, Any]] = (),
-        seed: int = 0,
-        best_of_n: int = 1,
-        refine_steps: int = 1,
+        trust_region: Limit = 0.001,
+        constraints: Sequence[ConstraintSettings] = (),
+        seed: Seed = 0,
+        best_of_n: Count = 1,
+        refine_steps: Count = 1,
     ) -> None:
-        if min(best_of_n, refine_steps) < 1:
-            raise UserError(f"best_of_n and refine_steps must be at least 1, got {best_of_n} and {refine_steps}")
         parts = {
             "behavior_flow": behavior_flow(spec),
             "critic": critic(spec),

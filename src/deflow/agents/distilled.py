@@ -13,6 +13,7 @@ from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
 from deflow.errors import UserError
 from deflow.modules.one_step import OneStepActor
+from deflow.ranges import Seed
 from deflow.types import Batch, Spec
 
 
@@ -45,7 +46,7 @@ class Distilled(Agent):
         teacher: Callable[..., Agent],
         actor: Callable[[Spec], OneStepActor],
         optimizer: Callable[[Any], Optimizer],
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(spec, {"actor": actor(spec)}, optimizer, seed)
         self.teacher = teacher(spec=spec).requires_grad_(False)

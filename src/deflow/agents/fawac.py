@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
-from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic, advantage_weights
+from deflow.ranges import Positive, Seed
 from deflow.types import Batch, Spec
 
 
@@ -46,11 +46,9 @@ class FAWAC(Agent):
         behavior_flow: Callable[[Spec], BehaviorFlow],
         critic: Callable[[Spec], Critic],
         optimizer: Callable[[Any], Optimizer],
-        seed: int = 0,
-        beta: float = 3.0,
+        seed: Seed = 0,
+        beta: Positive = 3.0,
     ) -> None:
-        if beta <= 0:
-            raise UserError(f"agent.beta must be > 0, got {beta}")
         super().__init__(spec, {"behavior_flow": behavior_flow(spec), "critic": critic(spec)}, optimizer, seed)
         self.beta = beta
 

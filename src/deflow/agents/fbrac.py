@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
-from deflow.errors import UserError
 from deflow.flow.ode import Gradient
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic, value_scale
+from deflow.ranges import Positive, Seed
 from deflow.types import Batch, Spec
 
 
@@ -49,15 +49,11 @@ class FBRAC(Agent):
         behavior_flow: Callable[[Spec], BehaviorFlow],
         critic: Callable[[Spec], Critic],
         optimizer: Callable[[Any], Optimizer],
-        seed: int = 0,
-        alpha: float = 10.0,
+        seed: Seed = 0,
+        alpha: Positive = 10.0,
         normalize_q: bool = True,
         gradient: Gradient = "backprop",
     ) -> None:
-        if alpha <= 0:
-            raise UserError(f"agent.alpha must be > 0, got {alpha}")
-        if gradient not in ("backprop", "adjoint"):
-            raise UserError(f"unknown agent.gradient '{gradient}': choose backprop or adjoint")
         super().__init__(spec, {"behavior_flow": behavior_flow(spec), "critic": critic(spec)}, optimizer, seed)
         self.alpha, self.normalize_q = alpha, normalize_q
         self.gradient: Gradient = gradient

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
 from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.ranges import Seed
 from deflow.types import Batch, Spec
 
 
@@ -34,7 +35,7 @@ class FlowBC(Agent):
         spec: Spec,
         behavior_flow: Callable[[Spec], BehaviorFlow],
         optimizer: Callable[[Any], Optimizer],
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(spec, {"behavior_flow": behavior_flow(spec)}, optimizer, seed)
 

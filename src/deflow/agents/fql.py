@@ -14,6 +14,7 @@ from deflow.agents.noise import FlowNoise
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
 from deflow.modules.one_step import OneStepActor
+from deflow.ranges import Seed
 from deflow.types import Batch, Metrics, Spec
 
 
@@ -47,7 +48,7 @@ class FQL(Agent):
         critic: Callable[[Spec], Critic],
         actor: Callable[[Spec], OneStepActor],
         optimizer: Callable[[Any], Optimizer],
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "actor": actor(spec)}
         super().__init__(spec, parts, optimizer, seed)

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
-from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
 from deflow.modules.value import Value
+from deflow.ranges import Count, Seed
 from deflow.types import Batch, Spec
 
 
@@ -48,11 +48,9 @@ class IFQL(Agent):
         critic: Callable[[Spec], Critic],
         value: Callable[[Spec], Value],
         optimizer: Callable[[Any], Optimizer],
-        seed: int = 0,
-        best_of_n: int = 32,
+        seed: Seed = 0,
+        best_of_n: Count = 32,
     ) -> None:
-        if best_of_n < 1:
-            raise UserError(f"best_of_n must be at least 1, got {best_of_n}")
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "value": value(spec)}
         super().__init__(spec, parts, optimizer, seed)
         self.candidates = best_of_n

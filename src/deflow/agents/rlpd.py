@@ -13,6 +13,7 @@ from deflow.agents.base import Agent, Loss
 from deflow.errors import UserError
 from deflow.modules.critic import Critic
 from deflow.modules.gaussian import GaussianActor
+from deflow.ranges import Count, Seed
 from deflow.types import Batch, Spec
 
 
@@ -58,8 +59,8 @@ class RLPD(Agent):
         critic: Callable[[Spec], Critic],
         actor: Callable[[Spec], GaussianActor],
         optimizer: Callable[[Any], Optimizer],
-        seed: int = 0,
-        target_members: int = 2,
+        seed: Seed = 0,
+        target_members: Count = 2,
         entropy_backup: bool = True,
     ) -> None:
         super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed)

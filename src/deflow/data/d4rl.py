@@ -14,6 +14,8 @@ from deflow.data.download import download
 from deflow.data.own import read_columns
 from deflow.data.source import Arrays, Source, compact, split
 from deflow.errors import UserError
+from deflow.files import check_folder
+from deflow.ranges import Seed
 from deflow.types import Spec
 
 KEYS = {key: key for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
@@ -70,7 +72,7 @@ class D4RLSource(Source):
     path: str | None
     dir: str
     url: str | None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self._family not in SIZES:
@@ -101,6 +103,7 @@ class D4RLSource(Source):
             raise UserError(f"no file {self._path}: set data.source.path to {self.dataset}'s .hdf5 file")
         import h5py
 
+        check_folder(self._path.parent, "data.source.dir")
         download(self.url, self._path, h5py.is_hdf5)
 
     def arrays(self) -> tuple[Arrays, Arrays]:

@@ -15,6 +15,7 @@ from deflow.data.proposals import ProposalCache
 from deflow.data.source import Source
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
+from deflow.ranges import Count, Probability, Seed
 from deflow.seeding import torch_generator
 from deflow.types import Batch, stack
 
@@ -136,27 +137,20 @@ class OfflineDataModule(LightningDataModule):
     def __init__(
         self,
         source: Source,
-        batch_size: int,
-        validation_batches: int,
-        seed: int,
-        seeds: int = 1,
-        n_step: int = 1,
-        discount: float = 1.0,
-        horizon: int = 1,
-        crop_probability: float = 0.0,
+        batch_size: Count,
+        validation_batches: Count,
+        seed: Seed,
+        seeds: Count = 1,
+        n_step: Count = 1,
+        discount: Probability = 1.0,
+        horizon: Count = 1,
+        crop_probability: Probability = 0.0,
     ) -> None:
         super().__init__()
-        for name, steps in (("data.n_step", n_step), ("agent.horizon", horizon)):
-            if steps < 1:
-                raise UserError(f"{name} must be at least 1, got {steps}")
         if n_step > 1 and horizon > 1:
             raise UserError("a chunk's return already spans agent.horizon steps: leave data.n_step at 1")
         self.n_step, self.discount, self.horizon = max(n_step, horizon), discount, horizon
-        if not 0 <= crop_probability <= 1:
-            raise UserError(f"data.crop_probability must be in [0, 1], got {crop_probability}")
         self.crop_probability = crop_probability
-        if batch_size < 1:
-            raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
         self.source, self.batch_size = source, batch_size
         self.validation_batches = validation_batches
         self.seeds = range(seed, seed + seeds)

@@ -11,6 +11,7 @@ import numpy as np
 
 from deflow.data.source import Arrays, Source, split
 from deflow.errors import UserError
+from deflow.ranges import Seed
 from deflow.types import Spec
 
 # Parts of a dictionary observation in the order of D4RL's vector; the desired goal is fixed and left out.
@@ -33,7 +34,7 @@ class MinariSource(Source):
     dataset_id: str
     download: bool
     reward_shift: float = 0.0
-    seed: int = 0
+    seed: Seed = 0
     _dataset: Any = field(default=None, repr=False)
 
     @property

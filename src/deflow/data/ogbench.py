@@ -21,6 +21,8 @@ from deflow.data.source import Arrays, Source
 from deflow.data.transitions import Transitions
 from deflow.envs import ogbench
 from deflow.errors import UserError
+from deflow.files import check_folder
+from deflow.ranges import Count, Seed, TaskId
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -47,22 +49,22 @@ class OGBenchSource(Source):
         generate_if_missing: whether to generate a file that is neither there nor downloaded.
         generate_episodes: episodes to generate for training; a tenth of it for validation.
         generate_seed: seed of the generated data.
-        generate_workers: processes that generate.
+        generate_workers: processes that generate; None is one for each core that this process may use.
         frames: last images that make an observation; not read for states.
     """
 
     env: str
     dataset: str
-    task_id: int | None
+    task_id: TaskId | None
     dir: str
     path: str | None
     url: str
     download: bool
     generate_if_missing: bool
-    generate_episodes: int
-    generate_seed: int
-    generate_workers: int
-    frames: int = 1
+    generate_episodes: Count
+    generate_seed: Seed
+    generate_workers: Count | None
+    frames: Count = 1
 
     @property
     def name(self) -> str:
@@ -79,7 +81,9 @@ class OGBenchSource(Source):
         if self._find() is not None:
             return
         if self.path is not None:
+            self._refuse_half(Path(self.path).expanduser())
             raise UserError(f"data.source.path: no file or folder of files {self.path} (each with its -val.npz)")
+        check_folder(self._downloaded.parent, "paths.data")
         self._downloaded.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self._downloaded.with_suffix(".lock")):
             if self._find() is None:
@@ -152,6 +156,7 @@ class OGBenchSource(Source):
                     ) from error
                 log.warning("%s", error)
         if not self.generate_if_missing:
+            self._refuse_half(self._downloaded)
             raise UserError(
                 f"no {self.name}.npz in {self._downloaded.parent}: set paths.data, data.source.download=true or "
                 "data.source.generate_if_missing=true"
@@ -160,6 +165,13 @@ class OGBenchSource(Source):
         generate_dataset(
             self.name, self.generate_episodes, self._generated.parent, self.generate_seed, self.generate_workers
         )
+
+    @staticmethod
+    def _refuse_half(path: Path) -> None:
+        """Raise `UserError` if a training file is there and only its validation file is missing."""
+        for train, validation in map(_files, _shards(path)):
+            if train.is_file() and not validation.is_file():
+                raise UserError(f"{train} is there, but its validation file {validation.name} is not beside it")
 
     @property
     def _downloaded(self) -> Path:
@@ -170,11 +182,16 @@ class OGBenchSource(Source):
         folder = f"{self.name}-{self.generate_episodes}ep-seed{self.generate_seed}"
         return Path(self.dir).expanduser() / "generated" / folder / f"{self.name}.npz"
 
-    def _find(self) -> Path | None:
+    @property
+    def _candidates(self) -> list[Path]:
+        """Where the data may lie, the best place first."""
         candidates = [Path(self.path).expanduser()] if self.path is not None else [self._downloaded, self._generated]
         if self.path is None and not self.download and self.generate_if_missing:
             candidates.reverse()  # data asked to be generated comes before whatever else lies there
-        return next((path for path in candidates if _is_complete(path)), None)
+        return candidates
+
+    def _find(self) -> Path | None:
+        return next((path for path in self._candidates if _is_complete(path)), None)
 
 
 def _files(path: Path) -> tuple[Path, Path]:

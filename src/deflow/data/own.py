@@ -16,6 +16,7 @@ import numpy as np
 from deflow.data.source import Arrays, Source, compact, split
 from deflow.data.transitions import Transitions
 from deflow.errors import UserError
+from deflow.ranges import Seed
 from deflow.types import Spec
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
@@ -37,9 +38,9 @@ class OwnSource(Source):
     """
 
     path: str
-    keys: dict[str, str | None]
+    keys: Mapping[str, str | None]
     env: str | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def name(self) -> str:

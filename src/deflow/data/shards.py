@@ -16,7 +16,7 @@ from filelock import FileLock
 from rich.progress import track
 
 from deflow.data.transitions import Transitions
-from deflow.files import replacing
+from deflow.files import check_folder, replacing
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], fold
         load: reads one of them.
         folder: of the columns, made if missing.
     """
+    check_folder(folder, "data.source.path")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         index, now = _read_index(folder), _identities(shards)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from deflow import distributed
 from deflow.agents.base import Agent
+from deflow.cores import usable_cores
 from deflow.envs.ogbench import seeded_reset
 from deflow.errors import UserError
 from deflow.files import replacing
@@ -97,13 +97,13 @@ class Evaluator:
     Args:
         make_env: makes one environment.
         episodes: to play, in all.
-        num_envs: environments stepped side by side, one batched policy call for all; None is one more than cores, so
-            that none waits for another.
+        num_envs: environments stepped side by side, one batched policy call for all; None is one more than the cores
+            that this process may use, so that none waits for another.
         seed: of resets and policy noise.
     """
 
     def __init__(self, make_env: Callable[[], gymnasium.Env], episodes: int, num_envs: int | None, seed: int) -> None:
-        num_envs = (os.cpu_count() or 1) + 1 if num_envs is None else num_envs
+        num_envs = usable_cores() + 1 if num_envs is None else num_envs
         if episodes < 1 or num_envs < 1:
             raise UserError(f"episodes and num_envs must be at least 1, got {episodes} and {num_envs}")
         self._make_env = make_env
@@ -134,7 +134,7 @@ class Evaluator:
         finished = []
         # Threads, not processes: the simulator lets go of Python's lock, and nothing has to be copied.
         # But a renderer belongs to the thread that made it: environments that show images stay in this one.
-        threads = os.cpu_count() or 1 if agent.spec.image is None else 1
+        threads = usable_cores() if agent.spec.image is None else 1
         with ThreadPoolExecutor(threads) as pool:
             while seats:
                 decide(agent, seats)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from deflow.flow.ode import Gradient, Solver
 from deflow.flow.path import straight_path
-from deflow.nets.activation import Activation
 from deflow.nets.encoder import make_encoder
 from deflow.nets.vector_field import VectorField
+from deflow.ranges import Activation, Widths
 from deflow.types import Batch, Metrics, Spec
 
 
@@ -28,7 +28,7 @@ class BehaviorFlow(LightningModule):
     def __init__(
         self,
         spec: Spec,
-        hidden: Sequence[int] = (512, 512, 512, 512),
+        hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         encoder: Mapping[str, Any] | None = None,
         solver: Solver = Solver(),  # noqa: B008 (frozen)

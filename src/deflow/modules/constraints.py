@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from deflow.errors import UserError
+from deflow.ranges import Limit, Positive
 from deflow.types import Metrics
 
 
@@ -30,6 +31,14 @@ QUANTITIES: dict[str, Callable[[Refinement], Tensor]] = {
 }
 
 
+class ConstraintSettings(TypedDict):
+    """The arguments of a `Constraint`."""
+
+    kind: str
+    limit: Limit
+    multiplier: NotRequired[Positive | None]
+
+
 class Constraint(nn.Module):
     r"""The constraint :math:`C \le d` on a mean square :math:`C = E\,x^2`, with a learned multiplier.
 
@@ -45,24 +54,17 @@ class Constraint(nn.Module):
         multiplier: keeps :math:`\lambda` fixed at this value > 0; None learns it, from exp(1).
 
     Raises:
-        UserError: for an unknown kind, or a limit or multiplier that is not positive.
+        UserError: for an unknown kind.
     """
 
     log_multiplier: Tensor
     limit: Tensor
 
-    def __init__(self, kind: str, limit: float | Sequence[float], multiplier: float | None = None) -> None:
+    def __init__(self, kind: str, limit: Limit, multiplier: Positive | None = None) -> None:
         super().__init__()
         if kind not in QUANTITIES:
             raise UserError(f"unknown constraint '{kind}': choose one of {', '.join(QUANTITIES)}")
-        try:
-            limits = torch.tensor(limit, dtype=torch.float32)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the limit of the constraint '{kind}' must be a number or a list, got {limit}") from error
-        if not (limits > 0).all():
-            raise UserError(f"the limit of the constraint '{kind}' must be > 0, got {limit}")
-        if multiplier is not None and multiplier <= 0:
-            raise UserError(f"the multiplier of the constraint '{kind}' must be > 0, got {multiplier}")
+        limits = torch.tensor(limit, dtype=torch.float32)
         self.quantity = QUANTITIES[kind]
         self.register_buffer("limit", limits, persistent=False)  # a setting, not a weight
         self.learned = multiplier is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from deflow.distributed import mean_over_ranks
-from deflow.errors import UserError
-from deflow.nets.activation import Activation
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import EnsembleMLP
+from deflow.ranges import Activation, Count, Discount, Share, Widths
 from deflow.types import Batch, Metrics, Spec
 
 Aggregate = Literal["mean", "min"]
@@ -32,18 +31,6 @@ def value_scale(q: Tensor) -> Tensor:
 def advantage_weights(advantages: Tensor, beta: float) -> Tensor:
     r""":math:`\min(\exp(\beta A), 100)`, as in AWAC (arXiv 2006.09359); `beta` is an inverse temperature."""
     return (beta * advantages).exp().clamp(max=MAX_WEIGHT)
-
-
-def check_critic(aggregate: str, discount: float) -> None:
-    """Refuse what no critic can work with.
-
-    Raises:
-        UserError: for another aggregate than mean or min, or a discount outside [0, 1).
-    """
-    if aggregate not in ("mean", "min"):
-        raise UserError(f"unknown agent.critic.aggregate '{aggregate}': choose mean or min")
-    if not 0 <= discount < 1:
-        raise UserError(f"the discount must be in [0, 1), got {discount}")
 
 
 class Critic(LightningModule):
@@ -66,16 +53,15 @@ class Critic(LightningModule):
     def __init__(
         self,
         spec: Spec,
-        hidden: Sequence[int] = (512, 512, 512, 512),
+        hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         encoder: Mapping[str, Any] | None = None,
-        members: int = 2,
+        members: Count = 2,
         aggregate: Aggregate = "mean",
-        discount: float = 0.99,
-        tau: float = 0.005,
+        discount: Discount = 0.99,
+        tau: Share = 0.005,
     ) -> None:
         super().__init__()
-        check_critic(aggregate, discount)
         of_observation = make_encoder(spec, activation, encoder)
         self.online = EnsembleMLP(members, of_observation, spec.action_dim, hidden, 1, activation)
         self.target = copy.deepcopy(self.online).requires_grad_(False)

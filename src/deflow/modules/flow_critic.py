@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from deflow.errors import UserError
-from deflow.modules.critic import Aggregate, check_critic
-from deflow.nets.activation import Activation
+from deflow.modules.critic import Aggregate
 from deflow.nets.encoder import beside, make_encoder
 from deflow.nets.mlp import EnsembleMLP
+from deflow.ranges import Activation, Count, Discount, Interval, Share, Widths
 from deflow.types import Batch, Metrics, Spec
 
 BINS = 51  # of the encoding of a point on the flow
@@ -51,7 +51,7 @@ class FlowCritic(LightningModule):
         noise_width: width of the interval in which the flow starts, centred, as a share of the range, in (0, 1].
 
     Raises:
-        UserError: for a setting outside these limits.
+        UserError: if the lowest value is not below the highest.
     """
 
     bin_edges: Tensor
@@ -60,23 +60,20 @@ class FlowCritic(LightningModule):
     def __init__(
         self,
         spec: Spec,
-        value_range: Sequence[float],
-        hidden: Sequence[int] = (512, 512, 512, 512),
+        value_range: Interval,
+        hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         encoder: Mapping[str, Any] | None = None,
-        members: int = 2,
+        members: Count = 2,
         aggregate: Aggregate = "mean",
-        discount: float = 0.99,
-        tau: float = 0.005,
-        steps: int = 8,
-        noise_width: float = 0.25,
+        discount: Discount = 0.99,
+        tau: Share = 0.005,
+        steps: Count = 8,
+        noise_width: Share = 0.25,
     ) -> None:
         super().__init__()
-        check_critic(aggregate, discount)
-        if len(value_range) != 2 or not value_range[0] < value_range[1]:
+        if not value_range[0] < value_range[1]:
             raise UserError(f"agent.critic.value_range must be [lowest, highest], got {list(value_range)}")
-        if steps < 1 or not 0 < noise_width <= 1:
-            raise UserError(f"agent.critic needs steps >= 1 and noise_width in (0, 1], got {steps} and {noise_width}")
         more = spec.action_dim + BINS + TIME_FEATURES
         self.online = EnsembleMLP(members, make_encoder(spec, activation, encoder), more, hidden, 1, activation)
         self.target = copy.deepcopy(self.online).requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from deflow.errors import UserError
-from deflow.nets.activation import Activation
 from deflow.nets.encoder import make_encoder, repeat_to
 from deflow.nets.mlp import MLP
+from deflow.ranges import Activation, Positive, Widths
 from deflow.types import Metrics, Spec
 
 LOG_STD_RANGE = (-5.0, 2.0)
@@ -41,15 +40,13 @@ class GaussianActor(LightningModule):
     def __init__(
         self,
         spec: Spec,
-        hidden: Sequence[int] = (512, 512, 512, 512),
+        hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         encoder: Mapping[str, Any] | None = None,
         target_entropy: float | None = None,
-        temperature: float = 1.0,
+        temperature: Positive = 1.0,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise UserError(f"agent.actor.temperature must be > 0, got {temperature}")
         self.net = MLP(make_encoder(spec, activation, encoder), 0, hidden, 2 * spec.action_dim, activation)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.target_entropy = -spec.action_dim / 2 if target_entropy is None else target_entropy

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning import LightningModule
 from torch import Tensor
 
-from deflow.errors import UserError
 from deflow.modules.critic import value_scale
-from deflow.nets.activation import Activation
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
+from deflow.ranges import Activation, Positive, Widths
 from deflow.types import Metrics, Spec
 
 
@@ -36,15 +35,13 @@ class OneStepActor(LightningModule):
     def __init__(
         self,
         spec: Spec,
-        hidden: Sequence[int] = (512, 512, 512, 512),
+        hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         encoder: Mapping[str, Any] | None = None,
-        alpha: float = 10.0,
+        alpha: Positive = 10.0,
         normalize_q: bool = False,
     ) -> None:
         super().__init__()
-        if alpha <= 0:
-            raise UserError(f"agent.actor.alpha must be > 0, got {alpha}")
         self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
         self.alpha = alpha
         self.normalize_q = normalize_q

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from deflow.errors import UserError
-from deflow.modules.constraints import Constraint, Refinement
+from deflow.modules.constraints import Constraint, ConstraintSettings, Refinement
 from deflow.modules.critic import advantage_weights, value_scale
-from deflow.nets.activation import Activation
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
+from deflow.ranges import Activation, Limit, Positive, Widths
 from deflow.types import Batch, Metrics, Spec
 
 Objective = Literal["value", "gradient_step", "demonstration"]
@@ -55,22 +55,22 @@ class Refiner(LightningModule):
         constraints: further ones, each a mapping with the arguments of `Constraint`.
 
     Raises:
-        UserError: for an impossible constraint, two of one kind, or an unknown objective.
+        UserError: for an impossible constraint, or two of one kind.
     """
 
     def __init__(
         self,
         spec: Spec,
-        hidden: Sequence[int] = (512, 512, 512, 512),
+        hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         encoder: Mapping[str, Any] | None = None,
-        trust_region: float | Sequence[float] = 0.001,
+        trust_region: Limit = 0.001,
         lagrange: bool = True,
-        alpha: float = 10.0,
+        alpha: Positive = 10.0,
         objective: Objective = "value",
-        eta: float = 0.1,
-        beta: float = 3.0,
-        constraints: Sequence[Mapping[str, Any]] = (),
+        eta: Positive = 0.1,
+        beta: Positive = 3.0,
+        constraints: Sequence[ConstraintSettings] = (),
     ) -> None:
         super().__init__()
         objectives = {
@@ -78,14 +78,11 @@ class Refiner(LightningModule):
             "gradient_step": self._gradient_step_loss,
             "demonstration": self._demonstration_loss,
         }
-        if objective not in objectives:
-            raise UserError(f"unknown agent.refiner.objective '{objective}': choose one of {', '.join(objectives)}")
-        if min(eta, beta) <= 0:
-            raise UserError(f"agent.refiner.eta and beta must be > 0, got {eta} and {beta}")
         self._objective = objectives[objective]
         self.eta, self.beta = eta, beta
         self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
-        first = {"kind": "trust_region", "limit": trust_region, "multiplier": None if lagrange else alpha}
+        multiplier = None if lagrange else alpha
+        first: ConstraintSettings = {"kind": "trust_region", "limit": trust_region, "multiplier": multiplier}
         self.constraints = nn.ModuleDict()
         for settings in (first, *constraints):
             constraint = Constraint(**settings)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from deflow.errors import UserError
-from deflow.nets.activation import Activation
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import EnsembleMLP
+from deflow.ranges import Activation, Expectile, Widths
 from deflow.types import Metrics, Spec
 
 
@@ -34,14 +33,12 @@ class Value(LightningModule):
     def __init__(
         self,
         spec: Spec,
-        hidden: Sequence[int] = (512, 512, 512, 512),
+        hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         encoder: Mapping[str, Any] | None = None,
-        expectile: float = 0.9,
+        expectile: Expectile = 0.9,
     ) -> None:
         super().__init__()
-        if not 0.5 <= expectile < 1:
-            raise UserError(f"agent.value.expectile must be in [0.5, 1), got {expectile}")
         self.net = EnsembleMLP(1, make_encoder(spec, activation, encoder), 0, hidden, 1, activation)
         self.expectile = expectile
 

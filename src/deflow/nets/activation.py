@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["gelu", "gelu_tanh"]
+from deflow.ranges import Activation
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

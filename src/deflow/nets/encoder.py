@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deflow.errors import UserError
-from deflow.nets.activation import Activation, activate
+from deflow.nets.activation import activate
+from deflow.ranges import Activation
 from deflow.types import Spec
 
 

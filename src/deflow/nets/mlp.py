@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deflow.nets.activation import Activation, activate
+from deflow.nets.activation import activate
 from deflow.nets.encoder import Encoder, beside
+from deflow.ranges import Activation
 
 # Flax's default, with which the published results were made (torch's own is 1e-5).
 LAYER_NORM_EPS = 1e-6

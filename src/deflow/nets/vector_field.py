@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deflow.nets.activation import Activation
 from deflow.nets.encoder import Encoder, beside
 from deflow.nets.mlp import MLP
+from deflow.ranges import Activation
 
 
 class VectorField(nn.Module):

@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 from rich.progress import Progress, track
 
+from deflow.cores import usable_cores
 from deflow.data.generate.ant import AntExpert
 from deflow.data.generate.maze import NOISE, MazeCollector, follow_direction
 from deflow.envs import ogbench
@@ -46,7 +47,7 @@ class Collector(Protocol):
 
 
 def generate_dataset(
-    name: str, episodes: int, out: Path, seed: int = 0, workers: int = 2, steps: int | None = None
+    name: str, episodes: int, out: Path, seed: int = 0, workers: int | None = None, steps: int | None = None
 ) -> Path:
     """Write `name.npz`, `name-val.npz` (a tenth of the episodes, at least one) and a card `name.json` into `out`.
 
@@ -55,21 +56,19 @@ def generate_dataset(
         episodes: of the training file.
         out: folder, made if missing.
         seed: every episode's randomness follows from it and the episode's number alone.
-        workers: processes.
+        workers: processes; None is one for each core that this process may use.
         steps: states an episode; OGBench's own number (1001, stitch 201, explore 501) unless given.
 
     Returns:
         The training file's path.
 
     Raises:
-        UserError: for a data set without a recipe here, a bad number, or too little disk.
+        UserError: for a data set without a recipe here, or too little disk.
     """
     _, dataset = _recipe(name)
     env = ogbench.make_env(name)  # whether there is such an environment, before any process is started
     observation = env.observation_space
     env.close()
-    if episodes < 1 or workers < 1:
-        raise UserError(f"episodes and workers must be at least 1, got {episodes} and {workers}")
     steps = steps or EPISODE_STEPS[dataset]
     out = out.expanduser()
     out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +76,7 @@ def generate_dataset(
     _check_disk(out, episodes * steps, ROW_BYTES + image_bytes)
     jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
     seeds = [fold_seed(seed, name, split, i) for split, i in jobs]
-    results = _collect_all(name, steps, seeds, min(workers, len(seeds)))
+    results = _collect_all(name, steps, seeds, min(workers or usable_cores(), len(seeds)))
     card = {
         "generated_by": f"deflow {version('deflow')}",
         "episodes": episodes,

@@ -1,0 +1,27 @@
+"""Types that say which values a setting may have: signatures carry them, and `settings.py` checks and explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what NumPy and Lightning take
+TaskId = Annotated[int, Field(ge=1, le=5)]  # of OGBench
+Neighbours = Annotated[int, Field(ge=2)]  # as many as a variance needs
+
+Positive = Annotated[float, Field(gt=0)]  # every number is finite, see `settings.py`
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Discount = Annotated[float, Field(ge=0, lt=1)]
+Expectile = Annotated[float, Field(ge=0.5, lt=1)]  # of the upper half
+
+Widths = Annotated[Sequence[Count], Field(min_length=1)]  # of layers
+Interval = Annotated[Sequence[float], Field(min_length=2, max_length=2)]  # lowest and highest
+Limit = Positive | Annotated[Sequence[Positive], Field(min_length=1)]  # one for all action dimensions, or one for each
+
+Activation = Literal["gelu", "gelu_tanh"]  # exact, or the tanh form of the original code
