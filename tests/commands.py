@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import TINY
+from deflow.distillation import distill
+from deflow.inspection import inspect
+from deflow.pipeline import evaluate, train
+from tests.conftest import CKPT, TINY, compose_config, tiny_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,3 +37,20 @@ def run(script: str, *overrides: str, cwd: Path = ROOT, timeout: float = 200) ->
 def tiny_overrides(data: Path, folder: Path, *overrides: str) -> list[str]:
     """Overrides of a training command that ends in seconds and writes into `folder`."""
     return ["experiment=pointmaze", *TINY, f"paths.data={data}", f"hydra.run.dir={folder}", *overrides]
+
+
+def call(name: str, run: Path, data: Path, out: Path, *more: str) -> object:
+    """Call a command in this process with the files of `run`; whatever it creates elsewhere is in `out`."""
+    ckpt = f"ckpt={run / CKPT}"
+    if name == "evaluate":
+        return evaluate(compose_config(ckpt, "episodes=1", *more, config_name="evaluate"))
+    if name == "distill":
+        settings = ("updates=1", "eval.episodes=1", "logger=csv", "agent.actor.hidden=[8]", "threads=1")
+        settings += ("trainer.log_every_n_steps=1", *more)
+        return distill(compose_config(ckpt, *settings, config_name="distill"), out)
+    if name == "inspect_data":
+        settings = ("task=pointmaze_medium", f"paths.data={data}", f"out={out}", "samples=2", *more)
+        return inspect(compose_config(ckpt, *settings, config_name="inspect_data"))
+    if name == "train ckpt":
+        return train(tiny_config(data, "experiment=pointmaze", ckpt, *more), out)
+    return train(compose_config(f"resume={run}", *more), run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from omegaconf import DictConfig
 from deflow.config import CONFIG_DIR
 from deflow.data.d4rl import SIZES
 from deflow.envs import ogbench
+from deflow.pipeline import train
 
 EPISODES, STEPS = 4, 40
+CKPT = Path("checkpoints", "0_joint", "final.ckpt")  # of a run with stages=joint
 
 # Everything that costs time, made small.
 TINY = (
@@ -120,6 +123,23 @@ def short_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation episodes of 20 steps."""
     make_env = ogbench.make_env
     monkeypatch.setattr(ogbench, "make_env", lambda name, **kw: make_env(name, **({"max_episode_steps": 20} | kw)))
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_data: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, to be read."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    make_env = ogbench.make_env
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ogbench, "make_env", lambda name, **kw: make_env(name, **({"max_episode_steps": 20} | kw)))
+        train(tiny_config(tiny_data("pointmaze-medium", "navigate"), "experiment=pointmaze"), folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run's folder, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ from deflow.callbacks import (
     StageProgress,
     SystemMetrics,
 )
-from deflow.checkpoints import agent_of, load_checkpoint, load_weights
+from deflow.checkpoints import OF_A_STAGE, TO_RESUME, agent_of, check_weights, load_checkpoint, load_weights
 from deflow.config import CONFIG_FILE, check, plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.proposals import ProposalCache
@@ -48,6 +48,8 @@ from deflow.files import replacing
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import OnlineStream
+from deflow.stored import load_config
+from deflow.trust import trust_only
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -104,9 +106,10 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: for whatever the user can mend; a new run that fails before its first update leaves no folder.
     """
     started = time.perf_counter()
+    trust_only(config.trust)
     resume = config.resume is not None
     if resume:
-        config = cast(DictConfig, OmegaConf.load(folder / CONFIG_FILE))
+        config = load_config(folder / CONFIG_FILE)
     try:
         run = prepare(config, folder, resume)
     except BaseException:  # Hydra wraps what a component raises
@@ -183,7 +186,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     """Train one stage, or load its result if it is done."""
     final = checkpoints / FINAL
     if run.resume and final.exists():
-        card = load_checkpoint(final)
+        card = load_checkpoint(final, OF_A_STAGE)
+        check_weights(run.module, card, final)
         run.module.load_state_dict(card["state_dict"])
         run.module.keep_moments(card)
         run.stage_speed[name] = card["deflow"]["updates_per_second"]
@@ -211,6 +215,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     )
     last = checkpoints / LAST
     resuming = run.resume and last.exists()
+    if resuming:
+        check_weights(run.module, load_checkpoint(last, TO_RESUME), last)
     try:
         with warnings.catch_warnings():
             for message in LIGHTNING_WARNINGS:
@@ -314,6 +320,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: if the checkpoint is broken or of another task than `config.task`.
     """
+    trust_only(config.trust)
     path = Path(config.ckpt)
     checkpoint = load_checkpoint(path)
     card = checkpoint["deflow"]
@@ -324,7 +331,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     source: Source = instantiate(card["config"]["data"]["source"])
     if not source.has_env:
         raise UserError(f"{path}: {card['task']} has no environment to evaluate in")
-    num_envs = config.num_envs or card["config"]["eval"]["num_envs"]
+    num_envs = config.num_envs or card["config"]["eval"].get("num_envs")
     result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
     result |= play(agent, source, config.episodes, num_envs, config.seed) | latency(agent)
     settings = card["config"]["agent"] | chosen
@@ -384,7 +391,7 @@ def _saved_step(config: DictConfig, folder: Path) -> int:
         if (checkpoints / FINAL).exists():
             step += stage.steps
         elif (checkpoints / LAST).exists():
-            return step + int(load_checkpoint(checkpoints / LAST)["global_step"])
+            return step + int(load_checkpoint(checkpoints / LAST, TO_RESUME)["global_step"])
         else:
             break
     return step
