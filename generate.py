@@ -12,7 +12,13 @@ def main(config: DictConfig, folder: Path) -> None:
     from deflow.data.generate.runner import generate_dataset
 
     path = generate_dataset(
-        config.dataset, config.episodes, Path(config.out), config.seed, config.workers, config.steps
+        config.dataset,
+        config.episodes,
+        Path(config.out),
+        config.seed,
+        config.workers,
+        config.steps,
+        config.overwrite,
     )
     print(f"wrote {path}")
 

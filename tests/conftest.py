@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from deflow.pipeline import train
 from tests.commands import ROOT, TINY, kill_left_over
 
 EPISODES, STEPS = 4, 40
+CKPT = Path("checkpoints", "0_joint", "final.ckpt")  # of a run with stages=joint
 
 
 def compose_config(*overrides: str, config_name: str = "train") -> DictConfig:
@@ -163,6 +165,23 @@ def working_tree() -> set[Path]:
         subfolders[:] = [n for n in subfolders if not n.startswith(".") and not n.endswith(("cache__", ".egg-info"))]
         found |= {Path(folder, name) for name in names}
     return found
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_data: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, to be read."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    make_env = ogbench.make_env
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ogbench, "make_env", lambda name, **kw: make_env(name, **({"max_episode_steps": 20} | kw)))
+        train(tiny_config(tiny_data("pointmaze-medium", "navigate"), "experiment=pointmaze"), folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run's folder, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,18 +6,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.errors import UserError
+from deflow.stored import checked
 from deflow.types import Spec
 
+# What every checkpoint holds, and of what type; see `Run.card`.
+CONTENT: dict[str, type] = {
+    "state_dict": dict,
+    "deflow": dict,
+    "deflow.task": str,
+    "deflow.spec": list,
+    "deflow.config": dict,
+    "deflow.config.seed": int,
+    "deflow.config.eval": dict,
+}
+# What one that training goes on from holds besides.
+TO_RESUME: dict[str, type] = {
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+# And one of a stage that is done.
+OF_A_STAGE: dict[str, type] = {"optimizer_states": list, "deflow.updates_per_second": float}
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's plain contents.
+
+def load_checkpoint(path: Path, more: dict[str, type] | None = None) -> dict[str, Any]:
+    """A checkpoint's plain contents; its configuration names nothing that a file may not, see `stored.checked`.
+
+    Args:
+        path: of the file.
+        more: entries that are needed besides those of every checkpoint, such as `TO_RESUME`.
 
     Raises:
-        UserError: if it is missing or not one of ours.
+        UserError: if it is missing, not one of ours, or not a whole one.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
@@ -25,8 +52,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is not a checkpoint
         raise UserError(f"cannot read {path}: it is not a whole checkpoint") from error
-    if "deflow" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "deflow" not in checkpoint:
         raise UserError(f"{path} is a checkpoint of something else: it lacks the entry 'deflow'")
+    for key, kind in (CONTENT | (more or {})).items():
+        if not isinstance(_entry(checkpoint, key), kind):
+            raise UserError(f"{path} is not a whole checkpoint: its entry '{key}' is missing or of another kind")
+    card = checkpoint["deflow"]
+    sizes = card["spec"][:3]
+    sound = {
+        "state_dict": all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()),
+        "optimizer_states": all(_is_optimizer_state(state) for state in checkpoint.get("optimizer_states", ())),
+        "deflow.spec": len(card["spec"]) == len(Spec._fields) and all(isinstance(size, int) for size in sizes),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise UserError(f"{path} is not a whole checkpoint: its entry '{key}' holds something else")
+    checked(card["config"], path)
     return checkpoint
 
 
@@ -34,11 +75,15 @@ def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
     """The agent of a loaded checkpoint with its weights; `settings` replace those it was trained with.
 
     Raises:
-        UserError: if the checkpoint holds several seeds.
+        UserError: if the checkpoint holds several seeds, or weights of other networks than it says.
     """
     card = checkpoint["deflow"]
     _refuse_several(card)
-    agent = build_agent(card["config"]["agent"] | settings, Spec.of_list(card["spec"]))
+    try:
+        agent = build_agent(card["config"]["agent"] | settings, Spec.of_list(card["spec"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's settings do not make an agent: {error}") from error
+    check_weights(agent, checkpoint, "the checkpoint")
     agent.load_state_dict(checkpoint["state_dict"])
     return agent
 
@@ -57,11 +102,37 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
     try:
         agent.start_from(checkpoint)
     except RuntimeError as error:
-        raise UserError(f"the networks of {path} differ from the configured ones: {error}") from error
+        first = next(iter(str(error).splitlines()[1:]), str(error)).strip()  # of many, below a heading
+        raise UserError(f"the networks of {path} differ from the configured ones: {first}") from error
+
+
+def check_weights(agent: Agent, checkpoint: dict[str, Any], name: str | Path) -> None:
+    """Whether a loaded checkpoint's weights are those of networks like the agent's.
+
+    Raises:
+        UserError: naming `name` and one that is not.
+    """
+    ours, theirs = agent.state_dict(), checkpoint["state_dict"]
+    others = [key for key in ours.keys() & theirs.keys() if ours[key].shape != theirs[key].shape]
+    wrong = sorted([*others, *(ours.keys() ^ theirs.keys())])
+    if wrong:
+        raise UserError(f"the networks of {name} differ from the configured ones, as in '{wrong[0]}'")
+
+
+def _entry(content: Any, key: str) -> Any:
+    for name in key.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def _is_optimizer_state(state: Any) -> bool:
+    groups = _entry(state, "param_groups")
+    named = isinstance(groups, list) and all(isinstance(_entry(group, "params"), list) for group in groups)
+    return named and isinstance(_entry(state, "state"), dict) and all("name" in group for group in groups)
 
 
 def _refuse_several(card: dict[str, Any]) -> None:
     seeds = card["config"].get("seeds", 1)  # older ones hold one and do not say so
-    if seeds > 1:
+    if seeds != 1:
         first = card["config"]["seed"]
         raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as seed_{first}.ckpt")

@@ -223,9 +223,10 @@ def refuse_other_overrides(key: str) -> None:
     """A run that is resumed keeps its own configuration; whatever else is asked for would be silently lost.
 
     Raises:
-        UserError: if the command line has overrides other than `key`.
+        UserError: if the command line has overrides other than `key` and `trust`.
     """
-    others = [override for override in HydraConfig.get().overrides.task if not override.startswith(f"{key}=")]
+    allowed = (f"{key}=", "trust=")  # what a file may name is not the file's to say
+    others = [override for override in HydraConfig.get().overrides.task if not override.startswith(allowed)]
     if others:
         raise UserError(f"{key}= keeps the run's own configuration: drop {' '.join(others)}")
 

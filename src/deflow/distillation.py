@@ -16,6 +16,7 @@ from deflow.data.source import Source
 from deflow.evaluation.latency import latency
 from deflow.pipeline import play, train
 from deflow.report import write_json
+from deflow.trust import trust_only
 
 
 def distill(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def distill(config: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if the checkpoint is broken, or its policy cannot be distilled.
     """
+    trust_only(config.trust)
     card = load_checkpoint(Path(config.ckpt))
     train(_training_config(plain(config), card["deflow"]["config"]), folder)
     final = load_checkpoint(folder / "checkpoints" / "0_distillation" / "final.ckpt")
@@ -44,7 +46,7 @@ def _training_config(config: dict[str, Any], taught: dict[str, Any]) -> DictConf
     """The configuration of the teacher's run with another agent and other stages."""
     teacher = taught["agent"] | config["teacher"] | {"_partial_": True}
     agent = config["agent"] | {"horizon": teacher.pop("horizon", 1), "teacher": teacher}
-    own = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads")
+    own = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")
     changed = {key: config[key] for key in own} | {"agent": agent, "resume": None}
     stage = {"train": "all", "steps": config["updates"], "lr": config["lr"], "cosine_decay": True, "evaluate": True}
     return OmegaConf.create(taught | changed | {"stages": {"distillation": stage}})

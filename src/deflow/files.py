@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
+
 from deflow.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 5.0  # after which a process that waits for another one says so
 
 
 @contextmanager
@@ -17,15 +24,59 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder is made if it is missing. The content is on the disk before the name is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    try:
+    with replacing_all([path]) as (part,):
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+
+
+@contextmanager
+def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """As `replacing` for files that belong together: the first is renamed when the last is whole and on the disk.
+
+    The last of `paths` is the one whose presence says that all are there: an older one is removed before the others
+    are renamed, so that a kill never leaves it beside files of another time.
+    """
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [path.with_name(f".part-{path.name}") for path in paths]
+    try:
+        yield parts
+        for part in parts:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        if len(paths) > 1:
+            paths[-1].unlink(missing_ok=True)
+        for part, path in zip(parts, paths, strict=True):
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(lock: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock file `lock`, made if it is missing; whoever waits long for it says so, and waits on.
+
+    Args:
+        lock: of which only one process at a time is inside.
+        purpose: what it is held for, as in "waiting for PURPOSE".
+
+    Raises:
+        UserError: if nothing can be written there.
+    """
+    file = FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.acquire(timeout=PATIENCE_SECONDS)
+        except Timeout:
+            log.warning("waiting for %s: another process holds %s", purpose, lock)
+            file.acquire()
+    except OSError as error:
+        raise UserError(f"cannot write into {lock.parent}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        file.release()
 
 
 def open_to_append(path: Path, size: int, content: str) -> BinaryIO:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from deflow.agents.base import Agent
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.data import card
@@ -20,6 +21,7 @@ from deflow.data.source import Source
 from deflow.errors import UserError
 from deflow.evaluation.diversity import policy_samples
 from deflow.report import write_json
+from deflow.trust import trust_only
 
 
 def inspect(config: DictConfig) -> dict[str, Any]:
@@ -28,6 +30,8 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: if the data or the checkpoint cannot be read, or the data are images.
     """
+    trust_only(config.trust)
+    agent = None if config.ckpt is None else agent_of(load_checkpoint(Path(config.ckpt)))  # before any work
     source: Source = instantiate(config.data.source)
     source.prepare()
     arrays, _ = source.arrays()
@@ -48,8 +52,8 @@ def inspect(config: DictConfig) -> dict[str, Any]:
             arrays["observations"][valid], arrays["actions"][valid], **{key: rule[key] for key in keys}
         )
     }
-    if config.ckpt is not None:
-        variances |= _policy_variances(config, torch.from_numpy(arrays["observations"][valid]).float())
+    if agent is not None:
+        variances |= _policy_variances(agent, config, torch.from_numpy(arrays["observations"][valid]).float())
     _print_variances(variances, rule)
 
     out = Path(config.out).expanduser()
@@ -62,8 +66,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     return result
 
 
-def _policy_variances(config: DictConfig, states: torch.Tensor) -> dict[str, ActionVariance]:
-    agent = agent_of(load_checkpoint(Path(config.ckpt)))
+def _policy_variances(agent: Agent, config: DictConfig, states: torch.Tensor) -> dict[str, ActionVariance]:
     picks = torch.randperm(len(states), generator=torch.Generator().manual_seed(config.seed))
     drawn = policy_samples(agent, states[picks[: config.iav.sample]], config.samples, config.seed)
     return {name: ActionVariance.of_states(actions.var(axis=1, ddof=1), config.seed) for name, actions in drawn.items()}

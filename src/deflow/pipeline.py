@@ -32,7 +32,7 @@ from deflow.callbacks import (
     StageProgress,
     SystemMetrics,
 )
-from deflow.checkpoints import agent_of, load_checkpoint, load_weights
+from deflow.checkpoints import OF_A_STAGE, TO_RESUME, agent_of, check_weights, load_checkpoint, load_weights
 from deflow.config import check, plain
 from deflow.cores import set_threads
 from deflow.data.datamodule import OfflineDataModule
@@ -52,6 +52,8 @@ from deflow.online import OnlineStream
 from deflow.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, REPLAY, SUMMARY_FILE, RunFolder
 from deflow.settings import AUTO
 from deflow.signals import Stopped
+from deflow.stored import load_config
+from deflow.trust import trust_only
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -117,11 +119,12 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for whatever the user can mend; a new run that fails before its first update leaves no folder.
     """
+    trust_only(config.trust)
     resume = config.resume is not None
     if resume and (folder / SUMMARY_FILE).exists():
         return _show(folder)
     if resume:
-        config = cast(DictConfig, OmegaConf.load(folder / CONFIG_FILE))
+        config = load_config(folder / CONFIG_FILE)
     with RunFolder(folder, resume) as held:
         run = None
         try:
@@ -133,11 +136,9 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
             if nothing_done:
                 held.discard()
             if isinstance(error, Stopped):
-                error.advice = (
-                    "before the first update" if nothing_done else f"go on by python train.py resume={folder}"
-                )
+                go_on = f"go on by python train.py resume={folder}"
+                error.advice = "before the first update" if nothing_done else go_on
             raise
-        return finish(run)
 
 
 def _show(folder: Path) -> dict[str, Any]:
@@ -261,6 +262,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     )
     last = checkpoints / LAST
     resuming = run.resume and last.exists()
+    if resuming:
+        check_weights(run.module, load_checkpoint(last, TO_RESUME), last)
     try:
         with warnings.catch_warnings(), signals.patient():
             for message in LIGHTNING_WARNINGS:
@@ -278,7 +281,8 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
 
 def _load_stage(run: Run, name: str, stage: DictConfig, final: Path, first_step: int) -> None:
     """Take the result of a stage that is done, and make up for its last evaluation if a kill cut it off."""
-    checkpoint = load_checkpoint(final)
+    checkpoint = load_checkpoint(final, OF_A_STAGE)
+    check_weights(run.module, checkpoint, final)
     run.module.load_state_dict(checkpoint["state_dict"])
     run.module.keep_moments(checkpoint)
     run.stage_speed[name] = checkpoint["deflow"]["updates_per_second"]
@@ -381,6 +385,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         UserError: if the checkpoint is broken or of another task than `config.task`.
     """
     set_threads(config.threads)
+    trust_only(config.trust)
     path = Path(config.ckpt)
     checkpoint = load_checkpoint(path)
     card = checkpoint["deflow"]
@@ -462,7 +467,7 @@ def _saved(config: DictConfig, folder: Path) -> tuple[int, float]:
         final, last = checkpoints / FINAL, checkpoints / LAST
         if not (final.exists() or last.exists()):
             break
-        checkpoint = load_checkpoint(final if final.exists() else last)
+        checkpoint = load_checkpoint(final, OF_A_STAGE) if final.exists() else load_checkpoint(last, TO_RESUME)
         step += int(checkpoint["global_step"])
         seconds = checkpoint["deflow"].get("seconds", 0.0)  # older ones do not say
         if not final.exists():

@@ -137,6 +137,7 @@ class Train(TypedDict):
     online_updates: Count
     resume: str | None
     ckpt: str | None
+    trust: Sequence[str]
     networks: Networks
     tau: Share
     eval: Evaluation
@@ -168,6 +169,7 @@ class Distill(TypedDict):
     lr: Positive
     threads: Count | None
     resume: str | None
+    trust: Sequence[str]
     eval: Evaluation
     paths: Paths
     agent: Component
@@ -183,6 +185,7 @@ class Evaluate(TypedDict):
     seed: Seed
     best_of_n: Count | None
     refine_steps: Count | None
+    trust: Sequence[str]
     threads: Count | None
 
 
@@ -193,6 +196,7 @@ class Generate(TypedDict):
     seed: Seed
     workers: Count | None
     steps: Neighbours | None
+    overwrite: bool
     threads: Count | None
 
 
@@ -200,6 +204,7 @@ class InspectData(TypedDict):
     task_id: TaskId | None
     seed: Seed
     ckpt: str | None
+    trust: Sequence[str]
     samples: Neighbours
     out: str
     paths: Paths

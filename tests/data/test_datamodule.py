@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -172,3 +173,40 @@ def test_a_stale_cache_is_never_used(transitions: Transitions, flow: BehaviorFlo
         next(flow.parameters()).add_(0.1)
     ProposalCache.load_or_compute(flow, transitions, 4, 0, path)
     assert path.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-10]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"nonsense"),
+        lambda path: path.unlink(),
+        lambda path: np.save(path, np.zeros((3, 4, 3), np.float16)),
+    ],
+)
+def test_damaged_proposals_are_computed_anew(
+    damage: Callable[[Path], object],
+    transitions: Transitions,
+    flow: BehaviorFlow,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "proposals.npy"
+    make = partial(ProposalCache.load_or_compute, flow, transitions, 4, 0, path)
+    make()
+    whole = path.read_bytes()
+    damage(path)
+    make()
+    assert path.read_bytes() == whole
+    assert "proposals.npy is damaged: computing the proposals anew" in caplog.text
+
+
+def test_a_damaged_key_is_no_key(transitions: Transitions, flow: BehaviorFlow, tmp_path: Path) -> None:
+    path = tmp_path / "proposals.npy"
+    make = partial(ProposalCache.load_or_compute, flow, transitions, 4, 0, path)
+    make()
+    key = path.with_suffix(".key").read_bytes()
+    path.with_suffix(".key").write_bytes(b"\xff\xfe")
+    make()
+    assert path.with_suffix(".key").read_bytes() == key

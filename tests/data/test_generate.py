@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import ogbench
 import pytest
 from safetensors.numpy import load_file
 
+from deflow.data.generate import runner
 from deflow.data.generate.ant import ASSET
 from deflow.data.generate.expert import train_expert
 from deflow.data.generate.maze import MazeCollector, follow_direction
@@ -145,5 +148,74 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("deflow.data.generate.runner.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="no space"):
-        generate_dataset("pointmaze-medium-navigate-v0", 1, tmp_path)
-    assert not list(tmp_path.glob("*.npz*"))
+        generate_dataset("pointmaze-medium-navigate-v0", 1, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+NAME = "pointmaze-medium-navigate-v0"
+
+
+def generate(out: Path, seed: int = 0, overwrite: bool = False) -> Path:
+    return generate_dataset(NAME, 1, out, seed, workers=1, steps=5, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("file", [f"{NAME}.npz", f"{NAME}-val.npz", f"{NAME}.json"])
+def test_nothing_is_replaced_unless_asked_for(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / file).write_text("precious")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_collect_all", lambda *_: pytest.fail("worked for nothing"))
+        with pytest.raises(UserError, match=f"holds {file}: choose another out=, or say overwrite=true"):
+            generate(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert (tmp_path / file).read_text() == "precious"
+    path = generate(tmp_path, overwrite=True)
+    assert runner.read_card(path)["episodes"] == 1
+
+
+def test_a_set_made_meanwhile_by_another_process_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def other_process_first(lock: Path, purpose: str) -> Iterator[None]:
+        (tmp_path / f"{NAME}.npz").write_text("precious")
+        yield
+
+    monkeypatch.setattr(runner, "locked", other_process_first)
+    with pytest.raises(UserError, match="overwrite=true"):
+        generate(tmp_path)
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("renames", range(3))
+def test_a_set_that_was_killed_while_it_appeared_is_no_set(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = generate(tmp_path)
+    done = []
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        if len(done) == renames:
+            raise Killed
+        done.append(target.name)
+        rename(source, target)
+
+    rename = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr("deflow.files.os.replace", replace_or_die)
+        with pytest.raises(Killed):
+            generate(tmp_path, seed=1, overwrite=True)
+    assert not old.exists()
+    assert f"{NAME}.npz" not in done
+
+
+def test_a_failure_keeps_the_old_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = generate(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(runner.np, "savez_compressed", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        generate(tmp_path, seed=1, overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert runner.read_card(path)

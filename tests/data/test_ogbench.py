@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from deflow.data import ogbench as module
 from deflow.data.ogbench import OGBenchSource
 from deflow.data.transitions import ACTION_BOUND
 from deflow.errors import UserError
@@ -139,11 +141,113 @@ def test_no_network_says_where_to_put_the_files(tmp_path: Path, monkeypatch: pyt
         offline.prepare()
 
 
+NAME = "pointmaze-medium-navigate-v0"
+
+
+@pytest.fixture
+def downloads(point_data: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files downloaded, from a server that is always there."""
+    names: list[str] = []
+
+    def fetch(url: str, path: Path) -> None:
+        names.append(path.name)
+        path.write_bytes((point_data / path.name).read_bytes())
+
+    monkeypatch.setattr(module, "download", fetch)
+    return names
+
+
+def spoil(path: Path, how: str) -> None:
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif how == "of another kind":
+        np.savez(path, observations=np.zeros((4, 2)))
+    else:  # a byte of a column, which only its checksum shows
+        content = bytearray(path.read_bytes())
+        content[2000] ^= 255
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", ["", "-val"])
+@pytest.mark.parametrize("how", ["cut", "of another kind", "a wrong byte"])
+def test_a_downloaded_file_of_no_use_is_had_again(
+    how: str, suffix: str, copied: Path, downloads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copied / f"{NAME}{suffix}.npz"
+    whole = path.read_bytes()
+    spoil(path, how)
+    spoilt = path.read_bytes()
+    source(copied, "data.source.download=true").load()
+    assert downloads == [path.name]
+    assert path.read_bytes() == whole
+    assert (copied / f"{path.name}.damaged").read_bytes() == spoilt
+    assert f"renamed to {path.name}.damaged" in caplog.text
+
+
+def test_it_is_had_again_only_once(copied: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(url: str, path: Path) -> None:
+        downloads.append(path.name)
+        path.write_bytes(b"nonsense")
+
+    monkeypatch.setattr(module, "download", fetch)
+    spoil(copied / f"{NAME}.npz", "cut")
+    with pytest.raises(UserError, match="truncated"):
+        source(copied, "data.source.download=true").load()
+    assert downloads == [f"{NAME}.npz"]
+
+
+def test_what_another_process_has_had_again_is_read(
+    copied: Path, downloads: list[str], point_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied / f"{NAME}.npz"
+    spoil(path, "cut")
+
+    @contextmanager
+    def other_process_first(lock: Path, purpose: str) -> Iterator[None]:
+        path.write_bytes((point_data / path.name).read_bytes())
+        yield
+
+    monkeypatch.setattr(module, "locked", other_process_first)
+    source(copied, "data.source.download=true").load()
+    assert downloads == []
+    assert not list(copied.glob("*.damaged"))
+
+
+@pytest.mark.parametrize("settings", [("data.source.download=false",), ("data.source.path={path}",)])
+def test_the_users_own_file_stays_where_it_is(settings: tuple[str], copied: Path, downloads: list[str]) -> None:
+    path = copied / f"{NAME}.npz"
+    spoil(path, "cut")
+    with pytest.raises(UserError, match="truncated"):
+        source(copied, "data.source.download=true", *(s.format(path=path) for s in settings)).load()
+    assert path.exists()
+    assert downloads == []
+
+
+def test_a_damaged_generated_file_is_generated_again(tmp_path: Path) -> None:
+    made = source(tmp_path, "data.source.generate_if_missing=true", "data.source.generate_episodes=1")
+    made.prepare()
+    path = Path(made.provenance()["path"])
+    spoil(path, "cut")
+    assert len(made.load()[0]) == 1000
+    assert (path.with_name(f"{NAME}.npz.damaged")).exists()
+
+
+@pytest.mark.parametrize("card", ['{"generated_by": "deflow", "bytes": 5}', '{"generated_by": "deflow"}', "{", "[1]"])
+def test_a_card_of_another_file_is_not_believed(card: str, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copied / f"{NAME}.json").write_text(card)
+    provenance = source(copied).provenance()
+    assert provenance["generated"] is False
+    assert set(provenance) == {"name", "path", "bytes", "generated"}
+    assert "not believed" in caplog.text
+
+
 def test_generated_data_says_so_and_keeps_apart(tmp_path: Path) -> None:
     made = source(tmp_path, "data.source.generate_if_missing=true", "data.source.generate_episodes=1")
     made.prepare()
     assert made.provenance()["generated"]
     assert not list(tmp_path.glob("*.npz"))
+    Path(made.provenance()["path"]).with_suffix(".json").unlink()
+    assert made.provenance()["generated"]
     transitions, _ = made.load()
     assert len(transitions) == 1000
 

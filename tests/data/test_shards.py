@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,33 @@ def test_unpacking_that_was_killed_is_done_again(folder: Path) -> None:
     next(folder.rglob("index.json")).unlink()
     next(folder.rglob("actions.bin")).write_bytes(b"half")
     assert torch.equal(load(folder).actions, whole)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: next(folder.rglob("actions.bin")).unlink(),
+        lambda folder: next(folder.rglob("actions.bin")).write_bytes(b"half"),
+        lambda folder: next(folder.rglob("index.json")).write_bytes(b"\xff\xfe"),
+        lambda folder: next(folder.rglob("index.json")).write_text("[1]"),
+        lambda folder: change_index(folder, lambda index: index.pop("columns")),
+        lambda folder: change_index(folder, lambda index: index["columns"].update(masks=["|O", [480]])),
+    ],
+)
+def test_damaged_columns_are_made_anew(
+    damage: Callable[[Path], object], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = load(folder).actions.clone()
+    damage(folder)
+    assert torch.equal(load(folder).actions, whole)
+    assert "are damaged: unpacking anew" in caplog.text
+
+
+def change_index(folder: Path, change: Callable[[dict], object]) -> None:
+    path = next(folder.rglob("index.json"))
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
 
 
 def test_a_broken_shard_is_named(folder: Path) -> None:

@@ -175,6 +175,31 @@ def test_d4rl_of_another_family_is_refused(tmp_path: Path) -> None:
         D4RLSource("pen-human-v1", None, str(tmp_path), None).prepare()
 
 
+def test_a_downloaded_d4rl_file_of_no_use_is_fetched_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fetch(url: str, path: Path, is_sound: object) -> None:
+        urls.append(url)
+        write_d4rl(path, "pen" if len(urls) == 1 else "door")
+
+    monkeypatch.setattr("deflow.data.d4rl.download", fetch)
+    urls: list[str] = []
+    path = tmp_path / "pen-human-v1.hdf5"
+    path.write_bytes(b"\x89HDF\r\n\x1a\n, and then nothing")
+    source = D4RLSource("pen-human-v1", None, str(tmp_path), "http://somewhere/file")
+    assert source.arrays()[0]["observations"].shape[1] == 45
+    assert urls == ["http://somewhere/file"]
+    assert "renamed to pen-human-v1.hdf5.damaged" in caplog.text
+    path.write_bytes(b"nonsense again")
+    with pytest.raises(UserError, match="another environment"):
+        source.arrays()
+    own = path.with_name("own.hdf5")
+    own.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="truncated or not an HDF5 file"):  # the user's own stays where it is
+        D4RLSource("pen-human-v1", str(own), "", "http://somewhere/file").arrays()
+    assert len(urls) == 2
+
+
 @pytest.mark.parametrize(("maze", "goal"), [("umaze", (0, 8)), ("medium-play", (20, 20)), ("large-diverse", (32, 24))])
 def test_d4rl_mazes_have_d4rls_coordinates(maze: str, goal: tuple[float, float]) -> None:
     # Cells are 4 apart and the start cell is the origin; both starts and goals are drawn within a quarter cell.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow.data.download import download
+from deflow.data.download import download, identities, set_aside
 from deflow.data.own import read_columns
 from deflow.data.source import Arrays, Source, compact, split
 from deflow.errors import UserError
-from deflow.files import check_folder
+from deflow.files import check_folder, locked
 from deflow.ranges import Seed
 from deflow.types import Spec
 
@@ -101,12 +102,35 @@ class D4RLSource(Source):
             return
         if self.path is not None or self.url is None:
             raise UserError(f"no file {self._path}: set data.source.path to {self.dataset}'s .hdf5 file")
+        with self._locked():
+            if not self._path.is_file():
+                self._fetch()
+
+    def _fetch(self) -> None:
         import h5py
 
+        assert self.url is not None
         check_folder(self._path.parent, "data.source.dir")
         download(self.url, self._path, h5py.is_hdf5)
 
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self._path.with_suffix(".lock"), f"the data set {self.dataset}")
+
     def arrays(self) -> tuple[Arrays, Arrays]:
+        """Both splits; a downloaded file that is of no use is fetched again, once."""
+        seen = identities([self._path])
+        try:
+            return self._read()
+        except UserError as error:
+            if self.path is not None or self.url is None:
+                raise
+            with self._locked():
+                if identities([self._path]) == seen:  # else another process has been here
+                    set_aside(self._path, error)
+                    self._fetch()
+        return self._read()
+
+    def _read(self) -> tuple[Arrays, Arrays]:
         columns = read_columns(self._path, KEYS)
         sizes = columns["observations"].shape[1], columns["actions"].shape[1]
         if sizes != SIZES[self._family]:

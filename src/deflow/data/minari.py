@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -12,6 +14,7 @@ import numpy as np
 from deflow.data.source import Arrays, Source, split
 from deflow.errors import UserError
 from deflow.ranges import Seed
+from deflow.trust import check_environment_spec
 from deflow.types import Spec
 
 # Parts of a dictionary observation in the order of D4RL's vector; the desired goal is fixed and left out.
@@ -55,7 +58,12 @@ class MinariSource(Source):
             import minari
 
             try:
-                self._dataset = minari.load_dataset(self.dataset_id, download=self.download)
+                if self.download and not _folder(self.dataset_id).exists():
+                    minari.download_dataset(self.dataset_id)
+                _check_environments(self.dataset_id)  # to load may already be to make one
+                self._dataset = minari.load_dataset(self.dataset_id)
+            except UserError:
+                raise
             except Exception as error:  # its client raises whatever its storage and its HTTP library do
                 raise UserError(f"cannot load Minari's data set {self.dataset_id}: {error}") from error
         return self._dataset
@@ -103,6 +111,21 @@ class MinariSource(Source):
     def provenance(self) -> dict[str, Any]:
         storage = self._load().storage
         return {"name": self.name, "path": str(storage.data_path), "generated": False}
+
+
+def _folder(dataset_id: str) -> Path:
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    return get_dataset_path(dataset_id) / "data"
+
+
+def _check_environments(dataset_id: str) -> None:
+    """The environments that a data set names are code: of known packages, or trusted ones."""
+    file = _folder(dataset_id) / "metadata.json"
+    metadata = json.loads(file.read_text()) if file.exists() else {}
+    for key in ("env_spec", "eval_env_spec"):
+        if metadata.get(key) is not None:
+            check_environment_spec(metadata[key], f"{file}: {key}")
 
 
 class _FlatObservation(gymnasium.ObservationWrapper):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import zipfile
 import zlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +13,14 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from filelock import FileLock
 
-from deflow.data.download import download
-from deflow.data.generate.runner import generate_dataset
+from deflow.data.download import download, identities, set_aside
+from deflow.data.generate.runner import generate_dataset, read_card
 from deflow.data.source import Arrays, Source
 from deflow.data.transitions import Transitions
 from deflow.envs import ogbench
 from deflow.errors import UserError
-from deflow.files import check_folder
+from deflow.files import check_folder, locked
 from deflow.ranges import Count, Seed, TaskId
 from deflow.types import Spec
 
@@ -78,40 +77,66 @@ class OGBenchSource(Source):
 
     def prepare(self) -> None:
         """See to it that the files are on disk; the processes of a machine take turns, so one does the work."""
-        if self._find() is not None:
-            return
+        self._found()
+
+    def _found(self) -> Path:
+        path = self._find()
+        if path is not None:
+            return path
         if self.path is not None:
             self._refuse_half(Path(self.path).expanduser())
             raise UserError(f"data.source.path: no file or folder of files {self.path} (each with its -val.npz)")
         check_folder(self._downloaded.parent, "paths.data")
-        self._downloaded.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._downloaded.with_suffix(".lock")):
+        with self._locked():
             if self._find() is None:
                 self._fetch()
+        path = self._find()
+        assert path is not None
+        return path
 
     def arrays(self) -> tuple[Arrays, Arrays]:
-        path = self._find()
-        assert path is not None, "prepare() first"
-        return self._arrays_of(_shards(path)[0])
+        return self._arrays_of(_shards(self._found())[0])
 
     def load(self) -> tuple[Transitions, Transitions]:
-        path = self._find()
-        assert path is not None, "prepare() first"
+        path = self._found()
         if path.is_file():
             return super().load()
         return self.load_shards(_shards(path), self._arrays_of, path / "unpacked" / self.task)
 
     def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:
+        """Both splits; files that this source can have again, and that are of no use, are had again, once."""
         env = ogbench.make_env(self.task)  # as the data were made: one frame at a time
         try:
-            for file in _files(path):
-                _check_file(file, env)
+            seen = identities(_files(path))
             try:
-                return ogbench.load_arrays(self.task, str(path), env)
-            except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError, IndexError) as error:
-                raise UserError(f"cannot read {path}: {error}; make or download it again") from error
+                return self._read(path, env)
+            except UserError as error:
+                if not self._can_be_had_again(path):
+                    raise
+                with self._locked():
+                    if identities(_files(path)) == seen:  # else another process has been here
+                        for file in _damaged(path, env):
+                            set_aside(file, error)
+                        self._fetch()
+            return self._read(self._found(), env)
         finally:
             env.close()
+
+    def _read(self, path: Path, env: gymnasium.Env) -> tuple[Arrays, Arrays]:
+        for file in _files(path):
+            _check_file(file, env)
+        try:
+            return ogbench.load_arrays(self.task, str(path), env)
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError, IndexError) as error:
+            raise UserError(f"cannot read {path}: {error}; make or download it again") from error
+
+    def _can_be_had_again(self, path: Path) -> bool:
+        if self.path is not None:
+            return False
+        return self.download if path == self._downloaded else path == self._generated and self.generate_if_missing
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self._downloaded.with_suffix(".lock"), f"the data set {self.name}")
 
     def tasks(self) -> dict[str, Source]:
         numbered = (replace(self, task_id=number) for number in ogbench.TASK_IDS)
@@ -134,12 +159,11 @@ class OGBenchSource(Source):
         return ogbench.spec_of(env), getattr(env.unwrapped, "_success_timing", "unknown")
 
     def provenance(self) -> dict[str, Any]:
-        path = self._find()
-        assert path is not None
-        card = path.with_suffix(".json")
-        made: dict[str, Any] = json.loads(card.read_text()) if card.exists() else {}
+        path = self._found()
         size = sum(file.stat().st_size for file in _shards(path))
-        return {"name": self.name, "path": str(path), "bytes": size, "generated": bool(made), **made}
+        made = read_card(path)
+        generated = bool(made) or path == self._generated
+        return {"name": self.name, "path": str(path), "bytes": size, "generated": generated, **made}
 
     def _fetch(self) -> None:
         if self.download:
@@ -163,7 +187,12 @@ class OGBenchSource(Source):
             )
         log.warning("generating %s: NOT the published data set, do not compare with published numbers", self.name)
         generate_dataset(
-            self.name, self.generate_episodes, self._generated.parent, self.generate_seed, self.generate_workers
+            self.name,
+            self.generate_episodes,
+            self._generated.parent,
+            self.generate_seed,
+            self.generate_workers,
+            overwrite=True,  # what lies there is half of a set, or of no use
         )
 
     @staticmethod
@@ -196,6 +225,20 @@ class OGBenchSource(Source):
 
 def _files(path: Path) -> tuple[Path, Path]:
     return path, path.with_name(path.stem + "-val.npz")
+
+
+def _damaged(path: Path, env: gymnasium.Env) -> list[Path]:
+    """Which of a set's two files fails its check or cannot be read to its end; both, if neither is known to."""
+    return [file for file in _files(path) if not _is_sound(file, env)] or list(_files(path))
+
+
+def _is_sound(path: Path, env: gymnasium.Env) -> bool:
+    try:
+        _check_file(path, env)
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (UserError, zipfile.BadZipFile, zlib.error, OSError, EOFError):
+        return False
 
 
 def _shards(path: Path) -> list[Path]:

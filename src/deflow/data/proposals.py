@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from rich.progress import track
 from torch import Tensor
 
 from deflow.data.transitions import Transitions
-from deflow.files import replacing
+from deflow.files import locked, replacing
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
 
@@ -52,20 +51,37 @@ class ProposalCache:
             transitions: the data; every state gets proposals.
             count: proposals for each state.
             seed: of the noise.
-            path: `.npy` file; its key lies beside it, so that a stale cache is never used.
+            path: `.npy` file; its key lies beside it, so that a stale cache is never used. A damaged one is made anew.
         """
         key = _key(flow, transitions, count, seed)
         key_path = path.with_suffix(".key")
-        with FileLock(path.with_suffix(".lock")):  # the first rank computes, the others find the file
-            if not (path.exists() and key_path.exists() and key_path.read_text() == key):
+        shape = (len(transitions.states), count, flow.spec.action_dim)
+        with locked(path.with_suffix(".lock"), "the cached proposals"):  # the first rank computes, the others find them
+            found = key_path.exists() and key_path.read_bytes() == key.encode()
+            proposals = _read(path, shape) if found else None
+            if proposals is None:
                 key_path.unlink(missing_ok=True)
                 started = time.perf_counter()
                 with replacing(path) as part:
                     _compute(flow, transitions, count, seed, part)
-                key_path.write_text(key)
+                with replacing(key_path) as part:
+                    part.write_text(key)
                 seconds, mebibytes = time.perf_counter() - started, path.stat().st_size / 2**20
                 log.info("%d proposals a state: %.0f MiB in %.1f s", count, mebibytes, seconds)
-        return cls(torch.from_numpy(np.load(path, mmap_mode="c")))  # may be larger than memory
+                proposals = np.load(path, mmap_mode="c")
+        return cls(torch.from_numpy(proposals))
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What is in the file, mapped into memory, as it may be larger; None if that is not what it should be."""
+    try:
+        proposals = np.load(path, mmap_mode="c")
+        if (proposals.shape, proposals.dtype) == (shape, np.float16):
+            return proposals
+    except (OSError, ValueError, EOFError):  # missing, cut short, or something else
+        pass
+    log.warning("%s is damaged: computing the proposals anew", path)
+    return None
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, fields
@@ -12,11 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from filelock import FileLock
 from rich.progress import track
 
 from deflow.data.transitions import Transitions
-from deflow.files import check_folder, replacing
+from deflow.files import check_folder, locked, replacing
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], fold
     """The transitions of all `shards` as columns mapped into memory, of which only what is read is in memory.
 
     The columns lie in `folder` and take the size of the unpacked data on disk. They are made by the first process that
-    asks, one shard in memory at a time, and made again when a shard has been replaced, added or removed.
+    asks, one shard in memory at a time, and made again when they are damaged or a shard has been replaced, added or
+    removed.
 
     Args:
         shards: files, in order.
@@ -36,8 +37,7 @@ def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], fold
         folder: of the columns, made if missing.
     """
     check_folder(folder, "data.source.path")
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    with locked(folder / "lock", "the unpacked shards"):
         index, now = _read_index(folder), _identities(shards)
         if index is None or index["shards"] != now:
             if index is not None:
@@ -83,7 +83,21 @@ def _identities(shards: Sequence[Path]) -> list[list[Any]]:
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / INDEX).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    """The index of columns that are there and whole; None if there are none."""
+    if not (folder / INDEX).exists():
         return None
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        index["shards"] = [[str(name), *identity] for name, *identity in index["shards"]]
+        if all(_is_whole(folder / f"{name}.bin", *index["columns"][name]) for name in COLUMNS):
+            return index
+    except (OSError, ValueError, KeyError, TypeError):  # not JSON, or not ours
+        pass
+    log.warning("the columns in %s are damaged: unpacking anew", folder)
+    return None
+
+
+def _is_whole(column: Path, dtype: str, shape: Sequence[int]) -> bool:
+    """Whether the file holds so many numbers."""
+    of_numbers = np.dtype(dtype).kind in "fiu"  # mapped as Python objects, the bytes of a file would be addresses
+    return of_numbers and column.stat().st_size == np.dtype(dtype).itemsize * math.prod(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import shutil
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from deflow.data.generate.ant import AntExpert
 from deflow.data.generate.maze import NOISE, MazeCollector, follow_direction
 from deflow.envs import ogbench
 from deflow.errors import UserError
-from deflow.files import replacing
+from deflow.files import locked, replacing_all
 from deflow.seeding import fold_seed
+
+log = logging.getLogger(__name__)
 
 EPISODE_STEPS = {"navigate": 1001, "stitch": 201, "explore": 501, "play": 1001, "noisy": 1001}
 TYPES = {
@@ -47,9 +50,17 @@ class Collector(Protocol):
 
 
 def generate_dataset(
-    name: str, episodes: int, out: Path, seed: int = 0, workers: int | None = None, steps: int | None = None
+    name: str,
+    episodes: int,
+    out: Path,
+    seed: int = 0,
+    workers: int | None = None,
+    steps: int | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write `name.npz`, `name-val.npz` (a tenth of the episodes, at least one) and a card `name.json` into `out`.
+
+    The three appear together, or none of them does.
 
     Args:
         name: OGBench's name, such as `pointmaze-medium-navigate-v0`.
@@ -58,26 +69,28 @@ def generate_dataset(
         seed: every episode's randomness follows from it and the episode's number alone.
         workers: processes; None is one for each core that this process may use.
         steps: states an episode; OGBench's own number (1001, stitch 201, explore 501) unless given.
+        overwrite: whether to replace files of these names.
 
     Returns:
         The training file's path.
 
     Raises:
-        UserError: for a data set without a recipe here, or too little disk.
+        UserError: for a data set without a recipe here, files that would be lost, or too little disk.
     """
     _, dataset = _recipe(name)
     env = ogbench.make_env(name)  # whether there is such an environment, before any process is started
     observation = env.observation_space
     env.close()
     steps = steps or EPISODE_STEPS[dataset]
-    out = out.expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    path = out.expanduser() / f"{name}.npz"
+    files = [path.with_suffix(".json"), path.with_name(f"{name}-val.npz"), path]
+    if not overwrite:
+        _refuse_to_replace(files)
     image_bytes = int(np.prod(observation.shape or ())) if observation.dtype == np.uint8 else 0
-    _check_disk(out, episodes * steps, ROW_BYTES + image_bytes)
+    _check_disk(path.parent, episodes * steps, ROW_BYTES + image_bytes)
     jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
     seeds = [fold_seed(seed, name, split, i) for split, i in jobs]
-    results = _collect_all(name, steps, seeds, min(workers or usable_cores(), len(seeds)))
-    card = {
+    made = {
         "generated_by": f"deflow {version('deflow')}",
         "episodes": episodes,
         "steps_an_episode": steps,
@@ -85,11 +98,36 @@ def generate_dataset(
         "ogbench": version("ogbench"),
         "mujoco": version("mujoco"),
     }
-    path = out / f"{name}.npz"
-    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
-    _write(path.with_name(f"{name}-val.npz"), results[episodes:])
-    _write(path, results[:episodes])
+    with locked(path.with_name(f".{name}.lock"), f"another process that generates {name}"):
+        if not overwrite:
+            _refuse_to_replace(files)  # of whoever held the lock
+        results = _collect_all(name, steps, seeds, min(workers or usable_cores(), len(seeds)))
+        with replacing_all(files) as (card, val, train):
+            _write(val, results[episodes:])
+            _write(train, results[:episodes])
+            card.write_text(json.dumps(made | {"bytes": train.stat().st_size}, indent=2) + "\n")
     return path
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """What the card of a generated training file says; empty if it has none, or one of another file."""
+    card = path.with_suffix(".json")
+    if not card.is_file():
+        return {}
+    try:
+        made = json.loads(card.read_text())
+        if "generated_by" in made and made["bytes"] == path.stat().st_size:
+            return made
+    except (ValueError, KeyError, TypeError):  # not JSON, or not a card
+        pass
+    log.warning("%s is not the card of %s as it is: not believed", card, path.name)
+    return {}
+
+
+def _refuse_to_replace(files: Sequence[Path]) -> None:
+    there = [file.name for file in files if file.exists()]
+    if there:
+        raise UserError(f"{files[0].parent} holds {', '.join(there)}: choose another out=, or say overwrite=true")
 
 
 def _recipe(name: str) -> tuple[str, str]:
@@ -178,11 +216,11 @@ def _collect_once(collector: Collector, seed: int) -> dict[str, np.ndarray]:
 
 def _check_disk(out: Path, rows: int, row_bytes: int) -> None:
     needed = rows * row_bytes
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if free < needed:
         raise UserError(f"no space for {rows} rows in {out}: about {needed >> 20} MiB needed, {free >> 20} MiB free")
 
 
 def _write(path: Path, episodes: Sequence[dict[str, np.ndarray]]) -> None:
-    with replacing(path) as part:
-        np.savez_compressed(part, **{key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]})  # type: ignore[arg-type]
+    columns = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
+    np.savez_compressed(path, **columns)  # type: ignore[arg-type]

@@ -1,0 +1,118 @@
+"""Checkpoints whose content is not one: one line that says so, whatever command reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deflow.checkpoints import OF_A_STAGE, TO_RESUME, agent_of, load_checkpoint
+from deflow.errors import UserError
+from tests.calls import call
+from tests.conftest import CKPT
+
+pytestmark = pytest.mark.usefixtures("short_episodes")
+
+
+@pytest.fixture(scope="module")
+def content(trained: Path) -> dict[str, Any]:
+    return torch.load(trained / CKPT, weights_only=True)
+
+
+def saved(content: Any, tmp_path: Path) -> Path:
+    torch.save(content, tmp_path / "a.ckpt")
+    return tmp_path / "a.ckpt"
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3), [1, 2], {}, "deflow", 3, {"state_dict": {}}])
+def test_something_else(other: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.ckpt is a checkpoint of something else"):
+        load_checkpoint(saved(other, tmp_path))
+
+
+@pytest.mark.parametrize("other", [b"", b"nonsense", b"PK\x03\x04"])
+def test_no_checkpoint_at_all(other: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(other)
+    with pytest.raises(UserError, match=r"cannot read .*a\.ckpt: it is not a whole checkpoint"):
+        load_checkpoint(tmp_path / "a.ckpt")
+
+
+NEEDED = ["state_dict", "deflow", "deflow.task", "deflow.spec", "deflow.config", "deflow.config.eval", *TO_RESUME]
+
+
+@pytest.mark.parametrize("key", [*NEEDED, *OF_A_STAGE])
+@pytest.mark.parametrize("edit", [lambda node, key: node.pop(key), lambda node, key: node.update({key: b"other"})])
+def test_entries_that_are_missing_or_of_another_kind(
+    key: str, edit: Callable[[dict, str], object], content: dict[str, Any], tmp_path: Path
+) -> None:
+    changed = torch.load(saved(content, tmp_path), weights_only=True)
+    load_checkpoint(saved(changed, tmp_path), TO_RESUME | OF_A_STAGE)
+    *outer, last = key.split(".")
+    node = changed
+    for name in outer:
+        node = node[name]
+    edit(node, last)
+    with pytest.raises(UserError, match=rf"a\.ckpt is .*'{key}'"):
+        load_checkpoint(saved(changed, tmp_path), TO_RESUME | OF_A_STAGE)
+
+
+@pytest.mark.parametrize(
+    "change,key",
+    [
+        ({"state_dict": {"a": 3}}, "state_dict"),
+        ({"optimizer_states": [3]}, "optimizer_states"),
+        ({"optimizer_states": [{"state": {}, "param_groups": [{"params": [0]}]}]}, "optimizer_states"),
+        ({"optimizer_states": [{"state": {}, "param_groups": [3]}]}, "optimizer_states"),
+    ],
+)
+def test_entries_that_hold_something_else(
+    change: dict[str, Any], key: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"its entry '{key}' holds something else"):
+        load_checkpoint(saved(content | change, tmp_path))
+
+
+@pytest.mark.parametrize("spec", [[], [2], [2, 2, 1], [2, "two", 1, None], [2, 2, 1, None, 5]])
+def test_a_spec_that_is_none(spec: list, content: dict[str, Any], tmp_path: Path) -> None:
+    changed = content | {"deflow": content["deflow"] | {"spec": spec}}
+    with pytest.raises(UserError, match=r"its entry 'deflow\.spec' holds something else"):
+        load_checkpoint(saved(changed, tmp_path))
+
+
+def with_settings(content: dict[str, Any], **agent: Any) -> dict[str, Any]:
+    card = content["deflow"]
+    config = card["config"] | {"agent": card["config"]["agent"] | agent}
+    return content | {"deflow": card | {"config": config}}
+
+
+def test_settings_that_make_no_agent(content: dict[str, Any], tmp_path: Path) -> None:
+    flow = content["deflow"]["config"]["agent"]["behavior_flow"] | {"hidden": "abc"}
+    path = saved(with_settings(content, behavior_flow=flow), tmp_path)
+    with pytest.raises(UserError, match="the checkpoint's settings do not make an agent"):
+        agent_of(load_checkpoint(path))
+
+
+@pytest.mark.parametrize("damage", ["another shape", "one too few", "one too many"])
+@pytest.mark.parametrize("name", ["evaluate", "distill", "inspect_data", "train ckpt", "resume final", "resume last"])
+def test_weights_of_other_networks(damage: str, name: str, run: Path, point_data: Path, tmp_path: Path) -> None:
+    path = run / CKPT
+    if name == "resume last":
+        path.unlink()
+        path = path.with_name("last.ckpt")
+    changed = torch.load(path, weights_only=True)
+    weights, weight = changed["state_dict"], next(iter(changed["state_dict"]))
+    if damage == "another shape":
+        weights[weight] = torch.zeros(3, 3, 3)
+    elif damage == "one too few":
+        del weights[weight]
+    else:
+        weights["unknown"] = torch.zeros(3)
+    torch.save(changed, path)
+    with pytest.raises(UserError, match="differ from the configured ones") as raised:
+        call(name.partition(" ")[0] if "resume" in name else name, run, point_data, tmp_path / "out")
+    assert ("unknown" if damage == "one too many" else weight) in str(raised.value)
+    assert len(str(raised.value)) < 500
+    assert not (tmp_path / "out").exists()
