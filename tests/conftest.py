@@ -19,6 +19,7 @@ from deflow.config import CONFIG_DIR
 from deflow.data.d4rl import SIZES
 from deflow.envs import ogbench
 from deflow.pipeline import train
+from deflow.run_folder import SUMMARY_FILE
 from tests.commands import ROOT, TINY, kill_left_over
 
 EPISODES, STEPS = 4, 40
@@ -180,8 +181,8 @@ def trained(tiny_data: Callable[[str, str], Path], tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run's folder, to be changed."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+    """A copy of a run's folder, to be changed; all but its summary is done, so that it can be resumed."""
+    return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns(SUMMARY_FILE)))
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from deflow.config import CONFIG_DIR
 from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.run_folder import BEFORE_THE_FIRST_UPDATE, SIGNS_OF_A_RUN, RunFolder, new_run_folder
+from tests.commands import run
 from tests.conftest import compose_config, tiny_config
 
 
@@ -111,8 +111,22 @@ def test_two_that_begin_in_the_same_second(tmp_path: Path) -> None:
     assert all(Path(folder).is_dir() for folder in folders)
 
 
-def test_hydra_asks_before_it_makes_a_folder() -> None:
-    assert "deflow.run_folder.NoticeNewFolders" in (Path(CONFIG_DIR) / "hydra" / "default.yaml").read_text()
+@pytest.mark.parametrize("there", [False, True])
+def test_hydra_makes_no_folder_that_stays(there: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    result = run(
+        "train.py",
+        "experiment=pointmaze",
+        "ckpt=nowhere.ckpt",
+        "logger=csv",
+        f"hydra.run.dir={folder}",
+        f"paths.data={tmp_path}",
+        "data.source.download=false",
+    )
+    assert result.returncode == 2, result.stderr
+    assert folder.exists() == there
 
 
 @pytest.mark.usefixtures("short_episodes")

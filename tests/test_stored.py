@@ -13,8 +13,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from deflow.config import CONFIG_DIR, CONFIG_FILE, plain
+from deflow.config import CONFIG_DIR, plain
 from deflow.errors import UserError
+from deflow.run_folder import CONFIG_FILE
 from deflow.stored import checked, load_config
 from deflow.trust import trust_only
 from tests.calls import call

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deflow.cores import set_threads
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
-from deflow.run_folder import new_run_folder
+from deflow.run_folder import new_run_folder, notice_new
 from deflow.settings import check_settings, unknown_setting
 from deflow.signals import Stopped, end_with_parent, listening
 
@@ -80,13 +80,18 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
 
 
 class SettingsCheck(Callback):
-    """Checks a command's configuration before Hydra makes a folder for it; configs/hydra names it."""
+    """What comes before Hydra makes a folder for a command: its configuration is checked; configs/hydra names it."""
 
     def on_run_start(self, config: DictConfig, **more: Any) -> None:
         with _errors_in_one_line():
             job = config.hydra
             own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             check_command(own, job, more["config_name"])
+            notice_new(Path(job.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
+        with _errors_in_one_line():
+            notice_new(Path(config.hydra.sweep.dir))
 
 
 def _begin(config: DictConfig, job: Any, command: str, folder: Path) -> None:

@@ -12,8 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
 
 from deflow.errors import UserError
 
@@ -62,19 +60,10 @@ def new_run_folder(root: str, name: str, resume: str | None) -> str:
             raise _unusable(mine, error) from error
 
 
-class NoticeNewFolders(Callback):
-    """Hydra makes a run's folder before the run is asked; this remembers whether it was there before."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _notice(config.hydra.run.dir)
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _notice(config.hydra.sweep.dir)
-
-
-def _notice(folder: str) -> None:
-    if not Path(folder).exists():
-        _new.add(Path(folder).absolute())
+def notice_new(folder: Path) -> None:
+    """Remember whether a run's folder, or that of a sweep, is new: called before Hydra makes it."""
+    if not folder.exists():
+        _new.add(folder.absolute())
 
 
 class RunFolder:
