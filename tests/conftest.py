@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -39,10 +40,10 @@ TINY = (
 )
 
 
-def compose_config(*overrides: str, config_name: str = "train") -> DictConfig:
+def compose_config(*overrides: str, config_name: str = "train", **more: Any) -> DictConfig:
     """The composed configuration, as the command line would give it."""
     with initialize_config_dir(CONFIG_DIR, version_base=None):
-        return compose(config_name, overrides=list(overrides))
+        return compose(config_name, overrides=list(overrides), **more)
 
 
 def tiny_config(data_dir: Path, *overrides: str) -> DictConfig:
