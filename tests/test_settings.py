@@ -241,12 +241,19 @@ def test_whole_numbers_will_do_for_others() -> None:
 
 def test_what_others_wrote_is_left_to_them() -> None:
     check_component({"_target_": "somewhere.Agent", "alpha": -1, "critic": {"_target_": "elsewhere.Critic"}}, "agent")
-    unhinted = {"_target_": f"{__name__}.unhinted", "spec": -1}
-    check_component(unhinted, "agent")
 
 
 def unhinted(spec, anything=None):
     """Stands for a component of the user's."""
+
+
+def test_signatures_that_say_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deflow.agents.deflow.unhinted", unhinted, raising=False)
+    monkeypatch.setattr("deflow.agents.deflow.open_to_all", lambda spec, **more: None, raising=False)
+    check_component({"_target_": "deflow.agents.deflow.open_to_all", "whatever": -1}, "agent")
+    check_component({"_target_": "deflow.agents.deflow.unhinted", "anything": -1}, "agent")
+    with pytest.raises(UserError, match="no setting 'agent.anythin': did you mean 'agent.anything'"):
+        check_component({"_target_": "deflow.agents.deflow.unhinted", "anythin": -1}, "agent")
 
 
 @pytest.mark.parametrize("target", OPTIMIZERS)

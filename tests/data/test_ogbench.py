@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 
 from deflow.data.ogbench import OGBenchSource
 from deflow.data.transitions import ACTION_BOUND
+from deflow.envs import ogbench as envs
 from deflow.errors import UserError
 from tests.conftest import EPISODES, STEPS, tiny_config
 
