@@ -59,12 +59,12 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["updatess=5"], "no setting 'updatess': did you mean 'updates'?"),
+        (["updatesz=5"], "no setting 'updatesz': did you mean 'updates'?"),
         (["agent.best_of_m=5"], "no setting 'agent.best_of_m': did you mean 'agent.best_of_n'?"),
         (["agnet=fql"], "no setting 'agnet': did you mean 'agent'?"),
         (["lr=1"], "no setting 'lr': did you mean 'agent.optimizer.lr'?"),
-        (["eval.evry=1", "updatess=5"], "no setting 'eval.evry': did you mean 'eval.every'?"),
-        (["~eval.evry"], "no setting 'eval.evry': did you mean 'eval.every'?"),
+        (["eval.everz=1", "updatesz=5"], "no setting 'eval.everz': did you mean 'eval.every'?"),
+        (["~eval.everz"], "no setting 'eval.everz': did you mean 'eval.every'?"),
         (["agent=fql", "agent.actor.alpa=1"], "no setting 'agent.actor.alpa': did you mean 'agent.actor.alpha'?"),
         (["agent=nonsense"], "unknown agent 'nonsense': choose one of cal_ql, deflow"),
         (["+nonsense=5"], "no setting 'nonsense': choose among name, seed"),

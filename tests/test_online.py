@@ -225,9 +225,9 @@ def test_online_from_a_checkpoint_of_an_offline_run(point_data: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("stages.online.environment.num_envs=0", "at least one environment"),
-        ("stages.online.environment.updates_per_step=0", "updates_per_step must be > 0"),
-        ("stages.online.environment.online_share=2", "online_share must be in"),
+        ("stages.online.environment.num_envs=0", "num_envs must be a whole number of at least 1"),
+        ("stages.online.environment.updates_per_step=0", "updates_per_step must be a number above 0"),
+        ("stages.online.environment.online_share=2", "online_share must be a number from 0 to 1"),
     ],
 )
 def test_impossible_settings(override: str, says: str, point_data: Path, tmp_path: Path) -> None:
