@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,28 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == 2
     cores.set_threads(3)
     assert torch.get_num_threads() == 3
+
+
+def test_threads_wait_asleep_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    cores.wait_asleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    cores.wait_asleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_command_sees_to_it_before_torch_is_there() -> None:
+    code = (
+        "import sys\n"
+        "from deflow.config import entry_point\n"
+        "sys.argv = ['x', '+nonsense=1']\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n"
+        "    entry_point('generate')(print)()\n"
+        "except SystemExit:\n"
+        "    import os\n"
+        "    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == ["PASSIVE", "False"]

@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deflow.cores import set_threads
+from deflow.cores import set_threads, wait_asleep
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.settings import check_settings, unknown_setting
@@ -89,6 +89,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
         def command() -> None:
             # Hydra prints its errors over many lines unless it is told to raise them.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+            wait_asleep()
             with _errors_in_one_line(config_name, sweep):
                 sys.argv[1:] = [_readable(argument) for argument in sys.argv[1:]]
                 composed()
