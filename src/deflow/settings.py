@@ -26,6 +26,7 @@ from typing import (
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deflow.errors import UserError
@@ -469,9 +470,12 @@ def _without_sections(type_: Any) -> Any:
 
 
 def _plain(config: DictConfig | Mapping[str, Any]) -> Any:
-    if isinstance(config, DictConfig):
+    if not isinstance(config, DictConfig):
+        return config
+    try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    return config
+    except MissingMandatoryValue as error:
+        raise UserError(f"Missing mandatory value: {error.full_key}") from error
 
 
 def _children(parent: str, keys: Iterable[str]) -> list[str]:
