@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -26,10 +27,10 @@ EPISODES, STEPS = 4, 40
 CKPT = Path("checkpoints", "0_joint", "final.ckpt")  # of a run with stages=joint
 
 
-def compose_config(*overrides: str, config_name: str = "train") -> DictConfig:
+def compose_config(*overrides: str, config_name: str = "train", **more: Any) -> DictConfig:
     """The composed configuration, as the command line would give it."""
     with initialize_config_dir(CONFIG_DIR, version_base=None):
-        return compose(config_name, overrides=list(overrides))
+        return compose(config_name, overrides=list(overrides), **more)
 
 
 def tiny_config(data_dir: Path, *overrides: str) -> DictConfig:

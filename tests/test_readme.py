@@ -12,6 +12,7 @@ import torch
 from deflow.agents.base import Agent
 from deflow.config import CONFIG_DIR
 from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.settings import check_settings
 from deflow.types import Spec
 from tests.agents.tester import check_agent
 from tests.commands import ROOT
@@ -31,7 +32,7 @@ def test_the_first_commands_are_make() -> None:
 @pytest.mark.parametrize("script,arguments", COMMANDS)
 def test_commands_compose(script: str, arguments: str) -> None:
     assert (ROOT / f"{script}.py").exists()
-    compose_config(*arguments.split(), config_name=script)
+    check_settings(compose_config(*arguments.split(), config_name=script), script)
 
 
 def test_swaps_exist() -> None:

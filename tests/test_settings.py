@@ -148,7 +148,7 @@ TRAIN = [
     ("trainer.devices=0", f"trainer.devices must be {COUNT} or auto or -1 or a list, each a whole number"),
     ("trainer.accelerator=tpu", "trainer.accelerator must be cpu or gpu"),
     ("trainer.log_every_n_steps=0", f"trainer.log_every_n_steps must be {COUNT}, got 0"),
-    ("+trainer.precison=auto", "no setting 'trainer.precison': did you mean 'trainer.precision'?"),
+    ("+trainer.precisionz=auto", "no setting 'trainer.precisionz': did you mean 'trainer.precision'?"),
     ("stages.joint.lr=0", "stages.joint.lr must be a number above 0 or null, got 0"),
     ("stages.joint.steps=1.5", f"stages.joint.steps must be {COUNT}, got 1.5"),
     ("stages.joint.train=some", "stages.joint.train must be all or a list, each text, got 'some'"),
@@ -184,7 +184,7 @@ TRAIN = [
     ("agent=rlpd agent.actor.temperature=0", "agent.actor.temperature must be a number above 0, got 0"),
     ("+agent.best_of_m=1", "no setting 'agent.best_of_m': did you mean 'agent.best_of_n'?"),
     ("+nonsense=1", "no setting 'nonsense': choose among name, seed"),
-    ("+updatess=1", "no setting 'updatess': did you mean 'updates'?"),
+    ("+updatesz=1", "no setting 'updatesz': did you mean 'updates'?"),
     ("~eval.every", "the setting 'eval.every' is missing"),
     ("agent._target_=deflow.agents.deflow.DeeFlow", "agent._target_: Error"),
     ("trainer=gpu", "torch finds no GPU here: choose trainer=cpu"),
@@ -241,12 +241,19 @@ def test_whole_numbers_will_do_for_others() -> None:
 
 def test_what_others_wrote_is_left_to_them() -> None:
     check_component({"_target_": "somewhere.Agent", "alpha": -1, "critic": {"_target_": "elsewhere.Critic"}}, "agent")
-    unhinted = {"_target_": f"{__name__}.unhinted", "spec": -1}
-    check_component(unhinted, "agent")
 
 
 def unhinted(spec, anything=None):
     """Stands for a component of the user's."""
+
+
+def test_signatures_that_say_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deflow.agents.deflow.unhinted", unhinted, raising=False)
+    monkeypatch.setattr("deflow.agents.deflow.open_to_all", lambda spec, **more: None, raising=False)
+    check_component({"_target_": "deflow.agents.deflow.open_to_all", "whatever": -1}, "agent")
+    check_component({"_target_": "deflow.agents.deflow.unhinted", "anything": -1}, "agent")
+    with pytest.raises(UserError, match=r"no setting 'agent.anythingz': did you mean 'agent.anything'"):
+        check_component({"_target_": "deflow.agents.deflow.unhinted", "anythingz": -1}, "agent")
 
 
 @pytest.mark.parametrize("target", OPTIMIZERS)

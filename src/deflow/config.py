@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deflow.cores import set_threads
+from deflow.cores import set_threads, wait_asleep
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.run_folder import new_run_folder, notice_new
@@ -68,6 +68,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
         def command() -> None:
             # Hydra prints its errors over many lines unless it is told to raise them.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+            wait_asleep()
             if "LOCAL_RANK" in os.environ:  # a process of several, started by Lightning or torchrun
                 end_with_parent()
             with _errors_in_one_line(config_name, sweep), listening():
@@ -140,7 +141,10 @@ def _readable(argument: str) -> str:
     # A group inside a group is overridden with a slash; the dot of every other override is what fingers type.
     argument = re.sub(r"^agent\.(\w+)=(?=[a-z]\w*$)", _as_group, argument)
     key, equals, value = argument.partition("=")
-    if argument.startswith("-") or not equals or _parses(argument):
+    if argument.startswith("-") or not equals:
+        return argument
+    if _parses(argument):
+        _refuse_a_choice_without_name(argument)
         return argument
     # A backslash counts only before a quote.
     quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), value)
@@ -156,6 +160,15 @@ def _parses(argument: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def _refuse_a_choice_without_name(argument: str) -> None:
+    """A group takes a name, or several; what Hydra says to `logger=null` is not for users."""
+    override = OverridesParser.create().parse_override(argument)
+    choices = Path(CONFIG_DIR) / override.key_or_group
+    if choices.is_dir() and not override.is_sweep_override() and not isinstance(override.value(), str | list):
+        names = ", ".join(sorted(path.stem for path in choices.glob("*.yaml")))
+        raise UserError(f"{argument} is no choice: {override.key_or_group}= takes one of {names}")
 
 
 def _as_group(match: re.Match[str]) -> str:

@@ -25,6 +25,14 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()) if threads is None else threads)
 
 
+def wait_asleep() -> None:
+    """Let threads that wait for each other sleep, unless the user chose; call it before torch is first imported.
+
+    Left alone they spin, and where several processes share the cores, those that spin keep those that work from them.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def quotas(process: Path = PROCESS, root: Path = CGROUPS) -> Iterator[float]:
     """Cores' worth of time that each control group around this process may take.
 

@@ -26,6 +26,7 @@ from typing import (
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deflow.errors import UserError
@@ -295,6 +296,7 @@ class OptimizerArguments(TypedDict, total=False):
 # Targets elsewhere whose own signatures say too little.
 ELSEWHERE: dict[str, Any] = {"lightning.Trainer": TrainerArguments} | dict.fromkeys(OPTIMIZERS, OptimizerArguments)
 
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 # Settings beside a component's arguments, which `build_agent` takes out.
@@ -361,9 +363,7 @@ def check_value(key: str, value: Any, type_: Any) -> None:
             raise UserError(f"{key} must be a component, with a _target_ and its settings, got {value!r}")
         return
     try:
-        TypeAdapter(_without_sections(type_), config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(
-            value
-        )
+        TypeAdapter(_without_sections(type_), config=STRICT).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{key} must be {wanted(type_)}, got {value!r}") from error
 
@@ -434,7 +434,10 @@ def _arguments(key: str, component: Mapping[str, Any]) -> dict[str, Any]:
         constructor = get_object(target)
     except ImportError as error:
         raise UserError(f"{_dotted(key, '_target_')}: {error}") from error
-    names = inspect.signature(constructor).parameters
+    parameters = inspect.signature(constructor).parameters.values()
+    names = [parameter.name for parameter in parameters]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        names += component  # it takes whatever is given
     hints = _hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
     if target in ELSEWHERE:
         hints = {name: type_ for name, type_ in hints.items() if _is_plain(type_)} | _hints(ELSEWHERE[target])
@@ -472,9 +475,12 @@ def _without_sections(type_: Any) -> Any:
 
 
 def _plain(config: DictConfig | Mapping[str, Any]) -> Any:
-    if isinstance(config, DictConfig):
+    if not isinstance(config, DictConfig):
+        return config
+    try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    return config
+    except MissingMandatoryValue as error:
+        raise UserError(f"Missing mandatory value: {error.full_key}") from error
 
 
 def _children(parent: str, keys: Iterable[str]) -> list[str]:

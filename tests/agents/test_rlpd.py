@@ -82,6 +82,11 @@ def test_impossible_settings() -> None:
         make("agent.target_members=11")
 
 
+def test_stages_that_do_not_fit_name_those_that_do() -> None:
+    with pytest.raises(UserError, match=r"parts critic, actor; better, use stages=joint, .* or stages=from_scratch"):
+        make().begin_stage("behavior", ("behavior_flow",), first_step=0)
+
+
 @pytest.mark.usefixtures("short_episodes")
 def test_a_run_from_scratch(point_data: Path, tmp_path: Path) -> None:
     overrides = ("experiment=pointmaze", "agent=rlpd", "stages=from_scratch", "online_updates=6")

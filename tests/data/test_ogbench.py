@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from hydra.utils import instantiate
 from deflow.data import ogbench as module
 from deflow.data.ogbench import OGBenchSource
 from deflow.data.transitions import ACTION_BOUND
+from deflow.envs import ogbench as envs
 from deflow.errors import UserError
 from tests.conftest import EPISODES, STEPS, tiny_config
 
@@ -255,3 +257,28 @@ def test_generated_data_says_so_and_keeps_apart(tmp_path: Path) -> None:
 def test_wrong_task_id() -> None:
     with pytest.raises(UserError, match="1 to 5"):
         _ = source(Path("."), "task_id=6").task
+
+
+def test_a_missing_validation_file_is_what_is_missing(copied: Path) -> None:
+    name = "pointmaze-medium-navigate-v0"
+    (copied / f"{name}-val.npz").unlink()
+    says = f"{name}.npz is there, but its validation file {name}-val.npz is not beside it"
+    with pytest.raises(UserError, match=says):
+        source(copied).prepare()
+    with pytest.raises(UserError, match=says):
+        source(copied, f"data.source.path={copied / f'{name}.npz'}").prepare()
+    with pytest.raises(UserError, match=says):
+        source(copied, f"data.source.path={copied}").prepare()
+
+
+def test_a_data_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"paths.data: .*file is not a folder"):
+        source(tmp_path / "file", "data.source.generate_if_missing=true").prepare()
+
+
+def test_a_renderer_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setitem(sys.modules, "mujoco", None)  # its import fails
+    with pytest.raises(UserError, match=r"MUJOCO_GL=osmesa does not work here .* egl, glfw or disabled"):
+        envs.make_env("pointmaze-medium-navigate-v0")

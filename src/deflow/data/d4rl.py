@@ -14,6 +14,7 @@ import numpy as np
 from deflow.data.download import download, identities, set_aside
 from deflow.data.own import read_columns
 from deflow.data.source import Arrays, Source, compact, split
+from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
 from deflow.ranges import Seed
@@ -156,6 +157,7 @@ class D4RLSource(Source):
     def make_env(self, **kwargs: Any) -> gymnasium.Env:
         if importlib.util.find_spec("gymnasium_robotics") is None:
             raise UserError("D4RL's tasks need gymnasium-robotics: pip install 'deflow[d4rl]'")
+        load_mujoco()
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)

@@ -103,8 +103,8 @@ class OwnSource(Source):
     def make_env(self, **kwargs: Any) -> gymnasium.Env:
         try:
             return gymnasium.make(self.env or "", **kwargs)
-        except gymnasium.error.Error as error:
-            raise UserError(f"data.source.env: {error}") from error
+        except Exception as error:  # what is registered under a name may raise anything
+            raise UserError(f"data.source.env: cannot make {self.env}: {error}") from error
 
     def protocol(self) -> dict[str, Any]:
         return {"protocol": "the user's own data" + (f", evaluated in {self.env}" if self.env else "")}

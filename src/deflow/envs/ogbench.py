@@ -48,12 +48,29 @@ def task_name(env: str, dataset: str, task_id: int | None) -> str:
     return f"{env}-{dataset}-singletask{task}-v0"
 
 
+def load_mujoco() -> None:
+    """Import the simulator, which loads the graphics library that `MUJOCO_GL` names.
+
+    Raises:
+        UserError: if there is no such library, here or at all.
+    """
+    try:
+        import mujoco  # noqa: F401
+    except (AttributeError, ImportError, RuntimeError) as error:
+        chosen = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}"
+        raise UserError(
+            f"{chosen} does not work here ({error}): unset it, or set it to egl, glfw or disabled"
+        ) from error
+
+
 def make_env(name: str, **kwargs: Any) -> gymnasium.Env:
     """The environment of a data-set or single-task name.
 
     Raises:
-        UserError: if OGBench has no such environment, or it shows images and this machine cannot render.
+        UserError: if OGBench has no such environment, it shows images and this machine cannot render, or `MUJOCO_GL`
+            asks for what is not here.
     """
+    load_mujoco()
     if name.startswith(VISUAL) and os.environ.get("MUJOCO_GL") == "disabled":
         raise UserError(f"'{name}' is rendered and this machine has no EGL: install it (Debian: libegl1)")
     try:

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from deflow.data.generate.ant import AntExpert
-from deflow.envs.ogbench import seeded_reset
+from deflow.envs.ogbench import load_mujoco, seeded_reset
 from deflow.errors import UserError
 from deflow.files import replacing
 
@@ -58,6 +58,7 @@ def train_expert(steps: int, out: Path, seed: int, episodes: int) -> dict[str, t
 
 def make_walking_env() -> gymnasium.Env:
     """OGBench's ant on a plane, commanded to walk in a direction that changes every 100 steps."""
+    load_mujoco()
     import ogbench.online_locomotion  # noqa: F401 (registers the environment)
     from ogbench.online_locomotion.wrappers import GymXYWrapper
 

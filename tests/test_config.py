@@ -1,0 +1,202 @@
+"""Hydra's side of the house: what the command line may say, and what is said of it, before anything is made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from deflow.config import SettingsCheck, _readable, check_command, entry_point
+from deflow.errors import UserError
+from tests.conftest import compose_config
+
+
+@pytest.mark.parametrize(
+    ("argument", "read"),
+    [
+        ("path=a=b", "path='a=b'"),
+        ("resume=logs/lr=1e-3/run", "resume='logs/lr=1e-3/run'"),
+        ("ckpt=my (best) run/final.ckpt", "ckpt='my (best) run/final.ckpt'"),
+        ("ckpt=o'brien", r"ckpt='o\'brien'"),
+        (r"path=C:\a=b\ ".strip(), r"path='C:\a=b\\'"),
+        ("data.source.path=é.npz", "data.source.path='é.npz'"),
+        ("path=my file.npz", "path=my file.npz"),
+        ("seed=0,1", "seed=0,1"),
+        ("networks.hidden=[1, 2]", "networks.hidden=[1, 2]"),
+        ("path='a=b'", "path='a=b'"),
+        ("--cfg", "--cfg"),
+        ("~eval", "~eval"),
+        ("agent.critic=flow", "agent/critic=flow"),
+        ("agent.critic.members=3", "agent.critic.members=3"),
+    ],
+)
+def test_the_command_line_is_read_as_it_is_meant(argument: str, read: str) -> None:
+    assert _readable(argument) == read
+
+
+@pytest.mark.parametrize("argument", ["networks.hidden=[1,2", "agent.constraints={kind: a", "name='a"])
+def test_what_does_not_close_is_not_guessed(argument: str) -> None:
+    with pytest.raises(UserError, match="close its brackets and quotes; as text it is"):
+        _readable(argument)
+
+
+def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, main=lambda *_: None) -> int:
+    """Run a command in this process, with something else in the place of what it does; its exit status."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    HydraConfig.instance().cfg = None
+    try:
+        entry_point(name)(main)()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["updatesz=5"], "no setting 'updatesz': did you mean 'updates'?"),
+        (["agent.best_of_m=5"], "no setting 'agent.best_of_m': did you mean 'agent.best_of_n'?"),
+        (["agnet=fql"], "no setting 'agnet': did you mean 'agent'?"),
+        (["lr=1"], "no setting 'lr': did you mean 'agent.optimizer.lr'?"),
+        (["eval.everz=1", "updatesz=5"], "no setting 'eval.everz': did you mean 'eval.every'?"),
+        (["~eval.everz"], "no setting 'eval.everz': did you mean 'eval.every'?"),
+        (["agent=fql", "agent.actor.alpa=1"], "no setting 'agent.actor.alpa': did you mean 'agent.actor.alpha'?"),
+        (["agent=nonsense"], "unknown agent 'nonsense': choose one of cal_ql, deflow"),
+        (["+nonsense=5"], "no setting 'nonsense': choose among name, seed"),
+        (["seed=abc"], "seed must be a whole number from 0 to 4294967295, got 'abc'"),
+        (
+            ["task=scene"],
+            "alone would train with the quickstart's settings: choose experiment=scene, or keep them with",
+        ),
+        (["task=antmaze_large"], "choose experiment=antmaze, or keep"),
+        (["data.source.path=[a"], "cannot read data.source.path=[a"),
+        (["experiment=own"], "Missing mandatory value: data.source.path"),
+        (["experiment=antmaze-umaze-v2", "task.dataset=???"], "Missing mandatory value: task.dataset"),
+        (["~experiment"], "Missing mandatory value: name"),
+        (["experiment=null"], "experiment=null is no choice: experiment= takes one of antmaze, "),
+        (["logger=5"], "logger=5 is no choice: logger= takes one of csv, mlflow, tensorboard, wandb"),
+        (["resume=nowhere"], "nowhere is not a run to resume"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("train", arguments, monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_beside_an_experiment_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("train", ["experiment=quickstart", "task=scene"], monkeypatch) == 0
+    assert command("evaluate", ["ckpt=a", "task=scene"], monkeypatch, lambda config, _: config.task.env == "scene") == 0
+
+
+SWEEP = ["-m", "experiment=pointmaze", "seed=0,1,2"]
+
+
+def test_a_sweep_goes_on_after_a_job_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def main(config: DictConfig, folder: Path) -> None:
+        seen.append((config.seed, config.name, folder.name))
+        if config.seed == 1:
+            raise UserError("no luck")
+
+    assert command("train", SWEEP, monkeypatch, main) == 2
+    assert seen == [(0, "pointmaze", "0"), (1, "pointmaze", "1"), (2, "pointmaze", "2")]
+    lines = capsys.readouterr().err.splitlines()
+    assert "error: experiment=pointmaze seed=1: no luck" in lines
+    assert lines[-1] == "error: 1 of 3 jobs failed"
+    assert {path.name for path in tmp_path.glob("logs/pointmaze/sweep_*/*")} == {"0", "1", "2", "multirun.yaml"}
+
+
+def test_a_bug_in_a_sweep_is_not_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def main(config: DictConfig, folder: Path) -> None:
+        if config.seed != 0:
+            raise UserError("no luck") if config.seed == 1 else ZeroDivisionError("a bug")
+
+    assert command("train", SWEEP, monkeypatch, main) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.splitlines()[-1] == "error: 2 of 3 jobs failed"
+
+
+def test_a_job_of_a_sweep_is_checked_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("train", ["-m", "experiment=pointmaze", "seed=0,abc"], monkeypatch) == 2
+    assert "seed=abc: seed must be a whole number" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.glob("logs/pointmaze/sweep_*/*")} == {"0", "multirun.yaml"}
+
+
+def test_a_sweep_without_failures_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("train", SWEEP, monkeypatch) == 0
+    assert command("evaluate", ["-m", "ckpt=a.ckpt", "best_of_n=1,4"], monkeypatch) == 0
+
+
+def job(run_dir: str, *overrides: str) -> DictConfig:
+    return OmegaConf.create({"mode": "RUN", "run": {"dir": run_dir}, "overrides": {"task": [*overrides]}})
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "run_dir", "says"),
+    [
+        ("train", ["paths.logs=FILE"], "${run_folder:}", "paths.logs: FILE is not a folder"),
+        ("train", ["paths.logs=FILE/below"], "${run_folder:}", "paths.logs: FILE is not a folder"),
+        ("train", [], "FILE", "hydra.run.dir: FILE is not a folder"),
+        ("train", ["resume=FILE"], ".", "resume: FILE is not a folder"),
+        ("distill", ["ckpt=a", "paths.logs=FILE"], "${run_folder:}", "paths.logs: FILE is not a folder"),
+        ("evaluate", ["ckpt=FILE/final.ckpt"], ".", "ckpt: FILE is not a folder"),
+        ("generate", ["dataset=a", "out=FILE"], ".", "out: FILE is not a folder"),
+        ("inspect_data", ["out=FILE"], ".", "out: FILE is not a folder"),
+        ("benchmark", ["out=FOLDER"], ".", "out: FOLDER is a folder, name a file"),
+        ("train_expert", ["out=FILE/ant.safetensors"], ".", "out: FILE is not a folder"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written(
+    name: str, overrides: list[str], run_dir: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    def real(text: str) -> str:
+        return text.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path))
+
+    config = compose_config(*map(real, overrides), config_name=name)
+    with pytest.raises(UserError) as caught:
+        check_command(config, job(real(run_dir)), name)
+    assert real(says) in str(caught.value)
+
+
+def test_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # who is root may write anywhere
+    with pytest.raises(UserError, match=r"paths.logs: nothing can be written into"):
+        check_command(compose_config(f"paths.logs={tmp_path}/logs"), job("${run_folder:}"), "train")
+
+
+def test_every_command_is_checked_before_hydra_makes_a_folder() -> None:
+    for name in ("default", "no_folder"):
+        hydra = compose_config(f"hydra={name}", "hydra.job.name=none", return_hydra_config=True).hydra
+        target = hydra.callbacks.check._target_
+        assert target == f"{SettingsCheck.__module__}.{SettingsCheck.__name__}"
