@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import http.server
+import json
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import requests
 
-from deflow.loggers import CsvMetrics, read_metrics
+from deflow import loggers, tracking
+from deflow.agents.base import Agent
+from deflow.errors import UserError
+from deflow.loggers import CsvMetrics, mlflow_logger, read_metrics
 from deflow.pipeline import train
+from deflow.tracking import Tracker
 from tests.conftest import compose_config, tiny_config
 
 pytestmark = pytest.mark.usefixtures("short_episodes")
@@ -50,6 +60,26 @@ def run_of(uri: str):
     return client, runs[0]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data base of MLflow's, as it is made."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder / "mlflow.db", "another")
+    assert {path.name for path in folder.iterdir()} == {"mlflow.db", "mlflow.db.lock", "run"}
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def database(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(whole, tmp_path / "mlflow.db"))
+
+
+def start(database: Path, experiment: str = "pointmaze") -> Tracker:
+    run = database.with_name("run")
+    run.mkdir(exist_ok=True)
+    return mlflow_logger(f"sqlite:///{database}", experiment, str(run))
+
+
 def test_metrics_reach_a_server(server: str, point_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = ("logger=mlflow", f"logger.tracking_uri={server}", "stages=staged")
@@ -68,13 +98,191 @@ def test_metrics_reach_a_server(server: str, point_data: Path, tmp_path: Path) -
     assert {"config.yaml", "report.png", "summary.json"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 
-def test_resume_goes_on_with_the_same_run(point_data: Path, tmp_path: Path) -> None:
-    folder, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+def test_resume_goes_on_with_the_same_run(point_data: Path, database: Path) -> None:
+    folder, uri = database.with_name("run"), f"sqlite:///{database}"
     train(tiny_config(point_data, "experiment=pointmaze", "logger=mlflow", f"logger.tracking_uri={uri}"), folder)
     (folder / "checkpoints" / "0_joint" / "final.ckpt").unlink()  # as if killed before the end
     train(compose_config(f"resume={folder}"), folder)
     _, run = run_of(uri)
     assert run.info.run_id == (folder / "mlflow_run_id").read_text()
+
+
+def sql(database: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(database)) as base, base:
+        for statement in statements:
+            base.execute(statement)
+
+
+def is_cut(database: Path) -> None:
+    database.write_bytes(database.read_bytes()[:5000])
+
+
+def is_no_database(database: Path) -> None:
+    database.write_text("nonsense, and more of it than a header has " * 100)
+
+
+def is_half_made(database: Path) -> None:
+    sql(database, "DROP TABLE alembic_version")
+
+
+def has_lost_its_version(database: Path) -> None:
+    sql(database, "DELETE FROM alembic_version")
+
+
+def is_old(database: Path) -> None:
+    sql(database, "UPDATE alembic_version SET version_num = 'old'")
+
+
+@pytest.mark.parametrize(
+    "damage,says",
+    [
+        (is_cut, "is no whole data base"),
+        (is_no_database, "is no whole data base"),
+        (is_half_made, "or half of one: move it away"),
+        (has_lost_its_version, "is of another version of MLflow"),
+        (is_old, "is of another version of MLflow: run 'mlflow db upgrade sqlite:///"),
+    ],
+)
+def test_a_data_base_of_no_use_is_one_line(damage: Callable[[Path], None], says: str, database: Path) -> None:
+    damage(database)
+    before = database.read_bytes()
+    with pytest.raises(UserError, match=says) as raised:
+        start(database)
+    assert "\n" not in str(raised.value)
+    assert "logger=csv" in str(raised.value)
+    assert database.read_bytes() == before
+
+
+def test_a_data_base_that_is_locked_is_one_line(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "SERVER_TIMEOUT_SECONDS", 0.1)
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match=r"cannot be written to \(database is locked\): end or wait for who holds"):
+            start(database)
+
+
+def test_what_has_been_deleted_is_one_line(database: Path) -> None:
+    tracker = start(database)
+    client = tracker.logger.experiment  # type: ignore[attr-defined]
+    client.delete_run(tracker.version)
+    with pytest.raises(UserError, match=f"run {tracker.version} has been deleted: remove .*mlflow_run_id"):
+        start(database)
+    database.with_name("run").joinpath("mlflow_run_id").write_text("0" * 32)
+    with pytest.raises(UserError, match=r"has been deleted: remove .*mlflow_run_id"):
+        start(database)
+    database.with_name("run").joinpath("mlflow_run_id").write_text("")  # cut by a kill
+    assert start(database).version != tracker.version
+    client.delete_experiment(client.get_experiment_by_name("pointmaze").experiment_id)
+    with pytest.raises(
+        UserError, match=r"'pointmaze' has been deleted: choose another, logger.experiment=NAME, or bring"
+    ):
+        start(database)
+
+
+def test_a_data_base_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def dies(source: Path, target: Path) -> None:
+        assert sqlite3.connect(source).execute("SELECT version_num FROM alembic_version").fetchall()
+        shutil.copytree(Path(source).parent, tmp_path / "left")  # as a kill leaves it
+        raise Killed
+
+    database = tmp_path / "mlflow.db"
+    database.touch()  # sqlite leaves an empty file as well, if it is killed early
+    with monkeypatch.context() as patch:
+        patch.setattr(loggers.os, "replace", dies)
+        with pytest.raises(Killed):
+            start(database)
+    assert database.read_bytes() == b""
+    (tmp_path / "left").rename(tmp_path / ".part-mlflow.db-left")
+    assert start(database).version
+    assert not list(tmp_path.glob(".part-*"))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """As much of MLflow's server as a run asks for."""
+
+    rows: list[tuple[str, int]] = []  # noqa: RUF012 (key and step of every metric)
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        type(self).rows += [(metric["key"], int(metric["step"])) for metric in body.get("metrics", [])]
+        run = {"info": {"run_id": "r", "run_uuid": "r", "experiment_id": "1", "status": "RUNNING"}, "data": {}}
+        experiment = {"experiment_id": "1", "name": "pointmaze", "lifecycle_stage": "active"}
+        answer = json.dumps({"run": run, "experiment": experiment, "run_info": run["info"]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_server_that_goes_away_in_mid_training(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.5)
+    Server.rows = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def goes_away(agent: Agent, *arguments: object) -> object:
+        if agent.run_step == 3:
+            while not Server.rows:  # of step 2
+                time.sleep(0.01)
+            server.shutdown()
+            server.server_close()
+        return step(agent, *arguments)
+
+    step = Agent.training_step
+    monkeypatch.setattr(Agent, "training_step", goes_away)
+    uri = f"http://127.0.0.1:{server.server_port}"
+    train(tiny_config(point_data, "experiment=pointmaze", "logger=mlflow", f"logger.tracking_uri={uri}"), tmp_path)
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.csv") if "train/critic/loss" in row]
+    assert steps == [2, 4, 6]
+    assert {step for _, step in Server.rows} <= {2, 3}
+    assert len([message for message in caplog.messages if "MLFlowLogger fails" in message]) == 1
+    (lost,) = [message for message in caplog.messages if "MLFlowLogger lacks" in message]
+    assert "rows: " in lost
+    assert "files: 4" in lost
+
+
+def test_a_data_base_that_is_locked_in_mid_training(
+    point_data: Path, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.5)
+    other = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+
+    def locks(agent: Agent, *arguments: object) -> object:
+        if agent.run_step == 3:
+            other.execute("BEGIN EXCLUSIVE")
+        return step(agent, *arguments)
+
+    step = Agent.training_step
+    monkeypatch.setattr(Agent, "training_step", locks)
+    uri, folder = f"sqlite:///{database}", database.with_name("run")
+    overrides = ("logger=mlflow", f"logger.tracking_uri={uri}")
+    train(tiny_config(point_data, "experiment=pointmaze", *overrides), folder)
+    assert [row["step"] for row in read_metrics(folder / "metrics.csv") if "train/critic/loss" in row] == [2, 4, 6]
+    assert any("MLFlowLogger lacks" in message for message in caplog.messages)
+    other.close()  # and what waited is delivered
+    client = MlflowClient(uri)
+    for _ in range(600):
+        history = client.get_metric_history((folder / "mlflow_run_id").read_text(), "train/critic/loss")
+        if len(history) == 3:
+            break
+        time.sleep(0.1)
+    assert [point.step for point in history] == [2, 4, 6]
 
 
 def test_csv_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from deflow import distributed, signals
@@ -23,6 +23,7 @@ from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.online import OnlineStream
 from deflow.signals import Stopped
+from deflow.tracking import Tracker
 
 LAST = "last.ckpt"
 FINAL = "final.ckpt"
@@ -205,32 +206,33 @@ class StageClock(Callback):
 
 
 class SystemMetrics(Callback):
-    """CPU, memory, disk and network use of this process's machine, as MLflow records them beside a run's metrics."""
+    """CPU, memory, disk and network use of this machine, sampled by MLflow's monitors, as rows of a tracker."""
 
-    def __init__(self, logger: MLFlowLogger) -> None:
-        self._logger = logger
-        self._monitor: Any = None
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._stop = threading.Event()
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-        self._monitor = SystemMetricsMonitor(
-            self._logger.run_id, resume_logging=True, tracking_uri=self._logger._tracking_uri
-        )
-        self._monitor.start()
+        sampler = SystemMetricsMonitor(self._tracker.version)  # never started: its own thread would ask the server
+        threading.Thread(target=self._sample, args=(sampler, pl_module), daemon=True).start()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
+        self._stop.set()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
+        self._stop.set()
 
-    def _stop(self) -> None:
-        if self._monitor is not None:
-            self._monitor.finish()
-            self._monitor = None
+    def _sample(self, sampler: Any, agent: Agent) -> None:
+        while not self._stop.wait(sampler.sampling_interval):
+            sampler.collect_metrics()
+            metrics = {f"system/{name}": value for name, value in sampler.aggregate_metrics().items()}
+            for monitor in sampler.monitors:
+                monitor.clear_metrics()
+            self._tracker.log_metrics(metrics, step=agent.run_step)
 
 
 class StageProgress(RichProgressBar):

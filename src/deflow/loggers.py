@@ -7,22 +7,32 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
+import sqlite3
+import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import requests
-from filelock import FileLock
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from deflow.distributed import is_main_process
 from deflow.errors import UserError
-from deflow.files import replacing
+from deflow.files import locked, replacing
+from deflow.tracking import Tracker
 
 Row = dict[str, float]
 
 SERVER_TIMEOUT_SECONDS = 5
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A server that is away would be asked for minutes; whoever asks tries again by itself.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
 
 
 class CsvMetrics(Logger):
@@ -83,7 +93,7 @@ def read_metrics(path: Path) -> list[Row]:
     return [row for row in rows if "step" in row]
 
 
-def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> MLFlowLogger:
+def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> Tracker:
     """An MLflow logger whose run is remembered in `run_dir/mlflow_run_id`, so that resuming goes on with it.
 
     Args:
@@ -92,43 +102,54 @@ def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> MLFlowLog
         run_dir: the run's folder.
 
     Raises:
-        UserError: if a server does not answer.
+        UserError: if a server does not answer, the data base is locked, damaged or of another version of MLflow, or the
+            experiment or the run has been deleted.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    if tracking_uri.startswith("http"):
-        _check_server(tracking_uri)
-        _create_experiment(tracking_uri, experiment, artifacts=None)
-    else:
-        path = _database_path(tracking_uri)
-        with FileLock(f"{path}.lock"):  # two processes that create the tables at once would both fail
-            _create_experiment(tracking_uri, experiment, (path.parent / "mlartifacts").as_uri())
-    remembered = Path(run_dir) / "mlflow_run_id"
-    run_id = remembered.read_text() if remembered.exists() else None
-    logger = MLFlowLogger(
-        experiment_name=experiment,
-        run_name=Path(run_dir).name,
-        tracking_uri=tracking_uri,
-        run_id=run_id,
-    )
-    if is_main_process():
-        remembered.write_text(str(logger.run_id))
-    return logger
+    for variable, value in MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    # A line a table, and the traceback of whatever the tracker reports in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        logger = _start_mlflow(tracking_uri, experiment, Path(run_dir))
+    except (MlflowException, SQLAlchemyError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"MLflow at {tracking_uri} fails ({reason}): mend it, or use logger=csv") from error
+
+    def upload(path: Path) -> None:
+        logger.experiment.log_artifact(logger.run_id, str(path))
+
+    return Tracker(logger, upload, wants_system_metrics=True)
 
 
 def csv_only(run_dir: str) -> None:
     """No tracker beside `metrics.csv`."""
 
 
-def tensorboard_logger(run_dir: str) -> TensorBoardLogger:
+def tensorboard_logger(run_dir: str) -> Tracker:
     """TensorBoard event files in the run's folder."""
     _require("tensorboard", "tensorboard")
-    return TensorBoardLogger(run_dir, name="tensorboard", version="")
+    return Tracker(TensorBoardLogger(run_dir, name="tensorboard", version=""))
 
 
-def wandb_logger(project: str, run_dir: str) -> WandbLogger:
-    """Weights & Biases, online or offline as its own settings say."""
+def wandb_logger(project: str, run_dir: str) -> Tracker:
+    """Weights & Biases, online or offline as its own settings say.
+
+    Raises:
+        UserError: if it cannot start.
+    """
     _require("wandb", "wandb")
-    return WandbLogger(project=project, save_dir=run_dir, name=Path(run_dir).name)
+    from wandb.errors import Error
+
+    logger = WandbLogger(project=project, save_dir=run_dir, name=Path(run_dir).name)
+    try:
+        _ = logger.experiment  # now, so that what is wrong is said before the training
+    except Error as error:
+        raise UserError(f"W&B cannot start ({error}): set WANDB_MODE=offline, or use logger=csv") from error
+    return Tracker(logger)
 
 
 def _require(module: str, extra: str) -> None:
@@ -148,16 +169,100 @@ def _check_server(uri: str) -> None:
 def _database_path(uri: str) -> Path:
     if urlparse(uri).scheme != "sqlite":
         raise UserError(f"logger.tracking_uri must start with sqlite:/// or http, got {uri}")
-    path = Path(re.sub(r"^sqlite:/{3}", "", uri)).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return Path(re.sub(r"^sqlite:/{3}", "", uri)).absolute()
 
 
-def _create_experiment(uri: str, name: str, artifacts: str | None) -> None:
+def _start_mlflow(uri: str, experiment: str, run_dir: Path) -> MLFlowLogger:
+    """The logger, its experiment and (in the main process) its run there and ready to be written to."""
+    if uri.startswith("http"):
+        _check_server(uri)
+        _have_experiment(uri, experiment, artifacts=None)
+    else:
+        path = _database_path(uri)
+        with locked(Path(f"{path}.lock"), "MLflow's data base"):  # two processes that make it at once would both fail
+            _make_database(path)
+            _check_database(path, uri)
+            _have_experiment(uri, experiment, (path.parent / "mlartifacts").as_uri())
+    remembered = run_dir / "mlflow_run_id"
+    run_id = (remembered.read_text().strip() if remembered.exists() else "") or None
+    logger = MLFlowLogger(experiment_name=experiment, run_name=run_dir.name, tracking_uri=uri, run_id=run_id)
+    if is_main_process():
+        if run_id is not None:
+            _check_run(uri, run_id, remembered)
+        with replacing(remembered) as part:
+            part.write_text(str(logger.run_id))
+    return logger
+
+
+def _make_database(path: Path) -> None:
+    """Make it aside, tables and all, and rename it: a kill leaves a whole data base or none."""
+    if path.exists() and path.stat().st_size:
+        return
     from mlflow.tracking import MlflowClient
 
-    for name_of_logger in ("mlflow.store.db.utils", "alembic"):  # a line a table
-        logging.getLogger(name_of_logger).setLevel(logging.WARNING)
+    prefix = f".part-{path.name}-"
+    for left_by_a_kill in path.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    # Under a new name each time: MLflow keeps the connections to all that it has opened.
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def _check_database(path: Path, uri: str) -> None:
+    """Whether it can be written to and is of the installed MLflow, which itself would try for minutes, or change it."""
+    instead = "or use logger=csv"
+    try:
+        with closing(sqlite3.connect(path, SERVER_TIMEOUT_SECONDS, isolation_level=None)) as base:
+            base.execute("BEGIN IMMEDIATE")
+            base.execute("ROLLBACK")
+            versions = base.execute("SELECT version_num FROM alembic_version").fetchall()
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            raise UserError(f"{path} is no data base of MLflow's, or half of one: move it away, {instead}") from error
+        raise UserError(f"{path} cannot be written to ({error}): end or wait for who holds it, {instead}") from error
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path} is no whole data base ({error}): move it away, {instead}") from error
+    if [version for (version,) in versions] != [_schema_version()]:
+        raise UserError(f"{path} is of another version of MLflow: run 'mlflow db upgrade {uri}' on a copy, {instead}")
+
+
+def _schema_version() -> str | None:
+    """Of data bases that the installed MLflow makes."""
+    import mlflow
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations")).get_current_head()
+
+
+def _have_experiment(uri: str, name: str, artifacts: str | None) -> None:
+    from mlflow.tracking import MlflowClient
+
     client = MlflowClient(uri)
-    if client.get_experiment_by_name(name) is None:
+    found = client.get_experiment_by_name(name)
+    if found is None:
         client.create_experiment(name, artifact_location=artifacts)
+    elif found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"MLflow's experiment '{name}' has been deleted: choose another, logger.experiment=NAME, or bring it back, "
+            f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {found.experiment_id}"
+        )
+
+
+def _check_run(uri: str, run_id: str, remembered: Path) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        is_there = MlflowClient(uri).get_run(run_id).info.lifecycle_stage != "deleted"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        is_there = False
+    if not is_there:
+        raise UserError(
+            f"MLflow's run {run_id} has been deleted: remove {remembered}, and the resumed run gets a new one"
+        )

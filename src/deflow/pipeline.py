@@ -8,13 +8,13 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import psutil
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, OmegaConf
 
 from deflow import report, signals
@@ -53,6 +53,7 @@ from deflow.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, REPLAY, SU
 from deflow.settings import AUTO
 from deflow.signals import Stopped
 from deflow.stored import load_config
+from deflow.tracking import Tracker
 from deflow.trust import trust_only
 from deflow.types import Spec
 
@@ -102,6 +103,11 @@ class Run:
     def seconds(self) -> float:
         """Spent on the run so far; what a kill undid is not counted."""
         return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """What is logged to beside `metrics.csv`."""
+        return [logger for logger in self.loggers if isinstance(logger, Tracker)]
 
     @property
     def card(self) -> dict[str, Any]:
@@ -188,6 +194,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if not resume and is_main_process():
         with replacing(folder / CONFIG_FILE) as part:
             part.write_text(OmegaConf.to_yaml(config, resolve=True))
+    if tracker is not None and not isinstance(tracker, Tracker):  # a logger of the user's own
+        tracker = Tracker(tracker)
     loggers = [metrics] if tracker is None else [metrics, tracker]
     if not resume:
         for logger in loggers:
@@ -250,7 +258,7 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
     callbacks: list[Callback] = [clock, StageProgress(name), between_updates]
     if online is not None:
         callbacks.insert(0, OnlineProgress(online))
-    callbacks += [SystemMetrics(logger) for logger in run.loggers if isinstance(logger, MLFlowLogger)]
+    callbacks += [SystemMetrics(tracker) for tracker in run.trackers if tracker.wants_system_metrics]
     run.data.begin_stage(name, stage.steps, _proposals(run, stage), online, between_updates)
     trainer: Trainer = instantiate(run.config.trainer, _partial_=True)(
         max_steps=stage.steps,
@@ -367,14 +375,14 @@ def finish(run: Run) -> dict[str, Any]:
     report.draw(run.metrics.rows, run.episodes, run.folder / "report.png", plain(run.config), run.data.source.task)
     if run.config.video.episodes and run.evaluator is not None:
         _record(run)
-    for logger in run.loggers:
-        if isinstance(logger, MLFlowLogger):
-            logger.experiment.log_dict(logger.run_id, summary, SUMMARY_FILE)
-            for name in (CONFIG_FILE, "report.png", "actions.png"):
-                if (run.folder / name).exists():
-                    logger.experiment.log_artifact(logger.run_id, str(run.folder / name))
+    with TemporaryDirectory() as elsewhere:
+        report.write_json(Path(elsewhere, SUMMARY_FILE), summary)
+        for tracker in run.trackers:
+            for path in (run.folder / CONFIG_FILE, Path(elsewhere, SUMMARY_FILE), *run.folder.glob("*.png")):
+                tracker.log_artifact(path)
+            tracker.flush()
     report.print_table(summary, run.folder)
-    report.write_json(run.folder / SUMMARY_FILE, summary)
+    report.write_json(run.folder / SUMMARY_FILE, summary)  # with it the run is finished
     return summary
 
 
