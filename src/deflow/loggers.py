@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from deflow.distributed import is_main_process
 from deflow.errors import UserError
 from deflow.files import replacing
+from deflow.imports import quick_imports
 
 Row = dict[str, float]
 
@@ -154,10 +155,11 @@ def _database_path(uri: str) -> Path:
 
 
 def _create_experiment(uri: str, name: str, artifacts: str | None) -> None:
-    from mlflow.tracking import MlflowClient
-
     for name_of_logger in ("mlflow.store.db.utils", "alembic"):  # a line a table
         logging.getLogger(name_of_logger).setLevel(logging.WARNING)
-    client = MlflowClient(uri)
+    with quick_imports():
+        from mlflow.tracking import MlflowClient  # not for other trackers
+
+        client = MlflowClient(uri)  # imports what its data base needs
     if client.get_experiment_by_name(name) is None:
         client.create_experiment(name, artifact_location=artifacts)

@@ -6,7 +6,7 @@ import json
 import logging
 import zipfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class OGBenchSource(Source):
     generate_seed: int
     generate_workers: int
     frames: int = 1
+    # An environment as the data were made, one frame at a time, that was asked for sizes and can serve once more.
+    _spare_env: gymnasium.Env | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -98,7 +100,7 @@ class OGBenchSource(Source):
         return self.load_shards(_shards(path), self._arrays_of, path / "unpacked" / self.task)
 
     def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:
-        env = ogbench.make_env(self.task)  # as the data were made: one frame at a time
+        env, self._spare_env = self._spare_env or ogbench.make_env(self.task), None
         try:
             for file in _files(path):
                 _check_file(file, env)
@@ -124,10 +126,10 @@ class OGBenchSource(Source):
 
     @cached_property
     def _of_env(self) -> tuple[Spec, str]:
-        """Sizes and success timing, for which an environment has to be made."""
-        env = self.make_env()
-        env.close()
-        return ogbench.spec_of(env), getattr(env.unwrapped, "_success_timing", "unknown")
+        """Sizes and success timing, for which an environment has to be made: manipulation's take a second each."""
+        self._spare_env = ogbench.make_env(self.task)
+        spec = ogbench.spec_of(ogbench.stack_frames(self._spare_env, self.frames))
+        return spec, getattr(self._spare_env.unwrapped, "_success_timing", "unknown")
 
     def provenance(self) -> dict[str, Any]:
         path = self._find()
