@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -24,7 +26,12 @@ EPISODES, STEPS = 4, 40
 
 
 def compose_config(*overrides: str, config_name: str = "train") -> DictConfig:
-    """The composed configuration, as the command line would give it."""
+    """The composed configuration, as the command line would give it; a copy, for the test to change."""
+    return copy.deepcopy(_composed(overrides, config_name))
+
+
+@cache
+def _composed(overrides: tuple[str, ...], config_name: str) -> DictConfig:
     with initialize_config_dir(CONFIG_DIR, version_base=None):
         experiment = next((o.split("=")[1] for o in overrides if o.startswith("experiment=")), "quickstart")
         name = [f"name={experiment}"] if config_name == "train" else []
@@ -117,7 +124,7 @@ def finished_run(tiny_data: Callable[[str, str], Path], shared_folder: Path) -> 
     """
 
     def make(*overrides: str) -> Path:
-        folder = shared_folder / "runs" / ("_".join(overrides) or "joint")
+        folder = shared_folder / "runs" / ("_".join(overrides).replace("/", ".") or "joint")
         folder.parent.mkdir(exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "summary.json").exists():
