@@ -6,11 +6,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from deflow.config import entry_point
+from deflow.imports import quick_imports
 
 
 @entry_point("benchmark")
 def main(config: DictConfig, folder: Path) -> None:
-    from deflow.benchmark import benchmark
+    with quick_imports():
+        from deflow.benchmark import benchmark
 
     benchmark(config)
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from deflow.config import entry_point
+from deflow.imports import quick_imports
 
 
 @entry_point("evaluate")
 def main(config: DictConfig, folder: Path) -> None:
-    from deflow.pipeline import evaluate
+    with quick_imports():
+        from deflow.pipeline import evaluate
 
     evaluate(config)
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from deflow.config import entry_point
+from deflow.imports import quick_imports
 
 
 @entry_point("generate")
 def main(config: DictConfig, folder: Path) -> None:
-    from deflow.data.generate.runner import generate_dataset
+    with quick_imports():
+        from deflow.data.generate.runner import generate_dataset
 
     path = generate_dataset(
         config.dataset,

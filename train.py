@@ -5,11 +5,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from deflow.config import entry_point, refuse_other_overrides
+from deflow.imports import quick_imports
 
 
 @entry_point("train")
 def main(config: DictConfig, folder: Path) -> None:
-    from deflow.pipeline import train
+    with quick_imports():
+        from deflow.pipeline import train
 
     if config.resume is not None:
         refuse_other_overrides("resume")

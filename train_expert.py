@@ -5,11 +5,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from deflow.config import entry_point
+from deflow.imports import quick_imports
 
 
 @entry_point("train_expert")
 def main(config: DictConfig, folder: Path) -> None:
-    from deflow.data.generate.expert import train_expert
+    with quick_imports():
+        from deflow.data.generate.expert import train_expert
 
     train_expert(config.steps, Path(config.out), config.seed, config.episodes)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,12 @@ CKPT = Path("checkpoints", "0_joint", "final.ckpt")  # of a run with stages=join
 
 
 def compose_config(*overrides: str, config_name: str = "train", **more: Any) -> DictConfig:
-    """The composed configuration, as the command line would give it."""
+    """The composed configuration, as the command line would give it; a copy, for the test to change."""
+    return copy.deepcopy(_composed(overrides, config_name, **more))
+
+
+@cache
+def _composed(overrides: tuple[str, ...], config_name: str, **more: Any) -> DictConfig:
     with initialize_config_dir(CONFIG_DIR, version_base=None):
         return compose(config_name, overrides=list(overrides), **more)
 
@@ -119,7 +126,7 @@ def finished_run(tiny_data: Callable[[str, str], Path], shared_folder: Path) -> 
     """
 
     def make(*overrides: str) -> Path:
-        folder = shared_folder / "runs" / ("_".join(overrides) or "joint")
+        folder = shared_folder / "runs" / ("_".join(overrides).replace("/", ".") or "joint")
         folder.parent.mkdir(exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "summary.json").exists():

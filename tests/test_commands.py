@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -53,6 +54,39 @@ def test_errors_are_one_line(script: str, arguments: list[str], says: str, tmp_p
     assert says in lines[0]
     assert not (tmp_path / "run").exists()
     assert not (ROOT / "nowhere").exists()
+
+
+def imported(errors: str) -> set[str]:
+    """The modules that a process imported, as PYTHONPROFILEIMPORTTIME lists them."""
+    return set(re.findall(r"^import time: .*\| +(\S+)$", errors, re.MULTILINE))
+
+
+def test_a_mistake_on_the_command_line_is_told_before_anything_big_is_imported() -> None:
+    result = run("train.py", "experiment=nonsense", environment={"PYTHONPROFILEIMPORTTIME": "1"}, fresh=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: unknown experiment 'nonsense'")
+    assert imported(result.stderr) >= {"deflow.config"}
+    assert not imported(result.stderr) & {"torch", "lightning", "mlflow", "mujoco", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("train.py", ["experiment=pointmaze", "agent.trust_region=-1", "hydra.run.dir={}/run"], "'trust_region' must"),
+        ("evaluate.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
+        ("distill.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
+        ("inspect_data.py", ["task=pointmaze_medium", "data.source.path={}/none.npz"], "no file"),
+        ("generate.py", ["dataset=nonsense", "out={}"], "cannot generate 'nonsense'"),
+        ("benchmark.py", ["measure=[nonsense]"], "unknown nonsense"),
+        ("train_expert.py", ["nonsense=1"], "Could not override 'nonsense'"),
+    ],
+)
+def test_every_command_starts_by_itself(script: str, arguments: list[str], says: str, tmp_path: Path) -> None:
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    result = run(script, *arguments, cwd=tmp_path, environment={"PYTHONPROFILEIMPORTTIME": "1"}, fresh=True)
+    assert result.returncode == 2
+    assert says in next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert not imported(result.stderr) & {"mlflow", "sklearn"}  # seconds, for what few commands do
 
 
 def test_a_command_that_is_not_a_run_leaves_no_log_file(tmp_path: Path) -> None:

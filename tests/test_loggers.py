@@ -298,6 +298,30 @@ def test_csv_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "a": 1}, {"step": 2, "b": 2}, {"step": 3, "a": 5, "b": 6}]
 
 
+@pytest.mark.parametrize(
+    ("content", "row"),
+    [
+        (b"\xff\xfe\x00step", 1),
+        (b"step,a\n1,2\n2,none\n", 2),
+        (b"step,a\n1,2,3\n", 1),  # more cells than columns
+        (b"step,a\n1\n", 1),  # fewer
+        (b"step,a\n,2\n", 1),
+        (b"a,b\n1,2\n", 1),
+    ],
+)
+def test_damaged_metrics_are_named(content: bytes, row: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"metrics.csv is damaged at row {row} .*: mend it, or move it away"):
+        CsvMetrics(path, last_step=2)
+    assert path.read_bytes() == content
+
+
+def test_a_number_that_a_kill_cut_is_no_number(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(b"step,a\r\n1,0.25\r\n2,0.1")
+    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1, "a": 0.25}]
+
+
 def test_tensorboard(point_data: Path, tmp_path: Path) -> None:
     train(tiny_config(point_data, "experiment=pointmaze", "logger=tensorboard"), tmp_path)
     assert list((tmp_path / "tensorboard").glob("events*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,11 @@ def test_returns_are_those_of_the_data() -> None:
     assert whole.returns.tolist() == pytest.approx([0.9 + 2 * 0.81 + 3 * 0.729, 1 + 1.8 + 2.43, 2 + 2.7, 3])
 
 
-ONLINE = ("experiment=pointmaze", "online_updates=8", "eval.every=4", "updates=4")
+ONLINE = ("online_updates=8", "eval.every=4", "updates=4")
 
 
 def run(folder: Path, data: Path, *overrides: str) -> dict:
-    return train(tiny_config(data, *ONLINE, *overrides), folder)
+    return train(tiny_config(data, "experiment=pointmaze", *ONLINE, *overrides), folder)
 
 
 @pytest.mark.usefixtures("short_episodes")
@@ -195,31 +196,37 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     ],
 )
 def test_resume_is_bit_for_bit(
-    at: int, transitions: int, overrides: tuple[str, ...], point_data: Path, tmp_path: Path
+    at: int,
+    transitions: int,
+    overrides: tuple[str, ...],
+    finished_run: Callable[..., Path],
+    point_data: Path,
+    tmp_path: Path,
 ) -> None:
     settings = ("stages=offline_to_online", "online_updates=30", "checkpoint_every=4", *overrides)
-    run(tmp_path / "whole", point_data, *settings)
+    whole = finished_run(*ONLINE, *settings)
     with pytest.MonkeyPatch.context() as monkeypatch:
         kill_at(monkeypatch, at)
         with pytest.raises(SystemExit):
-            run(tmp_path / "killed", point_data, *settings)
-    train(tiny_config(point_data, *ONLINE, f"resume={tmp_path / 'killed'}"), tmp_path / "killed")
-    assert_equal_weights(*(weights(tmp_path / name, "1_online") for name in ("whole", "killed")))
-    logs = [(tmp_path / name / "replay" / "online_0.bin").read_bytes() for name in ("whole", "killed")]
+            run(tmp_path, point_data, *settings)
+    train(tiny_config(point_data, "experiment=pointmaze", *ONLINE, f"resume={tmp_path}"), tmp_path)
+    assert_equal_weights(*(weights(folder, "1_online") for folder in (whole, tmp_path)))
+    logs = [(folder / "replay" / "online_0.bin").read_bytes() for folder in (whole, tmp_path)]
     assert logs[0] == logs[1]
     numbers = 2 * 2 + 2 * (3 if "agent.horizon=3" in overrides else 1) + 2 + ("agent=cal_ql" in overrides)
     assert len(logs[0]) == transitions * numbers * 4
-    rows = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "killed")]
+    rows = [(folder / "metrics.csv").read_text() for folder in (whole, tmp_path)]
     assert rows[0] == rows[1]
 
 
 @pytest.mark.usefixtures("short_episodes")
-def test_online_from_a_checkpoint_of_an_offline_run(point_data: Path, tmp_path: Path) -> None:
-    train(tiny_config(point_data, "experiment=pointmaze"), tmp_path / "offline")
-    offline = tmp_path / "offline" / "checkpoints" / "0_joint" / "final.ckpt"
-    summary = run(tmp_path / "online", point_data, "stages=online", f"ckpt={offline}", "trainer.log_every_n_steps=1")
+def test_online_from_a_checkpoint_of_an_offline_run(
+    finished_run: Callable[..., Path], point_data: Path, tmp_path: Path
+) -> None:
+    offline = finished_run() / "checkpoints" / "0_joint" / "final.ckpt"
+    summary = run(tmp_path, point_data, "stages=online", f"ckpt={offline}", "trainer.log_every_n_steps=1")
     assert summary["stages"] == {"online": 8}
-    rows = read_metrics(tmp_path / "online" / "metrics.csv")
+    rows = read_metrics(tmp_path / "metrics.csv")
     assert any("train/refiner/trust_region/multiplier" in row for row in rows)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,10 +97,11 @@ def test_a_stage_may_have_a_learning_rate_that_decays(point_data: Path, tmp_path
     assert scheduler["_last_lr"] == [pytest.approx(0.0, abs=1e-8)]
 
 
-def test_the_same_seed_gives_the_same_weights(point_data: Path, tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(tmp_path / name, point_data, f"seed={seed}")
-    a, b, c = (weights(tmp_path / name, "0_joint") for name in "abc")
+def test_the_same_seed_gives_the_same_weights(
+    finished_run: Callable[..., Path], point_data: Path, tmp_path: Path
+) -> None:
+    run(tmp_path, point_data)
+    a, b, c = (weights(folder, "0_joint") for folder in (finished_run(), tmp_path, finished_run("seed=1")))
     assert_equal_weights(a, b)
     assert not torch.equal(a["critic.online.layers.0.weight"], c["critic.online.layers.0.weight"])
 
@@ -112,10 +115,16 @@ class Killed(BaseException):
     [("joint", 4, 1), ("staged", 3, 1), ("staged", 6, 1), ("staged", 9, 1), ("staged", 11, 1), ("staged", 9, 2)],
 )
 def test_resume_is_bit_for_bit(
-    stages: str, at: int, seeds: int, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stages: str,
+    at: int,
+    seeds: int,
+    finished_run: Callable[..., Path],
+    point_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decay = ("stages.behavior.cosine_decay=true",) if stages == "staged" else ()
-    run(tmp_path / "whole", point_data, f"stages={stages}", f"seeds={seeds}", *decay)
+    whole = finished_run(f"stages={stages}", f"seeds={seeds}", *decay)
     updates = 0
     training_step = pipeline.Agent.training_step
 
@@ -133,18 +142,21 @@ def test_resume_is_bit_for_bit(
     resumed = compose_config(f"resume={tmp_path / 'killed'}")
     train(resumed, tmp_path / "killed")
     for stage in STAGES[stages]:
-        assert_equal_weights(weights(tmp_path / "whole", stage), weights(tmp_path / "killed", stage))
-    whole, killed = (read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "killed"))
-    evaluations = [[row for row in rows if "eval/success" in row] for rows in (whole, killed)]
+        assert_equal_weights(weights(whole, stage), weights(tmp_path / "killed", stage))
+    logs = [read_metrics(folder / "metrics.csv") for folder in (whole, tmp_path / "killed")]
+    evaluations = [[row for row in rows if "eval/success" in row] for rows in logs]
     assert evaluations[0] == evaluations[1]
-    training = [[row for row in rows if "train/critic/loss" in row] for rows in (whole, killed)]
+    training = [[row for row in rows if "train/critic/loss" in row] for rows in logs]
     assert training[0] == training[1]
 
 
-def test_a_finished_run_is_not_repeated(point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = run(tmp_path, point_data)
+def test_a_finished_run_is_not_repeated(
+    finished_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(finished_run(), tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
     monkeypatch.setattr(pipeline.Agent, "training_step", lambda *_: pytest.fail("trained again"))
-    again = train(compose_config(f"resume={tmp_path}"), tmp_path)
+    again = train(compose_config(f"resume={folder}"), folder)
     assert again["eval/success"] == summary["eval/success"]
     assert again["updates_per_second"] == summary["updates_per_second"]
 
@@ -237,11 +249,11 @@ def test_slow_products_decide_alone(
     assert OmegaConf.load(tmp_path / "config.yaml").trainer.precision == "32-true"
 
 
-def test_comparing_changes_no_weight(point_data: Path, tmp_path: Path) -> None:
+def test_comparing_changes_no_weight(finished_run: Callable[..., Path], point_data: Path, tmp_path: Path) -> None:
     run(tmp_path / "auto", point_data, "trainer.precision=auto")
     precision = OmegaConf.load(tmp_path / "auto" / "config.yaml").trainer.precision
-    run(tmp_path / "chosen", point_data, f"trainer.precision={precision}")
-    assert_equal_weights(*(weights(tmp_path / name, "0_joint") for name in ("auto", "chosen")))
+    chosen = finished_run(f"trainer.precision={precision}")
+    assert_equal_weights(*(weights(folder, "0_joint") for folder in (tmp_path / "auto", chosen)))
     with pytest.raises(UserError, match="compares on trainer=cpu alone"):
         run(tmp_path / "ddp", point_data, "trainer.precision=auto", "trainer=ddp_sim")
 
@@ -265,22 +277,20 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert not list(tmp_path.rglob(".part-*"))
 
 
-def test_weights_of_another_run(point_data: Path, tmp_path: Path) -> None:
-    run(tmp_path / "first", point_data)
-    final = tmp_path / "first" / "checkpoints" / "0_joint" / "final.ckpt"
+def test_weights_of_another_run(finished_run: Callable[..., Path], point_data: Path, tmp_path: Path) -> None:
+    final = shutil.copy(finished_run() / "checkpoints" / "0_joint" / "final.ckpt", tmp_path)
     run(tmp_path / "second", point_data, f"ckpt={final}")
     with pytest.raises(UserError, match=r"is a checkpoint of pointmaze-medium-navigate-singletask-v0, not of"):
         run(tmp_path / "third", point_data, f"ckpt={final}", "task_id=2")
     with pytest.raises(UserError, match="differ from the configured ones"):
         run(tmp_path / "fourth", point_data, f"ckpt={final}", "networks.hidden=[8]")
-    final.write_bytes(final.read_bytes()[:-500])
+    Path(final).write_bytes(Path(final).read_bytes()[:-500])
     with pytest.raises(UserError, match="not a whole checkpoint"):
         run(tmp_path / "fifth", point_data, f"ckpt={final}")
 
 
-def test_evaluate_a_checkpoint(point_data: Path, tmp_path: Path) -> None:
-    run(tmp_path, point_data)
-    final = tmp_path / "checkpoints" / "0_joint" / "final.ckpt"
+def test_evaluate_a_checkpoint(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    final = Path(shutil.copy(finished_run() / "checkpoints" / "0_joint" / "final.ckpt", tmp_path))
     config = compose_config(f"ckpt={final}", "episodes=3", "best_of_n=4", "refine_steps=2", config_name="evaluate")
     result = pipeline.evaluate(config)
     assert (result["episodes"], result["best_of_n"], result["refine_steps"]) == (3, 4, 2)

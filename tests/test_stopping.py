@@ -197,12 +197,12 @@ def test_the_time_of_all_parts_counts(point_data: Path, tmp_path: Path) -> None:
 def test_a_report_that_a_kill_cut_off_has_the_paths(
     whole: Callable[[str], Path], point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = json.loads((whole("staged") / "episodes.json").read_text())
     with pytest.raises(Killed):
         cut(kill, "report", 1, tmp_path, point_data)
     drawn: list[Any] = []
     monkeypatch.setattr(pipeline.report, "draw", lambda rows, episodes, *_: drawn.extend(episodes))
     train(compose_config(f"resume={tmp_path}"), tmp_path)
-    expected = json.loads((whole("staged") / "episodes.json").read_text())
     assert [(episode.index, [list(point) for point in episode.path]) for episode in drawn] == [
         (episode["index"], episode["path"]) for episode in expected
     ]

@@ -25,8 +25,11 @@ from deflow.online import OnlineStream
 from deflow.signals import Stopped
 from deflow.tracking import Tracker
 
+log = logging.getLogger(__name__)
+
 LAST = "last.ckpt"
 FINAL = "final.ckpt"
+SAMPLING_SECONDS = 10.0  # between rows of system metrics, unless MLflow's own variable says otherwise
 
 AGREE_EVERY = 10  # updates after which several processes ask each other whether one of them was asked to stop
 
@@ -214,11 +217,7 @@ class SystemMetrics(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-        sampler = SystemMetricsMonitor(self._tracker.version)  # never started: its own thread would ask the server
-        threading.Thread(target=self._sample, args=(sampler, pl_module), daemon=True).start()
+        threading.Thread(target=self._sample, args=(_monitors(), pl_module), daemon=True).start()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop.set()
@@ -226,13 +225,31 @@ class SystemMetrics(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop.set()
 
-    def _sample(self, sampler: Any, agent: Agent) -> None:
-        while not self._stop.wait(sampler.sampling_interval):
-            sampler.collect_metrics()
-            metrics = {f"system/{name}": value for name, value in sampler.aggregate_metrics().items()}
-            for monitor in sampler.monitors:
+    def _sample(self, monitors: list[Any], agent: Agent) -> None:
+        from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
+
+        while not self._stop.wait(MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or SAMPLING_SECONDS):
+            metrics: dict[str, float] = {}
+            for monitor in monitors:
+                monitor.collect_metrics()
+                metrics |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
                 monitor.clear_metrics()
             self._tracker.log_metrics(metrics, step=agent.run_step)
+
+
+def _monitors() -> list[Any]:
+    """MLflow's, one by one: what it runs them with asks the tracking server each time."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except Exception as error:  # of whichever kind NVIDIA's library has, if there is one
+        log.debug("no GPU is monitored: %s", error)
+    return monitors
 
 
 class StageProgress(RichProgressBar):

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from deflow.distributed import is_main_process
 from deflow.errors import UserError
 from deflow.files import locked, replacing
+from deflow.imports import quick_imports
 from deflow.tracking import Tracker
 
 Row = dict[str, float]
@@ -83,14 +84,25 @@ class CsvMetrics(Logger):
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.csv`, without empty cells; a last row cut by a kill is left out."""
+    """The rows of a `metrics.csv`, without empty cells; a last row cut by a kill is left out.
+
+    Raises:
+        UserError: if the file is damaged otherwise.
+    """
     rows = []
-    with path.open(newline="") as file:
-        for cells in csv.DictReader(file):
-            if None in cells.values():
-                continue
-            rows.append({key: float(cell) for key, cell in cells.items() if cell != ""})
-    return [row for row in rows if "step" in row]
+    try:
+        text = path.read_bytes().decode()
+        whole = text[: text.rfind("\n") + 1]  # a cut number is a number as well
+        for cells in csv.DictReader(whole.splitlines()):
+            row = {str(key): float(cell) for key, cell in cells.items() if cell != ""}
+            if "step" not in row:
+                raise ValueError("it has no step")
+            rows.append(row)
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"{path} is damaged at row {len(rows) + 1} ({error}): mend it, or move it away to go on without its rows"
+        ) from error
+    return rows
 
 
 def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> Tracker:
@@ -110,8 +122,10 @@ def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> Tracker:
     # A line a table, and the traceback of whatever the tracker reports in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+    with quick_imports():
+        from mlflow.exceptions import MlflowException  # not for other trackers
+        from mlflow.tracking import MlflowClient  # noqa: F401 (with all that its data base needs)
+        from sqlalchemy.exc import SQLAlchemyError
 
     try:
         logger = _start_mlflow(tracking_uri, experiment, Path(run_dir))

@@ -121,7 +121,7 @@ class Tracker(Logger):
                     self._give_up()
                 self._failures = 0
                 continue
-            self._retry_now.wait(min(2.0 ** (self._failures - 1), LONGEST_PAUSE_SECONDS))
+            self._retry_now.wait(min(2.0 ** min(self._failures - 1, 10), LONGEST_PAUSE_SECONDS))
             self._retry_now.clear()
 
     def _deliver(self, place: int) -> bool:

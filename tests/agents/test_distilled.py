@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.distillation import distill
 from deflow.errors import UserError
-from deflow.pipeline import evaluate, train
+from deflow.pipeline import evaluate
 from deflow.types import Spec
 from tests.agents.tester import check_agent
-from tests.conftest import compose_config, tiny_config
+from tests.conftest import compose_config
 
 
 def make(*overrides: str) -> Distilled:
@@ -54,9 +56,9 @@ def test_a_teacher_that_chooses_is_refused() -> None:
 
 @pytest.mark.usefixtures("short_episodes")
 @pytest.mark.parametrize("horizon", [1, 2])
-def test_a_run(horizon: int, point_data: Path, tmp_path: Path) -> None:
-    train(tiny_config(point_data, "experiment=pointmaze", f"agent.horizon={horizon}"), tmp_path / "taught")
-    taught = tmp_path / "taught" / "checkpoints" / "0_joint" / "final.ckpt"
+def test_a_run(horizon: int, finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = finished_run() if horizon == 1 else finished_run(f"agent.horizon={horizon}")
+    taught = Path(shutil.copy(run / "checkpoints" / "0_joint" / "final.ckpt", tmp_path))
     overrides = [f"ckpt={taught}", "updates=2", "eval.episodes=2", "logger=csv", "agent.actor.hidden=[16]"]
     config = compose_config(*overrides, "trainer.log_every_n_steps=1", config_name="distill")
     result = distill(config, tmp_path / "run")

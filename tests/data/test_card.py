@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,7 @@ import pytest
 
 from deflow.data.card import describe
 from deflow.inspection import inspect
-from deflow.pipeline import train
-from tests.conftest import compose_config, tiny_config
+from tests.conftest import compose_config
 
 ROWS = 1005
 
@@ -64,9 +64,10 @@ def test_every_fault_is_named(change: dict, warning: str) -> None:
     assert any(warning in line for line in describe(arrays(**change))["warnings"])
 
 
-def test_inspect_writes_the_card_and_a_policys_variance(point_data: Path, tmp_path: Path) -> None:
-    train(tiny_config(point_data, "experiment=pointmaze"), tmp_path / "run")
-    ckpt = tmp_path / "run" / "checkpoints" / "0_joint" / "final.ckpt"
+def test_inspect_writes_the_card_and_a_policys_variance(
+    finished_run: Callable[..., Path], point_data: Path, tmp_path: Path
+) -> None:
+    ckpt = finished_run() / "checkpoints" / "0_joint" / "final.ckpt"
     overrides = ("task=pointmaze_medium", f"paths.data={point_data}", f"out={tmp_path}", f"ckpt={ckpt}")
     result = inspect(compose_config(*overrides, "samples=4", config_name="inspect_data"))
     name = "pointmaze-medium-navigate-v0"

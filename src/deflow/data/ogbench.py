@@ -6,7 +6,7 @@ import logging
 import zipfile
 import zlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class OGBenchSource(Source):
     generate_seed: Seed
     generate_workers: Count | None
     frames: Count = 1
+    # An environment as the data were made, one frame at a time, that was asked for sizes and can serve once more.
+    _spare_env: gymnasium.Env | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -105,7 +107,7 @@ class OGBenchSource(Source):
 
     def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:
         """Both splits; files that this source can have again, and that are of no use, are had again, once."""
-        env = ogbench.make_env(self.task)  # as the data were made: one frame at a time
+        env, self._spare_env = self._spare_env or ogbench.make_env(self.task), None
         try:
             seen = identities(_files(path))
             try:
@@ -153,10 +155,10 @@ class OGBenchSource(Source):
 
     @cached_property
     def _of_env(self) -> tuple[Spec, str]:
-        """Sizes and success timing, for which an environment has to be made."""
-        env = self.make_env()
-        env.close()
-        return ogbench.spec_of(env), getattr(env.unwrapped, "_success_timing", "unknown")
+        """Sizes and success timing, for which an environment has to be made: manipulation's take a second each."""
+        self._spare_env = ogbench.make_env(self.task)
+        spec = ogbench.spec_of(ogbench.stack_frames(self._spare_env, self.frames))
+        return spec, getattr(self._spare_env.unwrapped, "_success_timing", "unknown")
 
     def provenance(self) -> dict[str, Any]:
         path = self._found()
