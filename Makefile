@@ -17,7 +17,7 @@ train: $(VENV)/.installed ## Install, then run the quickstart: data, training, e
 	$(BIN)/python train.py experiment=quickstart
 
 test: $(VENV)/.installed ## Install, then run the tests
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed ## Check style, types and spelling
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -66,13 +66,12 @@ class Command:
         args: of the command, the script first.
         pid: number of its process and of its session.
         ended: gives the exit status once there is one, negative for a signal.
-        out: the file of its standard output.
-        err: the file of its standard error.
+        files: of its standard output and standard error, unless nobody reads them.
     """
 
-    def __init__(self, args: list[str], pid: int, ended: Callable[[], int | None], out: IO, err: IO) -> None:
+    def __init__(self, args: list[str], pid: int, ended: Callable[[], int | None], files: Sequence[IO] = ()) -> None:
         self.args, self.pid, self.returncode = args, pid, None
-        self._ended, self._out, self._err = ended, out, err
+        self._ended, self._files = ended, files
         UNDER_WAY.append(self)
 
     def poll(self) -> int | None:
@@ -110,7 +109,9 @@ class Command:
 
     def output(self) -> tuple[str, str]:
         """What the command has written to standard output and standard error so far."""
-        out, err = (os.pread(f.fileno(), os.fstat(f.fileno()).st_size, 0) for f in (self._out, self._err))
+        if not self._files:
+            return "", ""
+        out, err = (os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0) for file in self._files)
         return out.decode(), err.decode()
 
     def send_signal(self, number: int) -> None:
@@ -161,7 +162,7 @@ def start(
             stderr=err,
             start_new_session=True,
         )
-        return Command(args, process.pid, process.poll, out, err)
+        return Command(args, process.pid, process.poll, (out, err))
     reading, writing = os.pipe()
     request = {"arguments": args, "cwd": str(cwd), "environment": variables}
     socket.send_fds(_zygote(), [json.dumps(request).encode() + b"\n"], [out.fileno(), err.fileno(), writing])
@@ -175,7 +176,7 @@ def start(
         code = status.read(NUMBER.size)
         return None if code is None else NUMBER.unpack(code)[0]
 
-    return Command(args, NUMBER.unpack(pid)[0], ended, out, err)
+    return Command(args, NUMBER.unpack(pid)[0], ended, (out, err))
 
 
 def run(

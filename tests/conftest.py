@@ -16,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from deflow.config import CONFIG_DIR
@@ -149,6 +150,18 @@ def shorten_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation episodes of 20 steps."""
     shorten_episodes(monkeypatch)
+
+
+@pytest.fixture
+def rendered() -> None:
+    """Asked for by a test of pictures: they are rendered, not only put together."""
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_only_put_together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering its two pictures is two thirds of what a tiny run costs, and matplotlib's business."""
+    if "rendered" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **settings: Path(path).touch())
 
 
 @pytest.fixture(autouse=True)

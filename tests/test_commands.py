@@ -96,7 +96,9 @@ def test_a_command_that_is_not_a_run_leaves_no_log_file(tmp_path: Path) -> None:
 
 
 def test_kill_and_resume(point_data: Path, tmp_path: Path) -> None:
-    settings = ["updates=300", "eval.every=100", "checkpoint_every=10", "stages=staged", "validate_every=100"]
+    # Killed in the evaluation after 20 updates, which takes 1000 steps, or soon after it.
+    settings = ["updates=40", "eval.every=20", "checkpoint_every=10", "stages=staged", "validate_every=20"]
+    settings += ["eval.episodes=1", "eval.num_envs=1", "diversity.states=0"]
     whole = run("train.py", *tiny_overrides(point_data, tmp_path / "whole", *settings))
     assert whole.returncode == 0, whole.stderr
 

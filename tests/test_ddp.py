@@ -68,7 +68,8 @@ def test_two_halves_make_the_whole(tmp_path: Path) -> None:
     # DDP averages the ranks: (1/2) (1/128 sum_{i<128} g_i + 1/128 sum_{i>=128} g_i) = 1/256 sum g_i.
     # The value term is -mean(Q) / scale with scale = mean |Q| over all 256: were it each rank's own mean, the two
     # halves would be weighted differently. The multiplier's gradient is -(mean da^2 - delta), again a mean.
-    multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    multiprocessing.set_forkserver_preload([__name__])  # or each rank imports everything for itself
+    multiprocessing.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     agent = make_agent()
     batch = random_batch(agent, BATCH)

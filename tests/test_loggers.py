@@ -24,6 +24,7 @@ from deflow.errors import UserError
 from deflow.loggers import CsvMetrics, mlflow_logger, read_metrics
 from deflow.pipeline import train
 from deflow.tracking import Tracker
+from tests.commands import Command
 from tests.conftest import compose_config, tiny_config
 
 pytestmark = pytest.mark.usefixtures("short_episodes")
@@ -38,16 +39,17 @@ def server(tmp_path: Path) -> Iterator[str]:
     command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/art"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     uri = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            requests.get(f"{uri}/health", timeout=1).raise_for_status()
-            break
-        except requests.RequestException:
-            time.sleep(0.5)
+    server = Command(command, process.pid, process.poll)
+    server.wait_for(lambda: answers(uri))
     yield uri
-    subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
-    process.kill()
-    process.wait()
+    server.kill()
+
+
+def answers(uri: str) -> bool:
+    try:
+        return requests.get(f"{uri}/health", timeout=10).ok
+    except requests.RequestException:
+        return False
 
 
 def run_of(uri: str):

@@ -38,12 +38,14 @@ def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor])
         assert torch.equal(a[name], b[name]), name
 
 
+@pytest.mark.usefixtures("rendered")
 @pytest.mark.parametrize("stages", STAGES)
 def test_what_a_run_leaves(stages: str, point_data: Path, tmp_path: Path) -> None:
     summary = run(tmp_path, point_data, f"stages={stages}")
     assert {"config.yaml", "summary.json", "metrics.csv", "report.png", "checkpoints"} <= {
         p.name for p in tmp_path.iterdir()
     }
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("report.png", "actions.png"))
     assert not list(tmp_path.rglob(".part-*"))
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["updates"] == 6 * len(STAGES[stages])

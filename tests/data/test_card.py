@@ -64,6 +64,7 @@ def test_every_fault_is_named(change: dict, warning: str) -> None:
     assert any(warning in line for line in describe(arrays(**change))["warnings"])
 
 
+@pytest.mark.usefixtures("rendered")
 def test_inspect_writes_the_card_and_a_policys_variance(
     finished_run: Callable[..., Path], point_data: Path, tmp_path: Path
 ) -> None:

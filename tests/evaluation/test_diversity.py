@@ -71,6 +71,7 @@ def test_neighbourhoods_are_the_nearest_states() -> None:
     assert np.abs(around.actions - own[:, None]).max() < 0.1
 
 
+@pytest.mark.usefixtures("rendered")
 def test_both_modes_are_kept_where_equal_and_the_better_taken_where_not(tmp_path: Path) -> None:
     for overrides in (["agent=deflow", bimodal.TRUST_REGION], ["agent=fbrac"]):
         agent = bimodal.train(overrides, updates=600, hidden=64, lr=3e-3)

@@ -26,7 +26,7 @@ def loss_of(refiner: Refiner) -> tuple[Tensor, dict[str, Tensor]]:
     return refiner.loss(BATCH, torch.zeros(64, 3), torch.full((64, 3), NEXT_ACTION), linear_value)
 
 
-def train(refiner: Refiner, steps: int = 6000, lr: float = 3e-3) -> dict[str, Tensor]:
+def train(refiner: Refiner, steps: int = 1500, lr: float = 1e-2) -> dict[str, Tensor]:
     optimizer = torch.optim.Adam(refiner.parameters(), lr=lr)
     metrics: dict[str, Tensor] = {}
     for _ in range(steps):
