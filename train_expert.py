@@ -13,7 +13,7 @@ def main(config: DictConfig, folder: Path) -> None:
     with quick_imports():
         from deflow.data.generate.expert import train_expert
 
-    train_expert(config.steps, Path(config.out), config.seed, config.episodes)
+    train_expert(config.steps, Path(config.out), config.seed, config.episodes, config.overwrite)
 
 
 if __name__ == "__main__":

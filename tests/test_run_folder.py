@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.run_folder import BEFORE_THE_FIRST_UPDATE, SIGNS_OF_A_RUN, RunFolder, new_run_folder
-from tests.commands import run
 from tests.conftest import compose_config, tiny_config
 
 
@@ -116,7 +116,7 @@ def test_hydra_makes_no_folder_that_stays(there: bool, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     if there:
         folder.mkdir()
-    result = run(
+    result = run_command(
         "train.py",
         "experiment=pointmaze",
         "ckpt=nowhere.ckpt",
@@ -138,3 +138,13 @@ def test_a_finished_run_stays_as_it_is(point_data: Path, tmp_path: Path, capsys:
     assert again == summary
     assert contents(tmp_path) == before
     assert capsys.readouterr().out.splitlines()[-8:] == shown.splitlines()[-8:]
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_a_damaged_summary_is_made_anew(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("summary.json", "episodes.json"):
+        (run / name).write_bytes(b'{"task": \xff')
+    summary = train(compose_config(f"resume={run}"), run)
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert "summary.json is damaged: it is made anew" in caplog.text
+    assert "episodes.json is damaged: the report will lack the paths" in caplog.text

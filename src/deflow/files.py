@@ -52,6 +52,17 @@ def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
             part.unlink(missing_ok=True)
 
 
+def refuse_to_replace(files: Sequence[Path]) -> None:
+    """What took long to make is replaced only if the command line says so.
+
+    Raises:
+        UserError: naming those of `files` that are there.
+    """
+    there = [file.name for file in files if file.exists()]
+    if there:
+        raise UserError(f"{files[0].parent} holds {', '.join(there)}: choose another out=, or say overwrite=true")
+
+
 @contextmanager
 def locked(lock: Path, purpose: str) -> Iterator[None]:
     """Hold the lock file `lock`, made if it is missing; whoever waits long for it says so, and waits on.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
@@ -127,9 +126,11 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
     """
     trust_only(config.trust)
     resume = config.resume is not None
-    if resume and (folder / SUMMARY_FILE).exists():
-        return _show(folder)
     if resume:
+        summary = report.read_summary(folder / SUMMARY_FILE)
+        if summary is not None:
+            report.print_table(summary, folder)
+            return summary
         config = load_config(folder / CONFIG_FILE)
     with RunFolder(folder, resume) as held:
         run = None
@@ -145,13 +146,6 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
                 go_on = f"go on by python train.py resume={folder}"
                 error.advice = "before the first update" if nothing_done else go_on
             raise
-
-
-def _show(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run, on the terminal too."""
-    summary = json.loads((folder / SUMMARY_FILE).read_text())
-    report.print_table(summary, folder)
-    return summary
 
 
 def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:

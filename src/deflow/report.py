@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from deflow.files import replacing
 from deflow.loggers import Row
 
 matplotlib.use("agg")
+
+log = logging.getLogger(__name__)
 
 # The papers report the mean over the last three evaluations.
 LAST_EVALUATIONS = 3
@@ -94,6 +97,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, whole or not at all."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What `summary.json` says of a finished run; None if there is none, or (which is said) a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        log.warning("%s is damaged: it is made anew", path)
+        return None
 
 
 def print_table(summary: dict[str, Any], folder: Path) -> None:

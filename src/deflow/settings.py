@@ -251,6 +251,7 @@ class TrainExpert(TypedDict):
     steps: Count
     out: str
     seed: Seed
+    overwrite: bool
     episodes: Neighbours
     threads: Count | None
 

@@ -108,6 +108,8 @@ def test_an_expert_can_be_trained_anew(tmp_path: Path) -> None:
     assert {name: array.shape for name, array in load_file(out).items()} == {
         name: array.shape for name, array in load_file(str(ASSET)).items()
     }
+    with pytest.raises(UserError, match=r"holds expert\.safetensors: .* overwrite=true"):
+        train_expert(steps=200, out=out, seed=0, episodes=2)
 
 
 def test_explore_keeps_a_direction_for_ten_steps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from deflow.envs.ogbench import seeded_reset
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.seeding import fold_seed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,8 +47,14 @@ def save_episodes(episodes: Sequence[Episode], path: Path) -> None:
 
 
 def load_episodes(path: Path) -> list[Episode]:
-    """What `save_episodes` wrote; none if there is no such file."""
-    return [Episode(**values) for values in json.loads(path.read_text())] if path.exists() else []
+    """What `save_episodes` wrote; none if there is no such file, or (which is said) a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        return [Episode(**values) for values in json.loads(path.read_bytes())]
+    except (ValueError, TypeError):
+        log.warning("%s is damaged: the report will lack the paths of the last evaluation", path)
+        return []
 
 
 @dataclass(eq=False)

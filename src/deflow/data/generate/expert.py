@@ -16,12 +16,14 @@ from safetensors.numpy import save_file
 from deflow.data.generate.ant import AntExpert
 from deflow.envs.ogbench import load_mujoco, seeded_reset
 from deflow.errors import UserError
-from deflow.files import replacing
+from deflow.files import refuse_to_replace, replacing
 
 HIDDEN = (256, 256)
 
 
-def train_expert(steps: int, out: Path, seed: int, episodes: int) -> dict[str, tuple[float, float]]:
+def train_expert(
+    steps: int, out: Path, seed: int, episodes: int, overwrite: bool = False
+) -> dict[str, tuple[float, float]]:
     """Train with soft actor-critic, write the policy to `out`, print its speed beside the shipped policy's.
 
     Args:
@@ -29,13 +31,17 @@ def train_expert(steps: int, out: Path, seed: int, episodes: int) -> dict[str, t
         out: `.safetensors` file.
         seed: of the training.
         episodes: on which each policy's speed is measured.
+        overwrite: whether a file `out` may be replaced.
 
     Returns:
         Speed and its standard error, metres a step along the commanded direction, of `trained` and `shipped`.
 
     Raises:
-        UserError: if stable-baselines3 is missing.
+        UserError: if stable-baselines3 is missing, or a file would be lost.
     """
+    out = out.expanduser()
+    if not overwrite:
+        refuse_to_replace([out])
     if importlib.util.find_spec("stable_baselines3") is None:
         raise UserError("train_expert.py needs stable-baselines3: pip install 'deflow[expert]'")
     from stable_baselines3 import SAC
@@ -46,7 +52,7 @@ def train_expert(steps: int, out: Path, seed: int, episodes: int) -> dict[str, t
     model = SAC("MlpPolicy", env, seed=seed, policy_kwargs=policy, device="cpu")
     model.learn(steps, progress_bar=True)
     weights = _actor_weights(model.actor)
-    with replacing(out.expanduser()) as part:
+    with replacing(out) as part:
         save_file(weights, part, metadata={"algorithm": f"soft actor-critic, {steps} steps, seed {seed}"})
     policies = {"trained": AntExpert(weights), "shipped": AntExpert()}
     speeds = {name: walking_speed(expert, env, episodes) for name, expert in policies.items()}

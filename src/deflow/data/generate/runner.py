@@ -21,7 +21,7 @@ from deflow.data.generate.ant import AntExpert
 from deflow.data.generate.maze import NOISE, MazeCollector, follow_direction
 from deflow.envs import ogbench
 from deflow.errors import UserError
-from deflow.files import locked, replacing_all
+from deflow.files import locked, refuse_to_replace, replacing_all
 from deflow.seeding import fold_seed
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def generate_dataset(
     path = out.expanduser() / f"{name}.npz"
     files = [path.with_suffix(".json"), path.with_name(f"{name}-val.npz"), path]
     if not overwrite:
-        _refuse_to_replace(files)
+        refuse_to_replace(files)
     image_bytes = int(np.prod(observation.shape or ())) if observation.dtype == np.uint8 else 0
     _check_disk(path.parent, episodes * steps, ROW_BYTES + image_bytes)
     jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
@@ -100,7 +100,7 @@ def generate_dataset(
     }
     with locked(path.with_name(f".{name}.lock"), f"another process that generates {name}"):
         if not overwrite:
-            _refuse_to_replace(files)  # of whoever held the lock
+            refuse_to_replace(files)  # of whoever held the lock
         results = _collect_all(name, steps, seeds, min(workers or usable_cores(), len(seeds)))
         with replacing_all(files) as (card, val, train):
             _write(val, results[episodes:])
@@ -122,12 +122,6 @@ def read_card(path: Path) -> dict[str, Any]:
         pass
     log.warning("%s is not the card of %s as it is: not believed", card, path.name)
     return {}
-
-
-def _refuse_to_replace(files: Sequence[Path]) -> None:
-    there = [file.name for file in files if file.exists()]
-    if there:
-        raise UserError(f"{files[0].parent} holds {', '.join(there)}: choose another out=, or say overwrite=true")
 
 
 def _recipe(name: str) -> tuple[str, str]:
