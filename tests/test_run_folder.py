@@ -13,6 +13,7 @@ import pytest
 from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.run_folder import BEFORE_THE_FIRST_UPDATE, SIGNS_OF_A_RUN, RunFolder, new_run_folder
+from tests import commands
 from tests.conftest import compose_config, tiny_config
 
 
@@ -116,15 +117,8 @@ def test_hydra_makes_no_folder_that_stays(there: bool, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     if there:
         folder.mkdir()
-    result = run_command(
-        "train.py",
-        "experiment=pointmaze",
-        "ckpt=nowhere.ckpt",
-        "logger=csv",
-        f"hydra.run.dir={folder}",
-        f"paths.data={tmp_path}",
-        "data.source.download=false",
-    )
+    settings = ("experiment=pointmaze", f"paths.data={tmp_path}", "data.source.download=false", "logger=csv")
+    result = commands.run("train.py", *settings, f"hydra.run.dir={folder}")
     assert result.returncode == 2, result.stderr
     assert folder.exists() == there
 
