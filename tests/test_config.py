@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging.config
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,8 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
     """Run a command in this process, with something else in the place of what it does; its exit status."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    # It would close every handler there is, and absl's (which simulators import) closes pytest's own file with it.
+    monkeypatch.setattr(logging.config, "dictConfig", lambda _: None)
     HydraConfig.instance().cfg = None
     try:
         entry_point(name)(main)()
