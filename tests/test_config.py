@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging.config
 import os
 import sys
 from pathlib import Path
@@ -50,7 +49,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     # It would close every handler there is, and absl's (which simulators import) closes pytest's own file with it.
-    monkeypatch.setattr(logging.config, "dictConfig", lambda _: None)
+    monkeypatch.setattr("hydra._internal.logging_config.configure_logging", lambda _: None)
     HydraConfig.instance().cfg = None
     try:
         entry_point(name)(main)()
