@@ -73,8 +73,9 @@ def test_neighbourhoods_are_the_nearest_states() -> None:
 
 @pytest.mark.usefixtures("rendered")
 def test_both_modes_are_kept_where_equal_and_the_better_taken_where_not(tmp_path: Path) -> None:
-    for overrides in (["agent=deflow", bimodal.TRUST_REGION], ["agent=fbrac"]):
-        agent = bimodal.train(overrides, updates=600, hidden=64, lr=3e-3)
+    learners = (["agent=deflow", bimodal.TRUST_REGION], 600, 3e-3), (["agent=fbrac"], 300, 5e-3)
+    for overrides, updates, lr in learners:
+        agent = bimodal.train(overrides, updates, hidden=64, lr=lr)
         assert min(bimodal.shares(bimodal.actions_at(agent, bimodal.EQUAL))) > 0.25
         agent.candidates = 8
         if overrides[0] == "agent=deflow":
