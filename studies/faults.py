@@ -353,7 +353,7 @@ CASES = [
             "updatess=5": "no setting 'updatess': did you mean 'updates'",
             "agent.best_off_n=5": "did you mean 'agent.best_of_n'",
             "+nonsense=1": "no setting 'nonsense'",
-            "agent=rlpd stages=staged": "RLPD",
+            "agent=rlpd stages=staged": "stages=from_scratch",
             "paths.data=/dev/null": "is not a folder",
         }.items()
     ),
