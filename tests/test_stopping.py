@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deflow.data.replay import Replay
 from deflow.evaluation.rollout import Evaluator
 from deflow.loggers import CsvMetrics
 from deflow.pipeline import train
+from deflow.run_folder import RunFolder
 from deflow.signals import Stopped
 from tests.conftest import compose_config, tiny_config
 from tests.test_pipeline import assert_equal_weights
@@ -34,6 +36,7 @@ STAGES = {
 # Where a run can be cut: before a call of one of these.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "data": (OfflineDataModule, "setup"),
+    "begin": (CsvMetrics, "_rewrite"),
     "update": (Agent, "training_step"),
     "validation": (Agent, "validation_step"),
     "row": (CsvMetrics, "log_metrics"),
@@ -66,6 +69,14 @@ def before_call(patch: pytest.MonkeyPatch, moment: str, number: int, strike: Cal
 
 def kill() -> None:
     raise Killed
+
+
+@contextmanager
+def nothing_is_tidied_up() -> Iterator[None]:
+    """As after a kill."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "discard", lambda self: None)
+        yield
 
 
 def terminate() -> None:
@@ -114,6 +125,7 @@ def assert_the_same(folder: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "moment", "number"),
     [
+        ("staged", "begin", 1),  # nothing but the configuration is there
         ("staged", "update", 4),  # a validation and a checkpoint lie behind
         ("staged", "update", 7),  # the first of the second stage
         ("staged", "validation", 4),
@@ -135,7 +147,7 @@ def test_a_kill_changes_nothing(
     stages: str, moment: str, number: int, whole: Callable[[str], Path], point_data: Path, tmp_path: Path
 ) -> None:
     expected = whole(stages)
-    with pytest.raises(Killed):
+    with nothing_is_tidied_up(), pytest.raises(Killed):
         cut(kill, moment, number, tmp_path, point_data, stages)
     train(compose_config(f"resume={tmp_path}"), tmp_path)
     assert_the_same(tmp_path, expected)

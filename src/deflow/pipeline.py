@@ -182,12 +182,12 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if source.has_env:
         evaluator = Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed)
 
+    if not resume and is_main_process():  # first of all files: what is killed from here on can be resumed
+        with replacing(folder / CONFIG_FILE) as part:
+            part.write_text(OmegaConf.to_yaml(config, resolve=True))
     last_step, seconds_before = _saved(config, folder) if resume else (0, 0.0)
     metrics = CsvMetrics(folder / METRICS_FILE, last_step)
     tracker = instantiate(config.logger, _partial_=True)(run_dir=str(folder))
-    if not resume and is_main_process():
-        with replacing(folder / CONFIG_FILE) as part:
-            part.write_text(OmegaConf.to_yaml(config, resolve=True))
     if tracker is not None and not isinstance(tracker, Tracker):  # a logger of the user's own
         tracker = Tracker(tracker)
     loggers = [metrics] if tracker is None else [metrics, tracker]
