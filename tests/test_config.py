@@ -106,6 +106,31 @@ def test_a_task_beside_an_experiment_is_meant(tmp_path: Path, monkeypatch: pytes
     assert command("evaluate", ["ckpt=a", "task=scene"], monkeypatch, lambda config, _: config.task.env == "scene") == 0
 
 
+@pytest.mark.parametrize("arguments", [[], ["-m", "seed=0,1"], ["hydra.run.dir=run"]])
+def test_an_error_of_the_command_leaves_no_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def main(config: DictConfig, folder: Path) -> None:
+        assert folder.is_dir()
+        raise UserError("no luck")
+
+    assert command("train", ["experiment=pointmaze", *arguments], monkeypatch, main) == 2
+    assert not list(tmp_path.glob("logs/pointmaze/2*"))
+    assert not list(tmp_path.glob("logs/pointmaze/sweep_*/?"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_in_the_check_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deflow.config.check_settings", lambda *_: 1 / 0)
+    assert command("train", ["experiment=pointmaze"], monkeypatch, lambda *_: pytest.fail("went on")) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 SWEEP = ["-m", "experiment=pointmaze", "seed=0,1,2"]
 
 
@@ -125,7 +150,7 @@ def test_a_sweep_goes_on_after_a_job_that_fails(
     lines = capsys.readouterr().err.splitlines()
     assert "error: experiment=pointmaze seed=1: no luck" in lines
     assert lines[-1] == "error: 1 of 3 jobs failed"
-    assert {path.name for path in tmp_path.glob("logs/pointmaze/sweep_*/*")} == {"0", "1", "2", "multirun.yaml"}
+    assert {path.name for path in tmp_path.glob("logs/pointmaze/sweep_*/*")} == {"0", "2", "multirun.yaml"}
 
 
 def test_a_bug_in_a_sweep_is_not_the_users(

@@ -188,6 +188,13 @@ TRAIN = [
     ("~eval.every", "the setting 'eval.every' is missing"),
     ("agent._target_=deflow.agents.deflow.DeeFlow", "agent._target_: Error"),
     ("trainer=gpu", "torch finds no GPU here: choose trainer=cpu"),
+    ("trainer.accelerator=mps", "torch finds no GPU here: choose trainer=cpu"),
+    ("trainer.devices=-1", "trainer.devices=-1 names GPUs"),
+    ("trainer.devices=[0]", "trainer.devices=[0] names GPUs"),
+    ("+trainer.fast_dev_run=true", "no setting 'trainer.fast_dev_run'"),  # as all that ends a stage early
+    ("+trainer.max_steps=20", "no setting 'trainer.max_steps'"),
+    ("agent.optimizer._target_=torch.optim.Adagrad", "agent.optimizer._target_ must be one of torch.optim.Adam, "),
+    ("agent.optimizer._target_=torch.hub.load", "agent.optimizer._target_ must be one of torch.optim.Adam, "),
 ]
 OTHERS = [
     ("evaluate", "num_envs=0", f"num_envs must be {COUNT} or null, got 0"),

@@ -54,6 +54,20 @@ def test_a_second_interrupt_does_not_wait() -> None:
         work()
 
 
+def test_patience_within_patience_does_not_end_it() -> None:
+    passed = []
+
+    def work() -> None:
+        with signals.listening(), signals.patient():
+            with signals.patient():
+                send(signal.SIGTERM)
+            passed.append(True)
+
+    with pytest.raises(Stopped):
+        work()
+    assert passed
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_what_can_be_done_again_is_cut(before: bool) -> None:
     def work() -> None:

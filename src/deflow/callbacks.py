@@ -101,16 +101,20 @@ class BetweenUpdates(Callback):
         if stop is None:
             try:
                 self._evaluate_if_due()
-            except Stopped as stopped:
-                stop = stopped.number
+            except Stopped as cut:
+                stop = cut.number
         if stop is not None or step % self._checkpoint_every == 0:
             self._clock.pause()
             self._trainer.save_checkpoint(self._folder / LAST)
         if stop is not None:
-            raise Stopped(stop)
+            stopped = Stopped(stop)
+            stopped.agreed = True
+            raise stopped
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.pause()
+        if trainer.global_step != trainer.max_steps:  # Lightning has ways to end early
+            raise UserError(f"the stage ended after {trainer.global_step} of {trainer.max_steps} updates")
         self._final = self._finish()
         trainer.save_checkpoint(self._folder / FINAL)
         self._evaluate_if_due()

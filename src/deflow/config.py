@@ -9,7 +9,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from deflow.cores import set_threads, wait_asleep
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
-from deflow.run_folder import new_run_folder, notice_new
+from deflow.imports import quick_imports
+from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
 from deflow.settings import check_settings, unknown_setting
 from deflow.signals import Stopped, end_with_parent, listening
 
@@ -56,11 +57,13 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
             job = HydraConfig.get()
             folder = Path(job.runtime.output_dir)
             if job.mode == RunMode.MULTIRUN:
-                with sweep.job(job.overrides.task):
-                    _begin(config, job, config_name, folder)
+                with sweep.job(job.overrides.task), leaving_no_empty(folder):
+                    check_command(config, job, config_name)
+                    set_threads(config.threads)
                     main(config, folder)
                 return
-            with _errors_in_one_line():  # here and not only outside, or Hydra prints a line of its own
+            # Here and not only outside, or Hydra prints a line of its own.
+            with _errors_in_one_line(), leaving_no_empty(folder):
                 set_threads(config.threads)
                 main(config, folder)
 
@@ -84,26 +87,27 @@ class SettingsCheck(Callback):
     """What comes before Hydra makes a folder for a command: its configuration is checked; configs/hydra names it."""
 
     def on_run_start(self, config: DictConfig, **more: Any) -> None:
-        with _errors_in_one_line():
+        with _errors_in_one_line(), _bugs_end_it(), quick_imports():
             job = config.hydra
             own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             check_command(own, job, more["config_name"])
             notice_new(Path(job.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
-        with _errors_in_one_line():
+        with _errors_in_one_line(), _bugs_end_it():
             notice_new(Path(config.hydra.sweep.dir))
 
 
-def _begin(config: DictConfig, job: Any, command: str, folder: Path) -> None:
-    """What comes before a job of a sweep, whose folder Hydra has already made."""
+@contextmanager
+def _bugs_end_it() -> Iterator[None]:
+    """Of an error in a callback Hydra makes a warning, and goes on."""
     try:
-        check_command(config, job, command)
-    except UserError:
-        with suppress(OSError):  # it holds something
-            folder.rmdir()
+        yield
+    except OF_THE_USER:
         raise
-    set_threads(config.threads)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
 
 
 class Sweep:
@@ -189,12 +193,17 @@ def _errors_in_one_line(command: str = "", sweep: Sweep | None = None) -> Iterat
         print(f"error: {_one_line(error, command)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
-        from deflow.distributed import is_main_process
-
-        if not is_main_process():
-            sys.exit(0)  # Lightning takes any other status of a rank for a fault, and kills the main process
+        if _is_another_process_of_a_run():
+            # Lightning takes any status but 0 for a fault and kills the main process, which else would wait for ever.
+            sys.exit(0 if stop.agreed else stop.status)
         print(stop, file=sys.stderr)
         sys.exit(stop.status)
+
+
+def _is_another_process_of_a_run() -> bool:
+    """Whether this is not rank 0, by the launchers' variables: nothing may be imported here, see `quick_imports`."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((rank for rank in ranks if rank is not None), "0") != "0"
 
 
 def _one_line(error: BaseException, command: str = "") -> str:
@@ -332,14 +341,19 @@ def check(config: DictConfig) -> None:
 
 
 def _check_device(trainer: DictConfig) -> None:
-    if trainer.accelerator not in ("gpu", "cuda"):
-        if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
+    accelerator, devices = trainer.accelerator, trainer.devices
+    if accelerator == "cpu":
+        if trainer.precision == "16-mixed":
             raise UserError("trainer.precision=16-mixed needs a GPU: choose 32-true or bf16-mixed")
+        if (devices != "auto" and not isinstance(devices, int)) or devices == -1:
+            raise UserError(f"trainer.devices={devices} names GPUs: on trainer=cpu it is a number of processes")
+    if accelerator in ("cpu", "auto"):
         return
     import torch  # seconds, which a mistake in the settings need not wait for
 
-    if not torch.cuda.is_available() and not (trainer.accelerator == "gpu" and torch.backends.mps.is_available()):
-        raise UserError(f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU here: choose trainer=cpu")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}[accelerator]:
+        raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU here: choose trainer=cpu")
     found = max(1, torch.cuda.device_count())
-    if isinstance(trainer.devices, int) and trainer.devices > found:
-        raise UserError(f"trainer.devices={trainer.devices}, but this machine has {found}")
+    if isinstance(devices, int) and devices > found:
+        raise UserError(f"trainer.devices={devices}, but this machine has {found}")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from deflow.agents.base import Agent
+from deflow.callbacks import FINAL
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.data.source import Source
+from deflow.errors import UserError
 from deflow.evaluation.latency import latency
 from deflow.pipeline import play, train
 from deflow.report import write_json
+from deflow.run_folder import CHECKPOINTS
 from deflow.trust import trust_only
 
 
@@ -26,24 +30,31 @@ def distill(config: DictConfig, folder: Path) -> dict[str, Any]:
         For `teacher` and `one_step`: what the evaluation came to, and the latency.
 
     Raises:
-        UserError: if the checkpoint is broken, or its policy cannot be distilled.
+        UserError: if there is neither a checkpoint nor a run to go on with, the checkpoint is broken, or its policy
+            cannot be distilled.
     """
     trust_only(config.trust)
-    card = load_checkpoint(Path(config.ckpt))
-    train(_training_config(plain(config), card["deflow"]["config"]), folder)
-    final = load_checkpoint(folder / "checkpoints" / "0_distillation" / "final.ckpt")
-    result: dict[str, Any] = {"ckpt": str(config.ckpt)}
-    source: Source = instantiate(card["deflow"]["config"]["data"]["source"])
-    settings = config.eval.episodes, config.eval.num_envs, config.eval.seed
-    for name, agent in (("teacher", agent_of(card, **plain(config.teacher))), ("one_step", agent_of(final))):
+    if config.resume is None and config.ckpt is None:
+        raise UserError("name the policy to imitate, ckpt=PATH, or a distillation to go on with, resume=FOLDER")
+    training = config if config.resume is not None else _training_config(config)
+    train(training, folder, "distill.py")
+    final = load_checkpoint(folder / CHECKPOINTS / "0_distillation" / FINAL)
+    one_step = agent_of(final)
+    card = final["deflow"]["config"]
+    source: Source = instantiate(card["data"]["source"])
+    settings = [card["eval"][key] for key in ("episodes", "num_envs", "seed")]
+    result: dict[str, Any] = {"ckpt": card["ckpt"]}
+    for name, agent in (("teacher", cast(Agent, one_step.teacher)), ("one_step", one_step)):
         result[name] = (play(agent, source, *settings) if source.has_env else {}) | latency(agent)
     write_json(folder / "distillation.json", result)
     _print(result)
     return result
 
 
-def _training_config(config: dict[str, Any], taught: dict[str, Any]) -> DictConfig:
+def _training_config(command: DictConfig) -> DictConfig:
     """The configuration of the teacher's run with another agent and other stages."""
+    config = plain(command)
+    taught = load_checkpoint(Path(config["ckpt"]))["deflow"]["config"]
     teacher = taught["agent"] | config["teacher"] | {"_partial_": True}
     agent = config["agent"] | {"horizon": teacher.pop("horizon", 1), "teacher": teacher}
     own = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")

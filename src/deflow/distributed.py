@@ -45,3 +45,8 @@ def gather_objects(value: Any) -> list[Any]:
 def of_main_process(value: Any) -> Any:
     """The main process's value, on every rank."""
     return gather_objects(value)[0]
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether what failed is the exchange with a process that has ended."""
+    return world_size() > 1 and (isinstance(error, dist.DistBackendError) or "by peer" in str(error))

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from deflow import report, signals
+from deflow import distributed, report, signals
 from deflow.agents.base import WHOLE_STAGES, Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.bare_loop import faster_precision
@@ -115,8 +115,13 @@ class Run:
         return {"config": plain(self.config), "seconds": self.seconds} | of_task
 
 
-def train(config: DictConfig, folder: Path) -> dict[str, Any]:
+def train(config: DictConfig, folder: Path, script: str = "train.py") -> dict[str, Any]:
     """Train every stage that is not done yet, evaluate, and leave the report in `folder`.
+
+    Args:
+        config: of the run; with `resume`, that in `folder` is taken instead.
+        folder: of the run.
+        script: by which the run would go on if it is stopped.
 
     Returns:
         What `summary.json` holds.
@@ -143,7 +148,7 @@ def train(config: DictConfig, folder: Path) -> dict[str, Any]:
             if nothing_done:
                 held.discard()
             if isinstance(error, Stopped):
-                go_on = f"go on by python train.py resume={folder}"
+                go_on = f"go on by python {script} resume={folder}"
                 error.advice = "before the first update" if nothing_done else go_on
             raise
 
@@ -271,6 +276,10 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
             for message in LIGHTNING_WARNINGS:
                 warnings.filterwarnings("ignore", message)
             trainer.fit(run.module, run.data, ckpt_path=str(last) if resuming else None, weights_only=True)
+    except RuntimeError as error:
+        if not distributed.lost_a_process(error):
+            raise
+        raise UserError(f"another process of the run has ended: go on by resume={run.folder}") from error
     except NonFiniteLossError as error:
         kept = f"last good checkpoint: {last}" if last.exists() else "no checkpoint had been written yet"
         raise NonFiniteLossError(f"{error}; {kept}") from error

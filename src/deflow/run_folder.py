@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +68,23 @@ def notice_new(folder: Path) -> None:
         _new.add(folder.absolute())
 
 
+def is_new(folder: Path) -> bool:
+    """Whether this process has made a folder, or one that it lies in."""
+    folder = folder.absolute()
+    return bool(_new & {folder, *folder.parents})
+
+
+@contextmanager
+def leaving_no_empty(folder: Path) -> Iterator[None]:
+    """Remove the folder that Hydra has made for a command if an error comes before there is anything in it."""
+    try:
+        yield
+    except BaseException:
+        if is_new(folder) and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
 class RunFolder:
     """Holds a run's folder while it is used as a context; in the other processes of a run it does nothing.
 
@@ -94,8 +113,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds a run already: go on with it by resume={self.path}, or name another folder"
             )
-        folder = self.path.absolute()
-        self._made = not folder.exists() or bool(_new & {folder, *folder.parents})
+        self._made = not self.path.exists() or is_new(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._names_before = {path.name for path in self.path.iterdir()}

@@ -53,6 +53,8 @@ STAND_IN: dict[str, Any] = {"trust_region": 1.0, "critic.value_range": [-1.0, 0.
 # All of them are per parameter, so that one with a group for each part equals one for each part.
 OPTIMIZERS = tuple(f"torch.optim.{name}" for name in ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD"))
 
+TRAINER = "lightning.Trainer"
+
 Component = Mapping[str, Any]  # with a `_target_`, whose signature describes the rest
 
 
@@ -162,7 +164,7 @@ class Train(TypedDict):
 
 
 class Distill(TypedDict):
-    ckpt: str
+    ckpt: str | None
     teacher: Mapping[str, Any]  # checked as a part of the agent that is distilled
     name: str
     seed: Seed
@@ -268,6 +270,8 @@ COMMANDS: dict[str, Any] = {
 
 
 class TrainerArguments(TypedDict, total=False):
+    """Lightning has more, but they end a stage early or count updates otherwise than the stages do."""
+
     accelerator: Literal["cpu", "gpu", "cuda", "mps", "auto"]
     devices: Count | Literal["auto", -1] | Sequence[Natural]
     num_nodes: Count
@@ -281,9 +285,15 @@ class TrainerArguments(TypedDict, total=False):
     gradient_clip_val: Positive | None
     enable_model_summary: bool
     use_distributed_sampler: bool
+    sync_batchnorm: bool
+    deterministic: bool | Literal["warn"]
+    benchmark: bool
+    profiler: Literal["simple", "advanced", "pytorch"] | None
 
 
 class OptimizerArguments(TypedDict, total=False):
+    """Those of which the optimizers' own signatures say too little."""
+
     lr: Positive
     betas: Sequence[Discount]
     alpha: Discount
@@ -293,9 +303,6 @@ class OptimizerArguments(TypedDict, total=False):
     fused: bool | None
     foreach: bool | None
 
-
-# Targets elsewhere whose own signatures say too little.
-ELSEWHERE: dict[str, Any] = {"lightning.Trainer": TrainerArguments} | dict.fromkeys(OPTIMIZERS, OptimizerArguments)
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
@@ -429,7 +436,11 @@ def _each(values: Mapping[str, Any], types: Mapping[str, Any], key: str) -> Iter
 def _arguments(key: str, component: Mapping[str, Any]) -> dict[str, Any]:
     """Type of each argument that a component takes; None for one that its signature does not describe."""
     target = component["_target_"]
-    if target not in ELSEWHERE and not str(target).startswith("deflow."):
+    if target == TRAINER:
+        return _hints(TrainerArguments)
+    if str(target).startswith("torch.") and target not in OPTIMIZERS:
+        raise UserError(f"{_dotted(key, '_target_')} must be one of {', '.join(OPTIMIZERS)}, got {target}")
+    if target not in OPTIMIZERS and not str(target).startswith("deflow."):
         return dict.fromkeys(component)  # of the user's own package, which knows best
     try:
         constructor = get_object(target)
@@ -440,8 +451,8 @@ def _arguments(key: str, component: Mapping[str, Any]) -> dict[str, Any]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         names += component  # it takes whatever is given
     hints = _hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
-    if target in ELSEWHERE:
-        hints = {name: type_ for name, type_ in hints.items() if _is_plain(type_)} | _hints(ELSEWHERE[target])
+    if target in OPTIMIZERS:
+        hints = {name: type_ for name, type_ in hints.items() if _is_plain(type_)} | _hints(OptimizerArguments)
     return {name: hints.get(name) for name in names} | BESIDE.get(key, {})
 
 

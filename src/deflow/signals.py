@@ -27,6 +27,7 @@ class Stopped(BaseException):
         super().__init__(number)
         self.number = number
         self.advice = ""  # what to do next
+        self.agreed = False  # whether all processes of the run stop
 
     @property
     def status(self) -> int:
@@ -75,7 +76,8 @@ def patient() -> Iterator[None]:
         yield
     finally:
         _State.patient = before
-    _raise_pending()
+    if not _State.patient:
+        _raise_pending()
 
 
 @contextmanager

@@ -20,12 +20,11 @@ from deflow.data.datamodule import OfflineDataModule
 from deflow.data.source import Source
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
-from deflow.settings import OPTIMIZERS
+from deflow.settings import OPTIMIZERS, TRAINER
 from deflow.trust import HINT, check_environment_id, is_trusted
 
 PACKAGE = Path(__file__).parent
 KINDS = (nn.Module, Source, OfflineDataModule, Solver)  # classes of this package that configurations name
-TRAINER = "lightning.Trainer"
 LOGGERS = tuple(
     f"deflow.loggers.{name}" for name in ("csv_only", "mlflow_logger", "tensorboard_logger", "wandb_logger")
 )

@@ -54,6 +54,11 @@ def test_a_teacher_that_chooses_is_refused() -> None:
         make("agent.best_of_n=4")
 
 
+def test_there_must_be_a_policy_to_imitate(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ckpt=PATH, or a distillation to go on with, resume=FOLDER"):
+        distill(compose_config(config_name="distill"), tmp_path / "run")
+
+
 @pytest.mark.usefixtures("short_episodes")
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_a_run(horizon: int, finished_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -68,6 +73,12 @@ def test_a_run(horizon: int, finished_run: Callable[..., Path], tmp_path: Path) 
     weights = load_checkpoint(taught)["state_dict"]
     teacher = agent_of(load_checkpoint(final)).teacher.state_dict()  # type: ignore[union-attr, operator]
     assert all(torch.equal(teacher[name], weight) for name, weight in weights.items())
+    report = tmp_path / "run" / "distillation.json"
+    report.unlink()  # as if killed while the two were compared
+    resumed = distill(compose_config(f"resume={tmp_path / 'run'}", config_name="distill"), tmp_path / "run")
+    for name in ("teacher", "one_step"):
+        assert resumed[name]["return"] == result[name]["return"]
+    assert report.exists()
     taught.unlink()
     again = evaluate(compose_config(f"ckpt={final}", "episodes=2", config_name="evaluate"))
     assert again["return"] == result["one_step"]["return"]

@@ -23,6 +23,7 @@ from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.files import locked, refuse_to_replace, replacing_all
 from deflow.seeding import fold_seed
+from deflow.signals import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def _collect_all(name: str, steps: int, seeds: Sequence[int], workers: int) -> l
     if workers == 1:
         return list(track(map(play, seeds), total=len(seeds), description=f"generating {name}"))
     # `spawn`: a forked process would inherit locks and rendering contexts of this one.
-    with multiprocessing.get_context("spawn").Pool(workers) as pool, Progress() as progress:
+    with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool, Progress() as progress:
         task = progress.add_task(f"generating {name}", total=len(seeds))
         results = []
         for episode in pool.imap(play, seeds):
