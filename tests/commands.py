@@ -123,6 +123,13 @@ class Command:
         """All that live of the command and what it started."""
         return [process for process in psutil.process_iter() if _session(process) == self.pid]
 
+    def wait_for_others(self, timeout: float = HANGS) -> None:
+        """Wait until nothing that the command started lives; fails after `timeout`."""
+        deadline = time.monotonic() + timeout
+        while others := self.processes():
+            assert time.monotonic() < deadline, f"still there: {others}"
+            time.sleep(0.1)
+
     def kill(self) -> None:
         """Kill the command and whatever it started."""
         while processes := self.processes():

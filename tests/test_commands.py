@@ -138,3 +138,12 @@ def test_generate_and_train_on_it(tmp_path: Path) -> None:
     evaluated = run("evaluate.py", f"ckpt={checkpoint}", "episodes=1")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "success" in evaluated.stdout
+
+
+def test_workers_end_with_the_command(tmp_path: Path) -> None:
+    settings = ("dataset=pointmaze-medium-navigate-v0", "episodes=100000", "workers=2")
+    command = start("generate.py", *settings, f"out={tmp_path}")
+    command.wait_for(lambda: len(command.processes()) >= 3)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    command.wait_for_others()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deflow.agents.deflow import DeFlow
 from deflow.build import build_agent
+from deflow.checkpoints import load_checkpoint
 from deflow.loggers import read_metrics
 from deflow.types import Spec
 from tests.agents.tester import random_batch
-from tests.commands import run, tiny_overrides
+from tests.commands import run, start, tiny_overrides
 from tests.conftest import compose_config
 
 BATCH = 256
@@ -97,3 +99,22 @@ def test_ddp_sim_trains(stages: str, point_data: Path, tmp_path: Path) -> None:
         replays = [np.fromfile(folder / "replay" / f"online_{rank}.bin", np.float32) for rank in (0, 1)]
         assert [replay.size / (2 * 2 + 2 + 2) for replay in replays] == [3, 3]
         assert not np.array_equal(*replays)
+
+
+def test_processes_stop_together_and_end_with_the_main_one(point_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    metrics, last = folder / "metrics.csv", folder / "checkpoints" / "0_joint" / "last.ckpt"
+    settings = ("trainer=ddp_sim", "updates=1000000", "eval.every=1000000", "checkpoint_every=1000000")
+    command = start("train.py", *tiny_overrides(point_data, folder, *settings))
+    command.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
+    command.send_signal(signal.SIGTERM)  # the main process alone
+    assert command.wait() == 143
+    assert command.output()[1].splitlines()[-1] == f"stopped by SIGTERM: go on by python train.py resume={folder}"
+    step = load_checkpoint(last)["global_step"]
+    assert step % 10 == 0
+
+    command = start("train.py", f"resume={folder}")
+    command.wait_for(lambda: read_metrics(metrics)[-1]["step"] > step + 20)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    command.wait_for_others()
