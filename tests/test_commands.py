@@ -6,12 +6,13 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from deflow.checkpoints import load_checkpoint
 from deflow.loggers import read_metrics
-from tests.commands import ROOT, run, start, tiny_overrides
+from tests.commands import ROOT, Command, run, start, tiny_overrides
 
 
 @pytest.mark.parametrize(
@@ -140,10 +141,24 @@ def test_generate_and_train_on_it(tmp_path: Path) -> None:
     assert "success" in evaluated.stdout
 
 
+def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
+    settings = ("dataset=pointmaze-medium-navigate-v0", "episodes=100000", "workers=2")
+    command = start("generate.py", *settings, f"out={tmp_path}")
+    command.wait_for(lambda: len(workers(command)) == 2)
+    workers(command)[0].kill()
+    assert command.wait() == 2
+    assert command.output()[1].splitlines()[-1].startswith("error: a process that generated pointmaze-medium")
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def workers(command: Command) -> list[psutil.Process]:
+    return [process for process in command.processes() if "spawn_main" in " ".join(process.cmdline())]
+
+
 def test_workers_end_with_the_command(tmp_path: Path) -> None:
     settings = ("dataset=pointmaze-medium-navigate-v0", "episodes=100000", "workers=2")
     command = start("generate.py", *settings, f"out={tmp_path}")
-    command.wait_for(lambda: len(command.processes()) >= 3)
+    command.wait_for(lambda: len(workers(command)) == 2)
     command.send_signal(signal.SIGKILL)
     command.wait()
     command.wait_for_others()

@@ -83,6 +83,8 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["experiment=null"], "experiment=null is no choice: experiment= takes one of antmaze, "),
         (["logger=5"], "logger=5 is no choice: logger= takes one of csv, mlflow, tensorboard, wandb"),
         (["resume=nowhere"], "nowhere is not a run to resume"),
+        (["resume="], "resume= names no folder of a run"),
+        (["datamodule=x"], "no setting 'datamodule': choose among name, seed"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

@@ -135,10 +135,15 @@ def test_a_finished_run_stays_as_it_is(point_data: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.usefixtures("short_episodes")
-def test_a_damaged_summary_is_made_anew(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("summary.json", "episodes.json"):
-        (run / name).write_bytes(b'{"task": \xff')
-    summary = train(compose_config(f"resume={run}"), run)
-    assert json.loads((run / "summary.json").read_text()) == summary
+@pytest.mark.parametrize(
+    ("summary", "episodes"), [(b'{"task": \xff', b""), (b"{}", b'[{"index": 0, "path": 3}]'), (b"null", b"[3]")]
+)
+def test_a_damaged_summary_is_made_anew(
+    summary: bytes, episodes: bytes, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "summary.json").write_bytes(summary)
+    (run / "episodes.json").write_bytes(episodes)
+    made = train(compose_config(f"resume={run}"), run)
+    assert json.loads((run / "summary.json").read_text()) == made
     assert "summary.json is damaged: it is made anew" in caplog.text
     assert "episodes.json is damaged: the report will lack the paths" in caplog.text

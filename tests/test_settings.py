@@ -191,6 +191,10 @@ TRAIN = [
     ("trainer.accelerator=mps", "torch finds no GPU here: choose trainer=cpu"),
     ("trainer.devices=-1", "trainer.devices=-1 names GPUs"),
     ("trainer.devices=[0]", "trainer.devices=[0] names GPUs"),
+    ("trainer=ddp_sim trainer.devices=300", "trainer.devices=300 processes would share"),
+    ("trainer=ddp_sim data.batch_size=7", "data.batch_size=7 does not divide by the 2 processes"),
+    ("agent.optimizer.lr=null", "agent.optimizer.lr must be a number above 0, got null"),
+    ("+agent.spec=5", "no setting 'agent.spec'"),
     ("+trainer.fast_dev_run=true", "no setting 'trainer.fast_dev_run'"),  # as all that ends a stage early
     ("+trainer.max_steps=20", "no setting 'trainer.max_steps'"),
     ("agent.optimizer._target_=torch.optim.Adagrad", "agent.optimizer._target_ must be one of torch.optim.Adam, "),
@@ -212,6 +216,7 @@ OTHERS = [
     ("generate", "steps=1", "steps must be a whole number of at least 2 or null, got 1"),
     ("benchmark", "batch_size=0", f"batch_size must be {COUNT}, got 0"),
     ("benchmark", "updates=0", f"updates must be {COUNT}, got 0"),
+    ("benchmark", "agents=[]", "agents must be a list, each text (not empty), got []"),
     ("benchmark", "rounds=0", f"rounds must be {COUNT}, got 0"),
     ("inspect_data", "samples=1", "samples must be a whole number of at least 2, got 1"),
     ("train_expert", "episodes=1", "episodes must be a whole number of at least 2, got 1"),

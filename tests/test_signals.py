@@ -107,9 +107,12 @@ def test_a_thread_leaves_the_signals_alone() -> None:
     assert found == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_a_process_ends_with_its_parent() -> None:
-    child = "from deflow.signals import end_with_parent; end_with_parent(); print('ready', flush=True); input()"
-    parent = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); p.wait()"
+@pytest.mark.parametrize("seconds_late", [0, 2])  # 2: the parent has ended before the watch begins
+def test_a_process_ends_with_its_parent(seconds_late: int) -> None:
+    child = "import sys, time; from deflow.signals import end_with_parent; print('ready', flush=True)"
+    child += f"; time.sleep({seconds_late}); end_with_parent(int(sys.argv[1])); time.sleep(600)"
+    parent = "import os, subprocess, sys"
+    parent += "; p = subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())]); p.wait()"
     command = [sys.executable, "-c", parent, child]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from deflow.callbacks import AtomicCheckpointIO
 from deflow.checkpoints import load_checkpoint
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.replay import Replay
+from deflow.errors import UserError
 from deflow.evaluation.rollout import Evaluator
 from deflow.loggers import CsvMetrics
 from deflow.pipeline import train
@@ -218,3 +220,28 @@ def test_a_report_that_a_kill_cut_off_has_the_paths(
     assert [(episode.index, [list(point) for point in episode.path]) for episode in drawn] == [
         (episode["index"], episode["path"]) for episode in expected
     ]
+
+
+def test_a_run_goes_on_from_elsewhere_and_without_what_it_began_with(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(tiny_config(point_data, "experiment=pointmaze"), Path("first"))
+    final = Path("first", "checkpoints", "0_joint", "final.ckpt")
+    config = tiny_config(Path(os.path.relpath(point_data)), "experiment=pointmaze", f"ckpt={final}")
+    with pytest.MonkeyPatch.context() as patch:
+        before_call(patch, "update", 5, kill)
+        with pytest.raises(Killed):
+            train(config, Path("second"))
+    final.unlink()
+    monkeypatch.chdir(point_data)
+    folder = tmp_path / "second"
+    assert train(compose_config(f"resume={folder}"), folder)["updates"] == 6
+
+
+def test_a_full_disk_is_one_line(point_data: Path, tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"No space left on device; mend that, then go on by python train.py resume="):
+        cut(full, "row", 3, tmp_path, point_data)

@@ -97,7 +97,7 @@ class BetweenUpdates(Callback):
     def __call__(self) -> None:
         assert self._trainer is not None
         step = self._trainer.global_step
-        stop = _asked_to_stop(step)
+        stop = None if distributed.world_size() > 1 and step % AGREE_EVERY else asked_to_stop()
         if stop is None:
             try:
                 self._evaluate_if_due()
@@ -107,9 +107,7 @@ class BetweenUpdates(Callback):
             self._clock.pause()
             self._trainer.save_checkpoint(self._folder / LAST)
         if stop is not None:
-            stopped = Stopped(stop)
-            stopped.agreed = True
-            raise stopped
+            raise Stopped(stop, agreed=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.pause()
@@ -140,12 +138,10 @@ class BetweenUpdates(Callback):
             logger.log_metrics(metrics, step=agent.run_step)
 
 
-def _asked_to_stop(step: int) -> int | None:
-    """The signal that any of the processes has got; several of them ask each other now and then only."""
+def asked_to_stop() -> int | None:
+    """The signal that this process, or with several any of them, has got; all must ask at the same time."""
     if distributed.world_size() == 1:
         return signals.pending()
-    if step % AGREE_EVERY:
-        return None
     return max((number for number in distributed.gather_objects(signals.pending()) if number is not None), default=None)
 
 

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deflow.cores import set_threads, wait_asleep
+from deflow.cores import set_threads, usable_cores, wait_asleep
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.imports import quick_imports
@@ -36,6 +36,7 @@ from deflow.signals import Stopped, end_with_parent, listening
 log = logging.getLogger(__name__)
 
 OF_THE_USER = (UserError, HydraException, OmegaConfBaseException)
+PARENT = "DEFLOW_PARENT"  # variable with the number of the process that starts others
 CONFIG_DIR = str(Path(__file__).resolve().parents[2] / "configs")
 
 
@@ -73,7 +74,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             wait_asleep()
             if "LOCAL_RANK" in os.environ:  # a process of several, started by Lightning or torchrun
-                end_with_parent()
+                end_with_parent(int(os.environ.get(PARENT, os.getppid())))
+            os.environ[PARENT] = str(os.getpid())  # for the processes that this one may start
             with _errors_in_one_line(config_name, sweep), listening():
                 sys.argv[1:] = [_readable(argument) for argument in sys.argv[1:]]
                 composed()
@@ -231,11 +233,14 @@ def _known_settings(command: str, without: str) -> list[str]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONFIG_DIR, version_base=None):
         try:
-            config = compose(command, overrides=kept)
+            config = compose(command, overrides=kept, return_hydra_config=True)
         except HydraException:  # there is more than one mistake
-            config = compose(command)
-    folders = [path.relative_to(CONFIG_DIR) for path in Path(CONFIG_DIR).rglob("*") if path.is_dir()]
-    return [*_dotted_keys(config), *(".".join(folder.parts) for folder in folders)]
+            config = compose(command, return_hydra_config=True)
+    OmegaConf.set_struct(config, False)
+    OmegaConf.set_readonly(config, False)
+    groups = [g.replace("/", ".") for g in config.hydra.runtime.choices if not g.startswith("hydra/") and "@" not in g]
+    del config.hydra
+    return [*_dotted_keys(config), *groups]
 
 
 def _dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -331,6 +336,9 @@ def check(config: DictConfig) -> None:
             "set task.discount, which both follow"
         )
     _check_device(config.trainer)
+    processes = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
+    if config.data.batch_size % (processes * config.trainer.get("num_nodes", 1)):
+        raise UserError(f"data.batch_size={config.data.batch_size} does not divide by the {processes} processes")
     online = any(stage.get("environment") is not None for stage in config.stages.values())
     if config.seeds > 1 and (online or config.trainer.devices != 1):
         raise UserError("seeds > 1 trains on data alone and in one process: train the seeds one by one")
@@ -347,6 +355,8 @@ def _check_device(trainer: DictConfig) -> None:
             raise UserError("trainer.precision=16-mixed needs a GPU: choose 32-true or bf16-mixed")
         if (devices != "auto" and not isinstance(devices, int)) or devices == -1:
             raise UserError(f"trainer.devices={devices} names GPUs: on trainer=cpu it is a number of processes")
+        if devices != "auto" and devices > max(2, usable_cores()):
+            raise UserError(f"trainer.devices={devices} processes would share {usable_cores()} cores: choose fewer")
     if accelerator in ("cpu", "auto"):
         return
     import torch  # seconds, which a mistake in the settings need not wait for

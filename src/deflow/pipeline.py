@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 import warnings
@@ -30,6 +31,7 @@ from deflow.callbacks import (
     StageClock,
     StageProgress,
     SystemMetrics,
+    asked_to_stop,
 )
 from deflow.checkpoints import OF_A_STAGE, TO_RESUME, agent_of, check_weights, load_checkpoint, load_weights
 from deflow.config import check, plain
@@ -147,9 +149,11 @@ def train(config: DictConfig, folder: Path, script: str = "train.py") -> dict[st
             nothing_done = not resume and (run is None or run.first_update_at is None)
             if nothing_done:
                 held.discard()
+            go_on = f"go on by python {script} resume={folder}"
             if isinstance(error, Stopped):
-                go_on = f"go on by python {script} resume={folder}"
                 error.advice = "before the first update" if nothing_done else go_on
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise UserError(f"cannot write into {folder}: {error.strerror}; mend that, then {go_on}") from error
             raise
 
 
@@ -157,6 +161,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     """Build every component; whatever is wrong with the configuration, the data or the tracker is said here."""
     started = time.perf_counter()
     check(config)
+    _make_absolute(config)
     seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
     set_threads(config.threads)
@@ -177,7 +182,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         data.add_returns()
     if decide(config, data.transitions):
         agents, agent = _build_agents(config, spec)
-    if config.ckpt is not None:
+    if config.ckpt is not None and not (resume and _is_in_last_stage(config, folder)):
         load_weights(agent, Path(config.ckpt), source.task)
     if config.trainer.precision == AUTO:
         config.trainer.precision = faster_precision(agent, data.sample_stream(TIMED_UPDATES))
@@ -206,6 +211,14 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         started=started,
         episodes=episodes,
     )
+
+
+def _make_absolute(config: DictConfig) -> None:
+    """Let the run's paths mean the same when it goes on from another working folder."""
+    for key in ("paths.logs", "paths.data", "data.source.path", "data.source.dir", "ckpt"):
+        path = OmegaConf.select(config, key)
+        if path is not None and not path.startswith("~"):
+            OmegaConf.update(config, key, str(Path(path).absolute()))
 
 
 def _build_agents(config: DictConfig, spec: Spec) -> tuple[list[Agent], Agent]:
@@ -276,6 +289,9 @@ def run_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_s
             for message in LIGHTNING_WARNINGS:
                 warnings.filterwarnings("ignore", message)
             trainer.fit(run.module, run.data, ckpt_path=str(last) if resuming else None, weights_only=True)
+            stop = asked_to_stop()
+            if stop is not None:  # since the last time that was asked
+                raise Stopped(stop, agreed=True)
     except RuntimeError as error:
         if not distributed.lost_a_process(error):
             raise
@@ -468,6 +484,12 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
         save_episodes(run.episodes, run.folder / EPISODES_FILE)
         log.info("update %d: success %.2f over %d episodes", step, result["success"], len(run.episodes))
     return {f"eval/{key}": value for key, value in result.items()}
+
+
+def _is_in_last_stage(config: DictConfig, folder: Path) -> bool:
+    """Whether a checkpoint holds all that is still needed: what began with other weights can do without them then."""
+    number, name = len(config.stages) - 1, list(config.stages)[-1]
+    return any((folder / CHECKPOINTS / f"{number}_{name}" / file).exists() for file in (FINAL, LAST))
 
 
 def _saved(config: DictConfig, folder: Path) -> tuple[int, float]:

@@ -104,10 +104,13 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_bytes())
+        summary = json.loads(path.read_bytes())
+        if isinstance(summary, dict) and {"agent", "task", "seed", "seeds", "data", "protocol"} <= summary.keys():
+            return summary
     except ValueError:
-        log.warning("%s is damaged: it is made anew", path)
-        return None
+        pass
+    log.warning("%s is damaged: it is made anew", path)
+    return None
 
 
 def print_table(summary: dict[str, Any], folder: Path) -> None:

@@ -43,6 +43,8 @@ def new_run_folder(root: str, name: str, resume: str | None) -> str:
         UserError: if `resume` is not a run, or the folder cannot be made.
     """
     if resume is not None:
+        if not resume:
+            raise UserError("resume= names no folder of a run")
         if not (Path(resume) / CONFIG_FILE).is_file():  # before Hydra makes a folder of that name
             raise UserError(f"{resume} is not a run to resume: it has no {CONFIG_FILE}")
         return resume
@@ -134,7 +136,8 @@ class RunFolder:
         """Remove what a run that did not get to its first update has written: by name, and nothing that was there."""
         if not self._lock.is_locked:
             return
-        for name in BEFORE_THE_FIRST_UPDATE:
+        of_ranks = [path.name for path in self.path.glob("train_ddp_process_*.log")]  # Lightning's name for the job
+        for name in (*BEFORE_THE_FIRST_UPDATE, *of_ranks):
             path = self.path / name
             if name in self._names_before:
                 continue

@@ -27,7 +27,7 @@ from typing import (
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from deflow.errors import UserError
 from deflow.ranges import (
@@ -225,7 +225,7 @@ class Episodes(TypedDict):
 
 
 class Benchmark(TypedDict):
-    agents: Sequence[str]
+    agents: Annotated[Sequence[str], Field(min_length=1)]
     measure: Sequence[str]
     precisions: Sequence[str] | None
     seed: Seed
@@ -373,7 +373,8 @@ def check_value(key: str, value: Any, type_: Any) -> None:
     try:
         TypeAdapter(_without_sections(type_), config=STRICT).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{key} must be {wanted(type_)}, got {value!r}") from error
+        shown = "null" if value is None else repr(value)
+        raise UserError(f"{key} must be {wanted(type_)}, got {shown}") from error
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> UserError:
@@ -383,6 +384,7 @@ def unknown_setting(key: str, known: Iterable[str]) -> UserError:
     while parent and not _children(parent, known):
         parent = parent.rpartition(".")[0]
     beside = _children(parent, known)
+    known = [other for other in known if other != key]
     near = [_dotted(parent, other) for other in difflib.get_close_matches(name, beside)]
     near += [other for other in known if other.rpartition(".")[2] == name]
     near += difflib.get_close_matches(key, known, cutoff=0.8)
@@ -447,7 +449,7 @@ def _arguments(key: str, component: Mapping[str, Any]) -> dict[str, Any]:
     except ImportError as error:
         raise UserError(f"{_dotted(key, '_target_')}: {error}") from error
     parameters = inspect.signature(constructor).parameters.values()
-    names = [parameter.name for parameter in parameters]
+    names = [parameter.name for parameter in parameters if parameter.name != "spec"]  # that is the task's
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         names += component  # it takes whatever is given
     hints = _hints(constructor.__init__ if inspect.isclass(constructor) else constructor)

@@ -21,13 +21,13 @@ class Stopped(BaseException):
 
     Args:
         number: of the signal.
+        agreed: whether all processes of the run stop.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, agreed: bool = False) -> None:
         super().__init__(number)
-        self.number = number
+        self.number, self.agreed = number, agreed
         self.advice = ""  # what to do next
-        self.agreed = False  # whether all processes of the run stop
 
     @property
     def status(self) -> int:
@@ -96,9 +96,12 @@ def pending() -> int | None:
     return _State.pending
 
 
-def end_with_parent() -> None:
-    """Let this process end when its parent does: a rank whose peer was killed would wait for it for ever."""
-    parent = os.getppid()
+def end_with_parent(parent: int) -> None:
+    """Let this process end when its parent does: a rank whose peer was killed would wait for it for ever.
+
+    Args:
+        parent: number of that process, as it itself has said: it may have ended before this one could ask.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

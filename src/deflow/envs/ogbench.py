@@ -57,9 +57,11 @@ def load_mujoco() -> None:
     try:
         import mujoco  # noqa: F401
     except (AttributeError, ImportError, RuntimeError) as error:
-        chosen = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}"
+        chosen = os.environ.get("MUJOCO_GL")
+        if chosen is None:
+            raise UserError(f"MuJoCo cannot be loaded ({error})") from error
         raise UserError(
-            f"{chosen} does not work here ({error}): unset it, or set it to egl, glfw or disabled"
+            f"MUJOCO_GL={chosen} does not work here ({error}): unset it, or set it to egl, glfw or disabled"
         ) from error
 
 

@@ -51,10 +51,13 @@ def load_episodes(path: Path) -> list[Episode]:
     if not path.exists():
         return []
     try:
-        return [Episode(**values) for values in json.loads(path.read_bytes())]
+        episodes = [Episode(**values) for values in json.loads(path.read_bytes())]
+        if all(np.array(episode.path, float).reshape(-1, 2).size for episode in episodes if episode.path):
+            return episodes
     except (ValueError, TypeError):
-        log.warning("%s is damaged: the report will lack the paths of the last evaluation", path)
-        return []
+        pass
+    log.warning("%s is damaged: the report will lack the paths of the last evaluation", path)
+    return []
 
 
 @dataclass(eq=False)

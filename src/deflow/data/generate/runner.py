@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -144,12 +147,20 @@ def _collect_all(name: str, steps: int, seeds: Sequence[int], workers: int) -> l
     if workers == 1:
         return list(track(map(play, seeds), total=len(seeds), description=f"generating {name}"))
     # `spawn`: a forked process would inherit locks and rendering contexts of this one.
-    with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool, Progress() as progress:
+    context = multiprocessing.get_context("spawn")
+    with Progress() as progress, ProcessPoolExecutor(workers, context, end_with_parent, (os.getpid(),)) as pool:
         task = progress.add_task(f"generating {name}", total=len(seeds))
         results = []
-        for episode in pool.imap(play, seeds):
-            results.append(episode)
-            progress.advance(task)
+        try:
+            for episode in pool.map(play, seeds):
+                results.append(episode)
+                progress.advance(task)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a process that generated {name} was killed: generate it again, workers=1 if memory is short"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # of those not begun, if this one ends early
         return results
 
 
