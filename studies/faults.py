@@ -26,6 +26,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from common import ROOT
 from filelock import FileLock
@@ -188,6 +189,16 @@ def send(number: int) -> Callable[[subprocess.Popen], None]:
     return lambda process: process.send_signal(number)
 
 
+def kill_a_worker(process: subprocess.Popen, folder: Path) -> None:
+    def workers() -> list[psutil.Process]:
+        children = psutil.Process(process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+    while process.poll() is None and len(workers()) < 2:
+        time.sleep(0.1)
+    workers()[0].kill()
+
+
 def lock_the_data_base(process: subprocess.Popen, folder: Path) -> None:
     def lock(_: subprocess.Popen) -> None:
         connection = sqlite3.connect(folder / "mlflow.db", check_same_thread=False, timeout=60)
@@ -315,6 +326,22 @@ CASES = [
         leaves=leaves_no_run,
     ),
     Case(
+        "SIGTERM while Python imports",
+        "evaluate.py",
+        f"ckpt={{run}}/{JOINT}",
+        143,
+        "stopped by SIGTERM",
+        strike=lambda process, folder: (time.sleep(1.2), process.send_signal(signal.SIGTERM))[0],
+    ),
+    Case(
+        "a worker of generate.py is killed",
+        "generate.py",
+        f"dataset={SET} out={{dir}} episodes=100000 workers=2",
+        2,
+        "was killed: do it again, with fewer workers",
+        strike=kill_a_worker,
+    ),
+    Case(
         "SIGTERM to one of two processes",
         "train.py",
         f"{LONG} trainer=ddp_sim",
@@ -342,6 +369,10 @@ CASES = [
             "trainer.devices=0": "trainer.devices must be",
             "trainer=gpu": "torch finds no GPU here: choose trainer=cpu",
             "trainer.log_every_n_steps=0": "trainer.log_every_n_steps must be",
+            "+trainer.fast_dev_run=true": "no setting 'trainer.fast_dev_run'",
+            "trainer=ddp_sim trainer.devices=300": "processes would share",
+            "trainer=ddp_sim data.batch_size=7": "does not divide by the 2 processes",
+            "agent.optimizer._target_=torch.optim.LBFGS": "must be one of torch.optim.Adam",
             "eval.seed=-5": "eval.seed must be",
             "networks.activation=relu": "networks.activation must be gelu or gelu_tanh",
             "tau=0": "tau must be",
@@ -350,7 +381,7 @@ CASES = [
             "+stages.joint.lr=-1": "stages.joint.lr must be",
             "agent=flow_bc task.discount=7": "task.discount must be",
             "data.n_step=5 agent.critic.discount=0.9": "two discounts",
-            "updatess=5": "no setting 'updatess': did you mean 'updates'",
+            "updatesz=5": "no setting 'updatesz': did you mean 'updates'",
             "agent.best_off_n=5": "did you mean 'agent.best_of_n'",
             "+nonsense=1": "no setting 'nonsense'",
             "agent=rlpd stages=staged": "stages=from_scratch",

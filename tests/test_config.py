@@ -84,7 +84,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["logger=5"], "logger=5 is no choice: logger= takes one of csv, mlflow, tensorboard, wandb"),
         (["resume=nowhere"], "nowhere is not a run to resume"),
         (["resume="], "resume= names no folder of a run"),
-        (["datamodule=x"], "no setting 'datamodule': choose among name, seed"),
+        (["datamodule=x"], "no setting 'datamodule': choose among agent, task"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
