@@ -65,13 +65,18 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == 3
 
 
-def test_threads_wait_asleep_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    cores.wait_asleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    cores.wait_asleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+def test_threads_spin_briefly_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+        cores.spin_briefly()
+        assert "GOMP_SPINCOUNT" not in os.environ
+    cores.spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    cores.spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "5"
 
 
 def test_a_command_sees_to_it_before_torch_is_there() -> None:
@@ -84,7 +89,7 @@ def test_a_command_sees_to_it_before_torch_is_there() -> None:
         "    entry_point('generate')(print)()\n"
         "except SystemExit:\n"
         "    import os\n"
-        "    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "    print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=200)
-    assert done.stdout.split() == ["PASSIVE", "False"]
+    assert done.stdout.split() == ["1000", "False"]

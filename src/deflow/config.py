@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deflow.cores import set_threads, usable_cores, wait_asleep
+from deflow.cores import set_threads, usable_cores, spin_briefly
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.imports import quick_imports
@@ -72,7 +72,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
         def command() -> None:
             # Hydra prints its errors over many lines unless it is told to raise them.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-            wait_asleep()
+            spin_briefly()
             if "LOCAL_RANK" in os.environ:  # a process of several, started by Lightning or torchrun
                 end_with_parent(int(os.environ.get(PARENT, os.getppid())))
             os.environ[PARENT] = str(os.getpid())  # for the processes that this one may start
