@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deflow.cores import set_threads, usable_cores, spin_briefly
+from deflow.cores import set_threads, spin_briefly, usable_cores
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.imports import quick_imports
