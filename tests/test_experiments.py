@@ -49,9 +49,9 @@ def test_every_experiment_runs(experiment: str, tiny_data: Callable[[str, str], 
     task = compose_config(f"experiment={experiment}").task
     data = tiny_data(task.env, task.dataset)
     overrides = (f"experiment={experiment}", "data.source.path=null", "data.source.download=true")
-    config = tiny_config(
-        data, *overrides, "+trainer.fast_dev_run=true", "updates=1", "eval.episodes=1", "eval.num_envs=1"
-    )
+    config = tiny_config(data, *overrides, "eval.episodes=1", "eval.num_envs=1")
+    for stage in config.stages.values():
+        stage.steps = 1
     train(config, tmp_path)
     assert (tmp_path / "summary.json").exists()
 
