@@ -49,7 +49,8 @@ def test_every_experiment_runs(experiment: str, tiny_data: Callable[[str, str], 
     task = compose_config(f"experiment={experiment}").task
     data = tiny_data(task.env, task.dataset)
     overrides = (f"experiment={experiment}", "data.source.path=null", "data.source.download=true")
-    config = tiny_config(data, *overrides, "eval.episodes=1", "eval.num_envs=1")
+    few = ("eval.episodes=1", "eval.num_envs=1", "trainer.log_every_n_steps=1")
+    config = tiny_config(data, *overrides, *few)
     for stage in config.stages.values():
         stage.steps = 1
     train(config, tmp_path)
