@@ -15,11 +15,11 @@ import torch
 import yaml
 from common import LOGS, interval, runs, seeds, success_of, train_once
 
-from deflow.bare_loop import bare_seconds
 from deflow.benchmark import random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
 from deflow.evaluation.latency import latency
+from deflow.timing import seconds_of_updates
 from deflow.types import Spec
 
 SEEDS = {"deflow": 3, "fql": 3, "fbrac": 2, "ifql": 2, "fawac": 2, "flow_bc": 2}
@@ -61,7 +61,7 @@ def speed_of(settings: dict[str, Any]) -> tuple[float, float]:
     """Updates/s in a bare loop and the median latency of one decision in ms, both on one thread."""
     agent = build_agent(settings, CUBE)
     stream = BatchStream(random_transitions(agent), 256, 0, TIMED, (0, "speed"))
-    seconds = median([bare_seconds(agent, stream) for _ in range(ROUNDS + 1)][1:])
+    seconds = median([seconds_of_updates(agent, stream) for _ in range(ROUNDS + 1)][1:])
     return TIMED / seconds, latency(agent)["latency_ms_p50"]
 
 

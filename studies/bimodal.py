@@ -20,13 +20,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deflow.agents.base import Agent
-from deflow.benchmark import bare_seconds
 from deflow.build import build_agent
 from deflow.config import CONFIG_DIR
 from deflow.data.datamodule import BatchStream
-from deflow.data.source import compact
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
+from deflow.data.sources.source import compact
 from deflow.evaluation.diversity import policy_samples
+from deflow.timing import seconds_of_updates
 from deflow.types import Spec
 
 EPISODES, SAMPLES = 20_000, 1000
@@ -74,7 +74,7 @@ def train(overrides: Sequence[str], updates: int, hidden: int = 128, lr: float =
     torch.manual_seed(seed)
     agent = build_agent(config.agent, Spec(observation_dim=1, action_dim=2))
     agent.begin_stage("joint", "all", first_step=0)
-    bare_seconds(agent, BatchStream(transitions(), 256, 0, updates, (seed, "bimodal")))
+    seconds_of_updates(agent, BatchStream(transitions(), 256, 0, updates, (seed, "bimodal")))
     return agent
 
 

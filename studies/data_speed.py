@@ -17,12 +17,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from deflow.benchmark import bare_seconds
 from deflow.build import build_agent
 from deflow.config import CONFIG_DIR
 from deflow.data.datamodule import BatchStream
-from deflow.data.iav import intrinsic_action_variance
-from deflow.data.transitions import Transitions
+from deflow.data.measures.iav import intrinsic_action_variance
+from deflow.data.memory.transitions import Transitions
+from deflow.timing import seconds_of_updates
 from deflow.types import Spec
 
 STATES, SHARDS, ROUNDS, UPDATES = 100_000, 5, 7, 400
@@ -47,7 +47,7 @@ def time_shards(path: Path) -> None:
         torch.set_float32_matmul_precision("medium")
         (memory, config), (mapped, _) = sources
         agent = build_agent(config.agent, Spec(memory.states.shape[1], memory.actions.shape[1]))
-        rounds = [[bare_seconds(agent, stream(data)) for data in (memory, mapped)] for _ in range(ROUNDS + 1)][1:]
+        rounds = [[seconds_of_updates(agent, stream(data)) for data in (memory, mapped)] for _ in range(ROUNDS + 1)][1:]
     ratio = median(a / b for a, b in rounds)
     speeds = [UPDATES / median(seconds) for seconds in zip(*rounds, strict=True)]
     print(f"updates/s in memory {speeds[0]:.0f}, mapped {speeds[1]:.0f}, ratio {ratio:.2f}")

@@ -24,9 +24,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from deflow.agents.base import Agent
-from deflow.bare_loop import in_turns, ratio
 from deflow.benchmark import make_agent, stage_loops, stages_of
 from deflow.config import CONFIG_DIR
+from deflow.timing import in_turns, ratio
 from deflow.types import Batch, Spec
 
 SOLVER_STEPS, LEARNING_RATE, DISCOUNT, TAU, DELTA = 10, 3e-4, 0.99, 0.005, 0.01

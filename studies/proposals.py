@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from common import LOGS, TASKS, interval, runs, seeds, success_of, task_settings, train_once
 
-from deflow.bare_loop import bfloat16_gain
+from deflow.timing import bfloat16_gain
 
 UPDATES, EVERY = 15_000, 7_500  # of the policy; between evaluations
 

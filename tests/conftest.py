@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from deflow.config import CONFIG_DIR
-from deflow.data.d4rl import SIZES
+from deflow.data.sources.d4rl import SIZES
 from deflow.envs import ogbench
 from deflow.pipeline import train
 from deflow.run_folder import SUMMARY_FILE

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deflow.bare_loop import bfloat16_gain
 from deflow.benchmark import _gflop, benchmark, random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
+from deflow.timing import bfloat16_gain
 from deflow.types import Spec
 from tests.commands import run
 from tests.conftest import compose_config

@@ -77,7 +77,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         ),
         (["task=antmaze_large"], "choose experiment=antmaze, or keep"),
         (["data.source.path=[a"], "cannot read data.source.path=[a"),
-        (["experiment=own"], "Missing mandatory value: data.source.path"),
+        (["experiment=custom"], "Missing mandatory value: data.source.path"),
         (["experiment=antmaze-umaze-v2", "task.dataset=???"], "Missing mandatory value: task.dataset"),
         (["~experiment"], "Missing mandatory value: name"),
         (["experiment=null"], "experiment=null is no choice: experiment= takes one of antmaze, "),

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from deflow.config import CONFIG_DIR
-from deflow.data.d4rl import REFERENCE_RETURNS
+from deflow.data.sources.d4rl import REFERENCE_RETURNS
 from deflow.pipeline import train
 from tests.conftest import compose_config, tiny_config, write_d4rl
 
 CONFIGS = Path(CONFIG_DIR)
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-OTHER_DATA = ["own", "minari"]  # tests/data/test_source.py
+OTHER_DATA = ["custom", "minari"]  # tests/data/sources/test_source.py
 VISUAL = [name for name in EXPERIMENTS if name.startswith("visual_")]  # one of them runs in tests/test_images.py
 D4RL = [name for name in EXPERIMENTS if name.endswith(("-v1", "-v2"))]
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.data.augment import PADDING, maybe_crop, shift
-from deflow.data.frame_file import FrameFile
-from deflow.data.proposals import ProposalCache
-from deflow.data.replay import Replay
-from deflow.data.transitions import Transitions
+from deflow.data.memory.frame_file import FrameFile
+from deflow.data.memory.proposals import ProposalCache
+from deflow.data.memory.replay import Replay
+from deflow.data.memory.transitions import Transitions
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.evaluation.latency import latency

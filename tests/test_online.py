@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from deflow.checkpoints import load_checkpoint
-from deflow.data.replay import Replay
-from deflow.data.transitions import Transitions
+from deflow.data.memory.replay import Replay
+from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.loggers import read_metrics
 from deflow.online import Collector

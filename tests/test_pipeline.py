@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from deflow import bare_loop, pipeline
+from deflow import pipeline, precision
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.loggers import read_metrics
@@ -230,8 +230,8 @@ def test_the_faster_precision_is_taken_and_kept(
     point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     timings = iter([9.0, 9.0, *[2.0, 1.0] * 4])  # the first round warms up
-    monkeypatch.setattr(bare_loop, "bare_seconds", lambda *_: next(timings))
-    monkeypatch.setattr(bare_loop, "bfloat16_gain", lambda: 4.0)
+    monkeypatch.setattr(precision, "seconds_of_updates", lambda *_: next(timings))
+    monkeypatch.setattr(precision, "bfloat16_gain", lambda: 4.0)
     with caplog.at_level("INFO"):
         run(tmp_path, point_data, "trainer.precision=auto")
     assert "precision bf16-mixed: an update in bf16-mixed is 2.00 times as fast" in caplog.text
@@ -243,8 +243,8 @@ def test_the_faster_precision_is_taken_and_kept(
 def test_slow_products_decide_alone(
     point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(bare_loop, "bfloat16_gain", lambda: 0.25)
-    monkeypatch.delattr(bare_loop, "bare_seconds")
+    monkeypatch.setattr(precision, "bfloat16_gain", lambda: 0.25)
+    monkeypatch.delattr(precision, "seconds_of_updates")
     with caplog.at_level("INFO"):
         run(tmp_path, point_data, "trainer.precision=auto")
     assert "precision 32-true: a product in bfloat16 is 0.25 times as fast" in caplog.text

@@ -27,7 +27,7 @@ GIVEN = {
     "benchmark": (),
     "train_expert": (),
 }
-OWN = {"own": "data.source.path=a.npz", "minari": "data.source.dataset_id=a"}
+OWN = {"custom": "data.source.path=a.npz", "minari": "data.source.dataset_id=a"}
 
 
 def names(folder: str) -> list[str]:
@@ -45,7 +45,7 @@ def choices() -> Iterator[tuple[str, tuple[str, ...]]]:
         yield from (("train", (f"{group}={name}",)) for name in names(group))
     yield from (("train", (f"agent={path.stem}", "stages=joint")) for path in (CONFIGS / "agent").glob("*.yaml"))
     yield "train", ("agent.constraints=[{kind: action_norm, limit: 0.3}]", "agent/critic=flow")
-    yield "train", ("experiment=own", "data=hdf5", OWN["own"])
+    yield "train", ("experiment=custom", "data=hdf5", OWN["custom"])
     yield "train", ("agent.trust_region=auto", "trainer.precision=auto")
     yield "train", ("experiment=door-human-v1", "agent=fql")
 

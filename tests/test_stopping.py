@@ -18,7 +18,7 @@ from deflow.agents.base import Agent
 from deflow.callbacks import AtomicCheckpointIO
 from deflow.checkpoints import load_checkpoint
 from deflow.data.datamodule import OfflineDataModule
-from deflow.data.replay import Replay
+from deflow.data.memory.replay import Replay
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Evaluator
 from deflow.loggers import CsvMetrics

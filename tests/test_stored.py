@@ -24,7 +24,7 @@ from tests.conftest import CKPT, compose_config
 pytestmark = pytest.mark.usefixtures("short_episodes")
 
 CONFIGS = Path(CONFIG_DIR)
-MISSING = {"own": "data.source.path=own.npz", "minari": "data.source.dataset_id=some/set-v0"}  # what one has to give
+MISSING = {"custom": "data.source.path=own.npz", "minari": "data.source.dataset_id=some/set-v0"}  # what one has to give
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +77,14 @@ TARGETS = [
     {"_target_": "subprocess.Popen", "args": ["touch", "{ran}"]},
     {"_target_": "builtins.eval", "source": "open('{ran}', 'w')"},
     {"_target_": "deflow.config.os.system", "command": "touch {ran}"},
-    {"_target_": "deflow.data.minari.json.loads", "s": "1"},
+    {"_target_": "deflow.data.sources.minari.json.loads", "s": "1"},
     {"_target_": "functools.partial", "func": "os.system"},
     {"_target_": "hydra.utils.get_object", "path": "os.system"},
-    {"_target_": "deflow.data.download.download", "url": "http://127.0.0.1:9", "path": "{ran}"},
+    {"_target_": "deflow.data.sources.download.download", "url": "http://127.0.0.1:9", "path": "{ran}"},
     {"_target_": "deflow.data.generate.runner.generate_dataset", "name": "x", "episodes": 1, "out": "{ran}"},
     {"_target_": "deflow.pipeline.train", "config": None, "folder": "{ran}"},
     {"_target_": "deflow.loggers.CsvMetrics", "path": "{ran}"},  # of this package, but no component
-    {"_target_": "deflow.data.own.Source"},  # imported there
+    {"_target_": "deflow.data.sources.custom.Source"},  # imported there
     {"_target_": "deflow.agents.deflow"},
     {"_target_": "deflow.agents.deflow.DeFlow.losses"},
     {"_target_": "deflow.nothing.Here"},
@@ -159,7 +159,11 @@ def test_targets_that_are_no_components(node: dict[str, Any], sound: dict[str, A
         ("data.source", None, "data.source is missing"),
         ("data", [], "data is missing"),
         ("data.source.env", "own_envs:pointmaze-medium", "data.source.env names code of 'own_envs'"),
-        ("data.source", {"_target_": "deflow.data.own.OwnSource", "env": "own_envs:A-v0"}, "code of 'own_envs'"),
+        (
+            "data.source",
+            {"_target_": "deflow.data.sources.custom.CustomSource", "env": "own_envs:A-v0"},
+            "code of 'own_envs'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(key: str, value: Any, says: str, sound: dict[str, Any]) -> None:

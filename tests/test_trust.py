@@ -100,7 +100,7 @@ def test_what_describes_no_environment(text: str) -> None:
 
 
 def test_a_minari_data_set_runs_nothing_when_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deflow.data.minari import MinariSource
+    from deflow.data.sources.minari import MinariSource
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     folder = tmp_path / "test" / "evil-v0" / "data"

@@ -32,14 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deflow.agents.base import Agent
 from deflow.agents.seed_stack import SeedStack
-from deflow.bare_loop import bare_seconds, bfloat16_gain, in_turns, product_seconds, ratio
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
 from deflow.cores import set_threads
 from deflow.data.datamodule import BatchStream, SeedStream
-from deflow.data.proposals import ProposalCache
-from deflow.data.replay import Replay
-from deflow.data.transitions import Transitions
+from deflow.data.memory.proposals import ProposalCache
+from deflow.data.memory.replay import Replay
+from deflow.data.memory.transitions import Transitions
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.evaluation.latency import latency
@@ -49,6 +48,7 @@ from deflow.online import Collector, OnlineStream
 from deflow.pipeline import LIGHTNING_WARNINGS
 from deflow.report import write_json
 from deflow.seeding import torch_generator
+from deflow.timing import bfloat16_gain, in_turns, product_seconds, ratio, seconds_of_updates
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def stage_loops(config: DictConfig, agent: Agent, stages: Stages) -> dict[tuple[
         settings, stream = stages[stage]
         agent.begin_stage(stage, first_step=0, **settings)
         with _precision(precision) as context:
-            return bare_seconds(agent, stream, context)
+            return seconds_of_updates(agent, stream, context)
 
     return {(stage, name): partial(seconds, stage, name) for stage in stages for name in config.precisions}
 
@@ -185,7 +185,7 @@ def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
     """The joint update in a bare loop and under Lightning's Trainer: same batches, noise, losses and steps."""
     stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "bare"))
     loops = {
-        "bare": lambda: bare_seconds(agent, stream),
+        "bare": lambda: seconds_of_updates(agent, stream),
         "lightning": lambda: lightning_seconds(agent, stream, config.log_every),
     }
     seconds = in_turns(loops, config.rounds)
@@ -205,7 +205,7 @@ def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for precision in config.precisions:
         with _precision(precision) as context:
-            loops = {name: partial(bare_seconds, agent, stream, context) for name, agent in agents.items()}
+            loops = {name: partial(seconds_of_updates, agent, stream, context) for name, agent in agents.items()}
             first = loops["compiled"]()
             seconds = in_turns(loops, config.rounds)
         result[precision] = {name: config.updates / median(of_loop) for name, of_loop in seconds.items()}
@@ -227,7 +227,9 @@ def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
     result: dict[str, Any] = {"seeds": config.seeds}
     for precision in config.precisions:
         with _precision(precision) as context:
-            loops = {name: partial(bare_seconds, *competitor, context) for name, competitor in competitors.items()}
+            loops = {
+                name: partial(seconds_of_updates, *competitor, context) for name, competitor in competitors.items()
+            }
             seconds = in_turns(loops, config.rounds)
         result[precision] = {
             "alone": config.updates / median(seconds["alone"]),
@@ -320,7 +322,7 @@ def online(config: DictConfig) -> dict[str, float]:
                 *draw,
             ).start_at(0, config.batch_size),
         }
-        loops = {kind: partial(bare_seconds, agent, stream) for kind, stream in streams.items()}
+        loops = {kind: partial(seconds_of_updates, agent, stream) for kind, stream in streams.items()}
         seconds = in_turns(loops, config.rounds)
     collector.close()
     return {
@@ -337,7 +339,7 @@ def startup() -> dict[str, float]:
         arrays: dict[str, Any] = _random_arrays(Spec(observation_dim=29, action_dim=8))
         np.savez(data, **arrays, terminals=np.arange(1, ROWS + 1) % 1000 == 0)
         run = Path(folder) / "run"
-        command = [sys.executable, "train.py", "experiment=own", f"data.source.path={data}", "updates=1"]
+        command = [sys.executable, "train.py", "experiment=custom", f"data.source.path={data}", "updates=1"]
         command += [f"hydra.run.dir={run}", f"paths.logs={folder}", "diversity.states=0"]
         root = Path(__file__).resolve().parents[2]
         done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
@@ -396,9 +398,9 @@ def _print_profile(config: DictConfig, agent: Agent) -> None:
     stream = BatchStream(random_transitions(agent), config.batch_size, 0, PROFILED_UPDATES, (config.seed, "bare"))
     for name in config.precisions:
         with _precision(name) as context:
-            bare_seconds(agent, stream, context)
+            seconds_of_updates(agent, stream, context)
             with profile(activities=[ProfilerActivity.CPU]) as profiled:
-                bare_seconds(agent, stream, context)
+                seconds_of_updates(agent, stream, context)
         print(f"{name}, {PROFILED_UPDATES} joint updates")
         print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILED_ROWS))
 

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from deflow.agents.base import Agent
 from deflow.config import plain
-from deflow.data.iav import intrinsic_action_variance
-from deflow.data.transitions import Transitions
+from deflow.data.measures.iav import intrinsic_action_variance
+from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.settings import AUTO, STAND_IN, check_component
 from deflow.types import Spec

@@ -14,7 +14,7 @@ from deflow.agents.base import Agent
 from deflow.callbacks import FINAL
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
-from deflow.data.source import Source
+from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluation.latency import latency
 from deflow.pipeline import play, train

@@ -15,9 +15,9 @@ from rich.table import Table
 from deflow.agents.base import Agent
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
-from deflow.data import card
-from deflow.data.iav import ActionVariance, intrinsic_action_variance
-from deflow.data.source import Source
+from deflow.data.measures import card
+from deflow.data.measures.iav import ActionVariance, intrinsic_action_variance
+from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluation.diversity import policy_samples
 from deflow.report import write_json

@@ -17,9 +17,9 @@ from torch.utils.data import IterableDataset
 from deflow import distributed
 from deflow.agents.base import Agent
 from deflow.data.augment import maybe_crop
-from deflow.data.replay import Replay
-from deflow.data.source import Source
-from deflow.data.transitions import ACTION_BOUND, Transitions, returns_to_go
+from deflow.data.memory.replay import Replay
+from deflow.data.memory.transitions import ACTION_BOUND, Transitions, returns_to_go
+from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Seat, decide, draw_noise, take_seat
 from deflow.seeding import fold_seed, torch_generator

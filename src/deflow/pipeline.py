@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from deflow import distributed, report, signals
 from deflow.agents.base import WHOLE_STAGES, Agent
 from deflow.agents.seed_stack import SeedStack
-from deflow.bare_loop import faster_precision
 from deflow.build import build_agent, decide
 from deflow.callbacks import (
     FINAL,
@@ -37,8 +36,8 @@ from deflow.checkpoints import OF_A_STAGE, TO_RESUME, agent_of, check_weights, l
 from deflow.config import check, plain
 from deflow.cores import set_threads
 from deflow.data.datamodule import OfflineDataModule
-from deflow.data.proposals import ProposalCache
-from deflow.data.source import Source
+from deflow.data.memory.proposals import ProposalCache
+from deflow.data.sources.source import Source
 from deflow.distributed import is_main_process
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
@@ -50,6 +49,7 @@ from deflow.files import replacing
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import OnlineStream
+from deflow.precision import faster_precision
 from deflow.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, REPLAY, SUMMARY_FILE, RunFolder
 from deflow.settings import AUTO
 from deflow.signals import Stopped

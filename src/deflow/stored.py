@@ -17,7 +17,7 @@ from torch import nn
 
 from deflow.agents.base import Agent
 from deflow.data.datamodule import OfflineDataModule
-from deflow.data.source import Source
+from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.settings import OPTIMIZERS, TRAINER

@@ -12,8 +12,8 @@ import torch
 
 from deflow import distributed
 from deflow.data.datamodule import BatchStream, OfflineDataModule
-from deflow.data.proposals import ProposalCache
-from deflow.data.transitions import Transitions
+from deflow.data.memory.proposals import ProposalCache
+from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator

@@ -9,7 +9,7 @@ import pytest
 import torch
 from studies import bimodal
 
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions, modes
 from deflow.types import Spec
 

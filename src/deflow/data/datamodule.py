@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from deflow import distributed
 from deflow.data.augment import maybe_crop
-from deflow.data.proposals import ProposalCache
-from deflow.data.source import Source
-from deflow.data.transitions import Transitions
+from deflow.data.memory.proposals import ProposalCache
+from deflow.data.memory.transitions import Transitions
+from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.ranges import Count, Probability, Seed
 from deflow.seeding import torch_generator

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from deflow.agents.base import Agent
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
 from deflow.files import replacing
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deflow.data.card import describe
+from deflow.data.measures.card import describe
 from deflow.inspection import inspect
 from tests.conftest import compose_config
 

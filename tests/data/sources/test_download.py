@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deflow.data import download as module
-from deflow.data.download import download
+from deflow.data.sources import download as module
+from deflow.data.sources.download import download
 from deflow.errors import UserError
 
 

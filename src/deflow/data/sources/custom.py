@@ -13,8 +13,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow.data.source import Arrays, Source, compact, split
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
+from deflow.data.sources.source import Arrays, Source, compact, split
 from deflow.errors import UserError
 from deflow.ranges import Seed
 from deflow.types import Spec
@@ -25,7 +25,7 @@ REQUIRED = ("observations", "actions", "rewards")
 
 
 @dataclass
-class OwnSource(Source):
+class CustomSource(Source):
     """Transitions from a file of the user's.
 
     Args:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from deflow.data import ogbench as module
-from deflow.data.ogbench import OGBenchSource
-from deflow.data.transitions import ACTION_BOUND
+from deflow.data.memory.transitions import ACTION_BOUND
+from deflow.data.sources import ogbench as module
+from deflow.data.sources.ogbench import OGBenchSource
 from deflow.envs import ogbench as envs
 from deflow.errors import UserError
 from tests.conftest import EPISODES, STEPS, tiny_config
@@ -137,7 +137,7 @@ def test_missing_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_no_network_says_where_to_put_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deflow.data.download.time.sleep", lambda _: None)
+    monkeypatch.setattr("deflow.data.sources.download.time.sleep", lambda _: None)
     offline = source(tmp_path, "data.source.download=true", "data.source.url=http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"no connection to the server\. Put pointmaze-medium-navigate-v0.npz"):
         offline.prepare()

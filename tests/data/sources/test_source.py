@@ -13,11 +13,11 @@ import torch
 from hydra.utils import instantiate
 from minari.data_collector import EpisodeBuffer
 
-from deflow.data.d4rl import D4RLSource
-from deflow.data.minari import MinariSource
-from deflow.data.own import OwnSource
-from deflow.data.shards import COLUMNS
-from deflow.data.source import compact, split
+from deflow.data.sources.custom import CustomSource
+from deflow.data.sources.d4rl import D4RLSource
+from deflow.data.sources.minari import MinariSource
+from deflow.data.sources.shards import COLUMNS
+from deflow.data.sources.source import compact, split
 from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.types import Spec
@@ -82,7 +82,7 @@ def test_data_with_terminals_alone_are_split(tmp_path: Path) -> None:
     ends = columns["terminals"] | columns["timeouts"]
     keys = {key: key for key in ("observations", "actions", "rewards", "terminals")}
     np.savez(tmp_path / "mine.npz", **{k: columns[k] for k in ("observations", "actions", "rewards")}, terminals=ends)
-    train_part, validation = OwnSource(str(tmp_path / "mine.npz"), keys).load()
+    train_part, validation = CustomSource(str(tmp_path / "mine.npz"), keys).load()
     assert (len(train_part), len(validation)) == (18 * 5, 2 * 5)
 
 
@@ -105,8 +105,8 @@ def test_own_npz_and_hdf5_agree(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "mine.h5", "w") as file:
         for key, column in columns.items():
             file[f"robot/{key}"] = column
-    one = OwnSource(str(tmp_path / "mine.npz"), KEYS).load()
-    two = OwnSource(str(tmp_path / "mine.h5"), {key: f"robot/{key}" for key in KEYS}).load()
+    one = CustomSource(str(tmp_path / "mine.npz"), KEYS).load()
+    two = CustomSource(str(tmp_path / "mine.h5"), {key: f"robot/{key}" for key in KEYS}).load()
     for a, b in zip(one, two, strict=True):
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
     assert len(one[0]) + len(one[1]) == 15
@@ -115,7 +115,7 @@ def test_own_npz_and_hdf5_agree(tmp_path: Path) -> None:
 def test_own_data_train_without_an_environment(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", **own_columns(episodes=30))
     keys = [f"data.source.keys.{key}={key}" for key in ("timeouts", "next_observations")]
-    config = tiny_config(tmp_path, "experiment=own", f"data.source.path={tmp_path}/mine.npz", *keys)
+    config = tiny_config(tmp_path, "experiment=custom", f"data.source.path={tmp_path}/mine.npz", *keys)
     summary = train(config, tmp_path / "run")
     assert summary["evaluations"] == 0
     assert summary["protocol"] == "the user's own data"
@@ -134,7 +134,7 @@ def test_own_data_that_do_not_fit(change: dict, message: str, tmp_path: Path) ->
     columns = {key: column for key, column in (own_columns() | change).items() if column is not None}
     np.savez(tmp_path / "mine.npz", **columns)
     with pytest.raises(UserError, match=message):
-        OwnSource(str(tmp_path / "mine.npz"), KEYS).load()
+        CustomSource(str(tmp_path / "mine.npz"), KEYS).load()
 
 
 def test_own_data_without_ends_are_refused(tmp_path: Path) -> None:
@@ -142,14 +142,14 @@ def test_own_data_without_ends_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", **columns)
     keys = KEYS | {"timeouts": None, "next_observations": None}
     with pytest.raises(UserError, match="nothing says where trajectories end"):
-        OwnSource(str(tmp_path / "mine.npz"), keys).load()
+        CustomSource(str(tmp_path / "mine.npz"), keys).load()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.npz", ".npz"), ("a.hdf5", "HDF5")])
 def test_a_file_of_the_wrong_kind_is_named_as_such(name: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("not data")
     with pytest.raises(UserError, match=f"not an {kind} file"):
-        OwnSource(str(tmp_path / name), KEYS).load()
+        CustomSource(str(tmp_path / name), KEYS).load()
 
 
 def test_d4rl_antmaze(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_downloaded_d4rl_file_of_no_use_is_fetched_again_once(
         urls.append(url)
         write_d4rl(path, "pen" if len(urls) == 1 else "door")
 
-    monkeypatch.setattr("deflow.data.d4rl.download", fetch)
+    monkeypatch.setattr("deflow.data.sources.d4rl.download", fetch)
     urls: list[str] = []
     path = tmp_path / "pen-human-v1.hdf5"
     path.write_bytes(b"\x89HDF\r\n\x1a\n, and then nothing")
@@ -289,5 +289,5 @@ def test_minari_trains_and_evaluates(minari_dataset: str, tmp_path: Path) -> Non
 
 
 def test_hdf5_is_a_choice_of_its_own() -> None:
-    config = compose_config("experiment=own", "data=hdf5", "data.source.path=mine.h5")
+    config = compose_config("experiment=custom", "data=hdf5", "data.source.path=mine.h5")
     assert instantiate(config.data).source.name == "mine"

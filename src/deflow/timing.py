@@ -1,9 +1,7 @@
-"""The smallest loop that computes a stage's updates, to time them, and what follows from its timing."""
+"""How long updates take in the smallest loop that computes them, and how such times are compared."""
 
 from __future__ import annotations
 
-import copy
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,15 +13,10 @@ import torch
 from deflow.agents.base import Agent
 from deflow.types import Batch
 
-log = logging.getLogger(__name__)
-
-FLOAT32, BFLOAT16 = "32-true", "bf16-mixed"  # Lightning's names
-ROUNDS = 4  # in which precisions are compared
-
 Name = TypeVar("Name")
 
 
-def bare_seconds(agent: Agent, stream: Iterable[Batch], context: AbstractContextManager | None = None) -> float:
+def seconds_of_updates(agent: Agent, stream: Iterable[Batch], context: AbstractContextManager | None = None) -> float:
     """Seconds of one pass over `stream` in the smallest loop that computes the same updates; losses in `context`."""
     optimizer = agent.configure_optimizers()
     started = time.perf_counter()
@@ -50,25 +43,6 @@ def in_turns(measurements: Mapping[Name, Callable[[], float]], rounds: int) -> d
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Median of the rounds' ratios."""
     return median(a / b for a, b in zip(numerators, denominators, strict=True))
-
-
-def faster_precision(agent: Agent, stream: Iterable[Batch]) -> str:
-    """`bf16-mixed` if a copy of `agent` passes over `stream` faster in it than in float32, else `32-true`."""
-    # A CPU without bfloat16 products would take minutes for the updates: there one product says enough.
-    gain = bfloat16_gain()
-    if gain < 1:
-        log.info("precision %s: a product in bfloat16 is %.2f times as fast as in float32 here", FLOAT32, gain)
-        return FLOAT32
-    agent = copy.deepcopy(agent)
-    agent.begin_stage("precision", "all", first_step=0)
-    autocast = torch.autocast("cpu", torch.bfloat16)
-    seconds = in_turns(
-        {FLOAT32: lambda: bare_seconds(agent, stream), BFLOAT16: lambda: bare_seconds(agent, stream, autocast)}, ROUNDS
-    )
-    gain = ratio(seconds[FLOAT32], seconds[BFLOAT16])
-    chosen = BFLOAT16 if gain > 1 else FLOAT32
-    log.info("precision %s: an update in bf16-mixed is %.2f times as fast as in 32-true here", chosen, gain)
-    return chosen
 
 
 def bfloat16_gain() -> float:

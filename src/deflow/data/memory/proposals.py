@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
 from deflow.files import locked, replacing
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deflow.data.frame_file import FrameFile
-from deflow.data.transitions import Transitions
+from deflow.data.memory.frame_file import FrameFile
+from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.files import open_to_append, sync
 from deflow.types import Batch, Spec

@@ -11,8 +11,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow.data.shards import map_shards
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
+from deflow.data.sources.shards import map_shards
 from deflow.errors import UserError
 from deflow.types import Spec
 

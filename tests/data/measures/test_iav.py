@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deflow.data.iav import intrinsic_action_variance
+from deflow.data.measures.iav import intrinsic_action_variance
 from deflow.errors import UserError
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow.data.download import download, identities, set_aside
-from deflow.data.own import read_columns
-from deflow.data.source import Arrays, Source, compact, split
+from deflow.data.sources.custom import read_columns
+from deflow.data.sources.download import download, identities, set_aside
+from deflow.data.sources.source import Arrays, Source, compact, split
 from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
 from deflow.files import check_folder, locked

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow.data.source import Arrays, Source, split
+from deflow.data.sources.source import Arrays, Source, split
 from deflow.errors import UserError
 from deflow.ranges import Seed
 from deflow.trust import check_environment_spec

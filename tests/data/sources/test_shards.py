@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.pipeline import train
 from tests.conftest import tiny_config, write_tiny_data

@@ -14,10 +14,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow.data.download import download, identities, set_aside
 from deflow.data.generate.runner import generate_dataset, read_card
-from deflow.data.source import Arrays, Source
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
+from deflow.data.sources.download import download, identities, set_aside
+from deflow.data.sources.source import Arrays, Source
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.files import check_folder, locked

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from deflow.data.transitions import Transitions
+from deflow.data.memory.transitions import Transitions
 from deflow.files import check_folder, locked, replacing
 
 log = logging.getLogger(__name__)

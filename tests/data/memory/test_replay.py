@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deflow.data.replay import Replay
-from deflow.data.transitions import Transitions
+from deflow.data.memory.replay import Replay
+from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.types import Batch, Spec
 
