@@ -11,7 +11,7 @@ from deflow.imports import quick_imports
 @entry_point("evaluate")
 def main(config: DictConfig, folder: Path) -> None:
     with quick_imports():
-        from deflow.pipeline import evaluate
+        from deflow.evaluating import evaluate
 
     evaluate(config)
 
