@@ -58,6 +58,7 @@ def train(agent: Agent, batches: list[Any], train: Any, freeze: tuple[str, ...])
         "agent=flow_bc",
         "agent=cal_ql agent.samples=2",
         "agent=rlpd",
+        "agent=rebrac",
         f"agent=deflow {IMAGES}",
     ],
 )

@@ -51,7 +51,7 @@ class Agent(LightningModule, ABC):
         parts: names of the attributes that hold the trainable modules.
         optimizer: makes the optimizer from parameter groups.
         seed: of every noise draw.
-        every: rhythm of a part: it trains in every so many-th update of a stage; those not named in each.
+        every: rhythm of a part beside others: it trains in every so many-th update of a stage, those not named in each.
 
     Raises:
         UserError: if `every` names what is no part.
@@ -144,7 +144,7 @@ class Agent(LightningModule, ABC):
             cosine_decay_steps: if given, the learning rate falls to 0 over so many updates, along half a cosine.
 
         Raises:
-            UserError: if a part is not one of the agent's, or none trains.
+            UserError: if a part is not one of the agent's, none trains, or there are updates in which none would.
         """
         train = tuple(self._trainable) if train == "all" else train
         unknown = sorted({*train, *freeze} - set(self._trainable))
@@ -155,8 +155,10 @@ class Agent(LightningModule, ABC):
             raise UserError(f"stage '{name}' trains {unknown}: choose among the agent's parts {known}{instead}")
         if not train:
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")
-        if all(self.every.get(part, 1) > 1 for part in train):
-            raise UserError(f"stage '{name}' has updates in which nothing trains: set agent.every of {train[0]} to 1")
+        rhythm = {part: self.every.get(part, 1) for part in train} if len(train) > 1 else {}
+        if rhythm and min(rhythm.values()) > 1:
+            raise UserError(f"stage '{name}' has updates in which nothing trains: set agent.every.{train[0]}=1")
+        self._rhythm = rhythm
         self._stage, self._active, self._first_step = name, tuple(train), first_step
         self._lr, self._cosine_decay_steps = lr, cosine_decay_steps
         for part, parameters in self._trainable.items():
@@ -173,7 +175,7 @@ class Agent(LightningModule, ABC):
             step: of the stage, counted from 0; None: outside of updates, where all that train in the stage are.
         """
         # Compiled code depends on this tuple, of which there are few, and never on the step itself.
-        self._due = tuple(part for part in self._active if step is None or (step + 1) % self.every.get(part, 1) == 0)
+        self._due = tuple(part for part in self._active if step is None or (step + 1) % self._rhythm.get(part, 1) == 0)
 
     def start_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from the weights, and the optimizer's moments if it has them, of an agent like this one."""
@@ -203,7 +205,7 @@ class Agent(LightningModule, ABC):
     @property
     def has_rhythm(self) -> bool:
         """Whether there are updates of this stage in which a part that trains is not due."""
-        return any(self.every.get(part, 1) > 1 for part in self._active)
+        return max(self._rhythm.values(), default=1) > 1
 
     def compile_losses(self) -> None:
         """Let torch.compile fuse what `losses` and its gradient are made of, once for each set of parts due."""

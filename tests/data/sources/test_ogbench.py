@@ -63,7 +63,9 @@ def test_equals_plain_ogbench(env: str, dataset: str, tiny_data: Callable[[str, 
         assert torch.equal(getattr(batch, key), torch.from_numpy(theirs[key])), key
     assert torch.equal(batch.discounts, torch.from_numpy(theirs["masks"]))
     torch.testing.assert_close(batch.actions, torch.from_numpy(theirs["actions"]).clamp(-ACTION_BOUND, ACTION_BOUND))
-    in_file = torch.from_numpy(np.load(folder / f"{env}-{dataset}-v0.npz")["actions"])  # also of a trajectory's last state
+    in_file = torch.from_numpy(
+        np.load(folder / f"{env}-{dataset}-v0.npz")["actions"]
+    )  # also of a trajectory's last state
     torch.testing.assert_close(batch.next_actions, in_file[ours.starts + 1].clamp(-ACTION_BOUND, ACTION_BOUND))
 
 
