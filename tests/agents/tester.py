@@ -1,4 +1,5 @@
-"""What every agent must pass: shapes, bounds, determinism, and that each loss moves exactly its own parameters."""
+"""What every agent must pass: shapes, bounds, determinism, that each loss moves exactly its own parameters, and that
+what the report shows is there."""
 
 from __future__ import annotations
 
@@ -48,14 +49,24 @@ def check_agent(agent: Agent) -> None:
         _check_gradients(agent, {part})
 
     agent.zero_grad()
-    sum(loss for _, loss, _ in agent.losses(batch, noise)).backward()
+    losses = list(agent.losses(batch, noise))
+    sum(loss for _, loss, _ in losses).backward()
     _check_gradients(agent, set(parts))
+    _check_shown(agent, {f"{part}/{name}" for part, _, metrics in losses for name in metrics})
 
     z = torch.randn(16, agent.candidates, agent.spec.action_dim)
     actions = agent.act(batch.observations, z)
     assert actions.shape == (16, agent.spec.action_dim)
     assert actions.abs().max() <= 1
     assert torch.equal(actions, agent.act(batch.observations, z))
+
+
+def _check_shown(agent: Agent, metrics: set[str]) -> None:
+    """Whether what the progress bar and the report show is among the metrics."""
+    assert set(agent.headline.values()) <= metrics
+    for panel in agent.panels():
+        unknown = {curve.partition("/")[2] for curve in panel.curves} - metrics
+        assert not unknown, f"the panel '{panel.title}' shows {unknown}, which no loss gives"
 
 
 def _check_gradients(agent: Agent, moved: set[str]) -> None:
