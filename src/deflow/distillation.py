@@ -58,8 +58,8 @@ def _training_config(command: DictConfig) -> DictConfig:
     taught = load_checkpoint(Path(config["ckpt"]))["deflow"]["config"]
     teacher = taught["agent"] | config["teacher"] | {"_partial_": True}
     agent = config["agent"] | {"horizon": teacher.pop("horizon", 1), "teacher": teacher}
-    own = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")
-    changed = {key: config[key] for key in own} | {"agent": agent, "resume": None}
+    of_command = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")
+    changed = {key: config[key] for key in of_command} | {"agent": agent, "resume": None}
     stage = {"train": "all", "steps": config["updates"], "lr": config["lr"], "cosine_decay": True, "evaluate": True}
     return OmegaConf.create(taught | changed | {"stages": {"distillation": stage}})
 

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
+from deflow.agents.watch import LossWatch
 from deflow.distributed import rank
-from deflow.errors import NonFiniteLossError, UserError
+from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
 from deflow.types import Batch, Metrics, Spec
@@ -165,7 +166,7 @@ class Agent(LightningModule, ABC):
             for parameter in parameters:
                 parameter.requires_grad_(part in train)
         self._latest: dict[str, Metrics] = {}  # of each part, when it was last due
-        self._bad_steps: dict[tuple[str, ...], Tensor] = {}  # see `_watch_for_nan`
+        self._watch = LossWatch()
         self.begin_update(None)
 
     def begin_update(self, step: int | None) -> None:
@@ -240,10 +241,10 @@ class Agent(LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.begin_update(self.global_step)
         losses = list(self.losses(batch, self.noise(batch, self._stage, "noise", rank(), self.global_step)))
-        self._watch_for_nan(losses)
+        self._watch.see(losses, self.global_step + 1)
         self._latest |= {part: metrics for part, _, metrics in losses}
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._check_finite()
+            self._watch.check(self._stage)
             self.log_dict(_named("train", self._latest) | {"step": float(self.run_step + 1)})
             self.log_dict(self._shown(), prog_bar=True, logger=False)
         return torch.stack([loss for _, loss, _ in losses]).sum()
@@ -266,7 +267,7 @@ class Agent(LightningModule, ABC):
             torch._foreach_lerp_(targets, onlines, tau)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_finite()
+        self._watch.check(self._stage)
         if self.has_rhythm:  # the next row of the log may need them
             checkpoint[LATEST] = {part: _on_cpu(metrics) for part, metrics in self._latest.items()}
 
@@ -295,26 +296,6 @@ class Agent(LightningModule, ABC):
         latest = _named("", self._latest)
         headline = self.headline or {part: f"{part}/loss" for part in self._active}
         return {name: latest[f"/{metric}"] for name, metric in headline.items() if f"/{metric}" in latest}
-
-    def _watch_for_nan(self, losses: Sequence[Loss]) -> None:
-        """Remember, without waiting for the device, the first step at which each part's loss was not finite."""
-        finite = torch.stack([loss.detach() for _, loss, _ in losses]).isfinite()
-        before = self._bad_steps.get(self._due)
-        if before is None:
-            before = torch.full(finite.shape, -1, device=finite.device)
-        self._bad_steps[self._due] = torch.where(finite | (before >= 0), before, self.global_step + 1)
-
-    def _check_finite(self) -> None:
-        """Raise `NonFiniteLossError` if a loss was NaN or infinite; called on the log interval and before saving."""
-        found = [
-            (step, part)
-            for parts, steps in self._bad_steps.items()
-            for part, step in zip(parts, steps.tolist(), strict=True)
-            if step >= 0
-        ]
-        if found:
-            step, part = min(found, key=lambda item: item[0])
-            raise NonFiniteLossError(f"the loss of '{part}' is not finite at update {step} of stage '{self._stage}'")
 
 
 def _named(prefix: str, metrics: Mapping[str, Metrics]) -> Metrics:
