@@ -18,6 +18,7 @@ from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluation.latency import latency
 from deflow.pipeline import play, train
+from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.run_folder import CHECKPOINTS
 from deflow.trust import trust_only
@@ -45,7 +46,8 @@ def distill(config: DictConfig, folder: Path) -> dict[str, Any]:
     settings = [card["eval"][key] for key in ("episodes", "num_envs", "seed")]
     result: dict[str, Any] = {"ckpt": card["ckpt"]}
     for name, agent in (("teacher", cast(Agent, one_step.teacher)), ("one_step", one_step)):
-        result[name] = (play(agent, source, *settings) if source.has_env else {}) | latency(agent)
+        policy = Policy(agent)
+        result[name] = (play(policy, source, *settings) if source.has_env else {}) | latency(policy)
     write_json(folder / "distillation.json", result)
     _print(result)
     return result

@@ -21,7 +21,8 @@ from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import ACTION_BOUND, Transitions, returns_to_go
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
-from deflow.evaluation.rollout import Episode, Seat, decide, draw_noise, take_seat
+from deflow.evaluation.rollout import Episode, Seat, decide, take_seat
+from deflow.policy import Policy
 from deflow.seeding import fold_seed, torch_generator
 from deflow.types import Batch
 
@@ -64,12 +65,12 @@ class _Player:
 class Collector:
     """Plays the policy in environments side by side and gives finished transitions.
 
-    The policy explores by its own noise. The end of a task sets a transition's mask to 0; a time limit ends the
+    The policy explores in the agent's way. The end of a task sets a transition's mask to 0; a time limit ends the
     episode and leaves the mask. An agent that reads returns gets an episode's transitions when it is over.
 
     Args:
         make_env: makes one environment.
-        agent: the policy, as it is at each step.
+        agent: plays, as it is at each step.
         num_envs: environments, each with an episode of its own.
         steps: of reward in a transition: those of n-step returns, or the chunk's.
         discount: gamma, between rewards of one transition.
@@ -91,7 +92,8 @@ class Collector:
             raise UserError(f"the online stage needs at least one environment, got num_envs={num_envs}")
         self.num_envs = num_envs
         self._envs = [make_env() for _ in range(num_envs)]
-        self._agent, self._steps, self._discount = agent, steps, discount
+        self._agent, self._policy = agent, Policy(agent, explore=True)
+        self._steps, self._discount = steps, discount
         self._label, self._seed = label, seed
         self._players: list[_Player] = []
         self.episodes = 0  # begun
@@ -102,7 +104,7 @@ class Collector:
         if not self._players:
             self._players = [_Player(self._next_seat(env)) for env in self._envs]
         deciding = [player for player in self._players if not player.seat.plan]
-        decide(self._agent, [player.seat for player in deciding])
+        decide(self._policy, [player.seat for player in deciding])
         for player in deciding:
             player.begin_window()
         finished = [transition for player in self._players for transition in self._step(player)]
@@ -130,7 +132,7 @@ class Collector:
         player = _Player(self._seat(env, state["episode"]))
         seat = player.seat
         for plan in state["plans"].numpy():
-            draw_noise(self._agent, seat)  # as the decision did
+            self._policy.draw_noise(seat.rng)  # as the decision did
             seat.plan.extend(plan)
             player.begin_window()
             while seat.plan and player.seat is seat and len(player.rewards) < state["steps"]:

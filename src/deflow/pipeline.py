@@ -46,9 +46,11 @@ from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Episode, Evaluator, load_episodes, save_episodes
 from deflow.evaluation.statistics import summarise
 from deflow.files import replacing
+from deflow.loading import ACTING
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import OnlineStream
+from deflow.policy import Policy
 from deflow.precision import faster_precision
 from deflow.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, REPLAY, SUMMARY_FILE, RunFolder
 from deflow.settings import AUTO
@@ -418,16 +420,16 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     card = checkpoint["deflow"]
     if config.task is not None:
         _check_task(path, plain(config.task), card["config"]["task"])
-    chosen = {key: config[key] for key in ("best_of_n", "refine_steps") if config[key] is not None}
-    agent = agent_of(checkpoint, **chosen)
+    chosen = {key: config[key] for key in ACTING if config[key] is not None}
+    policy = Policy(agent_of(checkpoint, **chosen))
     source: Source = instantiate(card["config"]["data"]["source"])
     if not source.has_env:
         raise UserError(f"{path}: {card['task']} has no environment to evaluate in")
     num_envs = card["config"]["eval"]["num_envs"] if config.num_envs is None else config.num_envs
     result = {"checkpoint": str(path), "task": card["task"], "seed": config.seed} | source.protocol()
-    result |= play(agent, source, config.episodes, num_envs, config.seed) | latency(agent)
+    result |= play(policy, source, config.episodes, num_envs, config.seed) | latency(policy)
     settings = card["config"]["agent"] | chosen
-    result |= {key: settings[key] for key in ("best_of_n", "refine_steps") if key in settings}
+    result |= {key: settings[key] for key in ACTING if key in settings}
     report.write_json(path.with_name("evaluation.json"), result)
     report.print_evaluation(result)
     return result
@@ -446,14 +448,15 @@ def _measure_diversity(run: Run, summary: dict[str, Any]) -> None:
     assert run.data.transitions is not None
     horizon = run.agent.spec.horizon
     around = Neighbourhoods.of(run.data.transitions, settings.states, settings.neighbours, horizon, run.config.seed)
-    summary["diversity"] = diversity(run.agent, around, settings.samples, settings.radius, run.config.seed)
-    draw_actions(run.agent, around, settings.samples, run.folder / "actions.png", run.config.seed)
+    policy = Policy(run.agent)
+    summary["diversity"] = diversity(policy, around, settings.samples, settings.radius, run.config.seed)
+    draw_actions(policy, around, settings.samples, run.folder / "actions.png", run.config.seed)
 
 
-def play(agent: Agent, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
+def play(policy: Policy, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
     """What `episodes` episodes of the policy in the source's environment came to."""
     evaluator = Evaluator(source.make_env, episodes, num_envs, seed)
-    played = evaluator.run(agent)
+    played = evaluator.run(policy)
     evaluator.close()
     return summarise(played, source.score)
 
@@ -462,7 +465,7 @@ def _record(run: Run) -> None:
     """The video is a courtesy: a machine that cannot render still has its result."""
     settings = run.config.video.episodes, run.config.eval.seed
     try:
-        video.record_video(run.data.source.make_env, run.agent, run.folder / "video.mp4", *settings)
+        video.record_video(run.data.source.make_env, Policy(run.agent), run.folder / "video.mp4", *settings)
     except UserError as error:
         log.warning("%s", error)
 
@@ -474,7 +477,7 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
         What the episodes came to, all and of each seed, as it is logged.
     """
     assert run.evaluator is not None
-    played = [run.evaluator.run(agent) for agent in run.agents]
+    played = [run.evaluator.run(Policy(agent)) for agent in run.agents]
     run.episodes = [episode for episodes in played for episode in episodes]
     result = summarise(run.episodes, run.data.source.score)
     if len(played) > 1:

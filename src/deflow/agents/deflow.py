@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.constraints import ConstraintSettings
@@ -19,7 +20,7 @@ from deflow.ranges import Count, Limit, Seed
 from deflow.types import Batch, Metrics, Spec
 
 
-class DeFlow(Agent):
+class DeFlow(ActorCritic):
     r"""DeFlow (arXiv 2601.10471).
 
     .. math::
@@ -53,7 +54,6 @@ class DeFlow(Agent):
     """
 
     behavior_flow: BehaviorFlow
-    critic: Critic
     refiner: Refiner
     uses_cached_proposals = True
 
@@ -76,8 +76,7 @@ class DeFlow(Agent):
             "refiner": refiner(spec, trust_region=trust_region, constraints=constraints),
         }
         super().__init__(spec, parts, optimizer, seed)
-        self.candidates = best_of_n
-        self.refine_steps = refine_steps
+        self.best_of_n, self.refine_steps = best_of_n, refine_steps
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
@@ -108,7 +107,13 @@ class DeFlow(Agent):
         )
         return base_actions, next_base_actions
 
-    @torch.no_grad()
+    @property
+    def act_noise_shape(self) -> tuple[int, ...]:
+        return (self.best_of_n, self.spec.action_dim)
+
+    def propose(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.behavior_flow.propose(observations, z[:, 0])
+
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         batch, candidates, action_dim = z.shape
         actions = self.behavior_flow.propose(observations, z.reshape(-1, action_dim))

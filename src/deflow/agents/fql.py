@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
@@ -18,7 +19,7 @@ from deflow.ranges import Seed
 from deflow.types import Batch, Metrics, Spec
 
 
-class FQL(Agent):
+class FQL(ActorCritic):
     r"""Flow Q-learning (arXiv 2502.02538).
 
     .. math::
@@ -38,7 +39,6 @@ class FQL(Agent):
     """
 
     behavior_flow: BehaviorFlow
-    critic: Critic
     actor: OneStepActor
 
     def __init__(
@@ -69,9 +69,11 @@ class FQL(Agent):
             proposals = self.behavior_flow.propose(batch.observations, noise.z)
             yield "actor", *self.actor.loss(batch.observations, noise.z, proposals, self.critic.frozen_values)
 
-    @torch.no_grad()
+    def propose(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.behavior_flow.propose(observations, z)
+
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.actor.act(observations, z[:, 0])
+        return self.actor.act(observations, z)
 
     def headline(self, terms: Any) -> Metrics:
         metrics = {part: values for part, _, values in terms}
