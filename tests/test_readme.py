@@ -52,7 +52,8 @@ def test_the_table_names_every_experiment_with_its_settings() -> None:
 
 
 def test_the_example_agent_works() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = [block for block in blocks if "class FlowBC" in block]
     names: dict = {"Agent": Agent, "torch": torch}
     exec(code, names)  # the README's own text
     flow = partial(BehaviorFlow, hidden=(16,))

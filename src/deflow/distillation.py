@@ -19,6 +19,7 @@ from deflow.errors import UserError
 from deflow.evaluating import play
 from deflow.evaluation.latency import latency
 from deflow.pipeline import train
+from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.run_folder import CHECKPOINTS
 from deflow.trust import trust_only
@@ -46,7 +47,8 @@ def distill(config: DictConfig, folder: Path) -> dict[str, Any]:
     settings = [trained["eval"][key] for key in ("episodes", "num_envs", "seed")]
     result: dict[str, Any] = {"ckpt": trained["ckpt"]}
     for name, agent in (("teacher", cast(Agent, one_step.teacher)), ("one_step", one_step)):
-        result[name] = (play(agent, source, *settings) if source.has_env else {}) | latency(agent)
+        policy = Policy(agent)
+        result[name] = (play(policy, source, *settings) if source.has_env else {}) | latency(policy)
     write_json(folder / "distillation.json", result)
     _print(result)
     return result

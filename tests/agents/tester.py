@@ -3,10 +3,25 @@ what the report shows is there."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
-from deflow.agents.base import Agent
-from deflow.types import Batch
+import torch
+from torch import nn
+
+from deflow.agents.base import Agent, Loss
+from deflow.types import Batch, Spec
+
+
+class Acting(Agent):
+    """Of an agent only what acts: a test writes `act`."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec, {"part": nn.Linear(1, 1)}, partial(torch.optim.Adam, lr=1e-3), seed=0)
+
+    def losses(self, batch: Batch, noise: Any) -> Iterator[Loss]:
+        yield from ()
 
 
 def random_batch(agent: Agent, size: int = 16, seed: int = 0) -> Batch:
@@ -54,11 +69,15 @@ def check_agent(agent: Agent) -> None:
     _check_gradients(agent, set(parts))
     _check_shown(agent, {f"{part}/{name}" for part, _, metrics in losses for name in metrics})
 
-    z = torch.randn(16, agent.candidates, agent.spec.action_dim)
-    actions = agent.act(batch.observations, z)
-    assert actions.shape == (16, agent.spec.action_dim)
-    assert actions.abs().max() <= 1
-    assert torch.equal(actions, agent.act(batch.observations, z))
+    z = agent.draw_act_noise(16, torch.Generator().manual_seed(0))
+    for decide in (agent.act, agent.explore):
+        actions = decide(batch.observations, z)
+        assert actions.shape == (16, agent.spec.action_dim)
+        assert actions.abs().max() <= 1
+        assert torch.equal(actions, decide(batch.observations, z))
+    proposals, values = agent.propose(batch.observations, z), agent.action_values(batch.observations, actions)
+    assert proposals is None or proposals.shape == actions.shape
+    assert values is None or values.shape == (16,)
 
 
 def _check_shown(agent: Agent, metrics: set[str]) -> None:

@@ -58,8 +58,6 @@ class Agent(LightningModule, ABC):
         UserError: if `every` names what is no part.
     """
 
-    # Candidates that `act` scores for one action; `act` is given that many noise vectors a state.
-    candidates: int = 1
     traits = Traits()
     # What the progress bar shows: name -> metric of a part, as "actor/q"; the losses unless an algorithm knows better.
     headline: Mapping[str, str] = MappingProxyType({})
@@ -99,12 +97,29 @@ class Agent(LightningModule, ABC):
 
     @abstractmethod
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        """Actions in [-1, 1], shape (batch, action_dim).
+        """The best actions that the agent knows, in [-1, 1], shape (batch, action_dim); called by `Policy`.
 
         Args:
             observations: shape (batch, observation_dim).
-            z: standard normal noise, shape (batch, candidates, action_dim).
+            z: standard normal noise, shape (batch, *act_noise_shape).
         """
+
+    def explore(self, observations: Tensor, z: Tensor) -> Tensor:
+        """As `act`, but the actions from which to learn in the environment; the same ones, unless it needs others."""
+        return self.act(observations, z)
+
+    @property
+    def act_noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that one decision in one state takes: one vector, unless it needs more."""
+        return (self.spec.action_dim,)
+
+    def propose(self, observations: Tensor, z: Tensor) -> Tensor | None:
+        """What `act` improves on, from the same arguments and of the same shape; None if there is no such thing."""
+        return None
+
+    def action_values(self, observations: Tensor, actions: Tensor) -> Tensor | None:
+        """How good actions are, shape (batch,), higher is better; None for an agent without values."""
+        return None
 
     def panels(self) -> Sequence[Panel]:
         """What `report.png` shows of the training beside success: the losses, unless an algorithm knows better."""
@@ -279,6 +294,10 @@ class Agent(LightningModule, ABC):
     def noise(self, batch: Batch, *names: int | str) -> Any:
         """The random numbers that belong to the agent's seed and `names`."""
         return self.draw_noise(batch, torch_generator(self.device, self._seed, *names))
+
+    def draw_act_noise(self, states: int, generator: torch.Generator) -> Tensor:
+        """The noise of a decision in so many states, shape (states, *act_noise_shape), on the agent's device."""
+        return torch.randn((states, *self.act_noise_shape), generator=generator, device=self.device)
 
     def parameters_of(self, part: str) -> list[Tensor]:
         """What the optimizer steps for a part."""
