@@ -119,7 +119,12 @@ def test_numbers_of_any_type(observation: Any) -> None:
 
 
 def test_images_stay_images() -> None:
-    policy = Policy(Noise(Spec(12, 2, image=(1, 2, 2, 3))))
+    class Looking(Noise):
+        def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            assert observations.dtype == torch.uint8
+            return super().act(observations, z)
+
+    policy = Policy(Looking(Spec(12, 2, image=(1, 2, 2, 3))))
     image = np.full((1, 2, 2, 3), 255, np.uint8)
     image.flags.writeable = False
     assert (policy.act(image) > 0.99).all()

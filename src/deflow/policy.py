@@ -114,7 +114,7 @@ class Policy:
         shape = self.spec.observation_shape
         try:
             found = np.asarray(observation)
-        except ValueError as error:  # a list of several lengths
+        except (ValueError, TypeError, RuntimeError) as error:  # such as rows of several lengths, or a GPU's tensor
             raise UserError(f"an observation is an array of shape {shape}: {error}") from error
         is_single = found.shape == shape
         if not is_single and (found.shape[1:] != shape or len(found) == 0):
