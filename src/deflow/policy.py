@@ -106,7 +106,7 @@ class Policy:
             z: standard normal noise, shape (batch, *act_noise_shape).
         """
         decide = self.agent.explore if self._explore else self.agent.act
-        with evaluating(self.agent):
+        with evaluation_mode(self.agent):
             return decide(observations, z)
 
     def _rows(self, observation: Any) -> tuple[np.ndarray, bool]:
@@ -139,7 +139,7 @@ class Policy:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and each part's own mode again afterwards; free where it is in that mode already."""
     training = [part for part in module.modules() if part.training] if module.training else []
     for part in training:

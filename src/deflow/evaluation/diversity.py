@@ -17,7 +17,7 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.data.memory.transitions import Transitions
 from deflow.files import replacing
-from deflow.policy import Policy, evaluating
+from deflow.policy import Policy, evaluation_mode
 from deflow.seeding import fold_seed, torch_generator
 from deflow.types import Lookahead
 
@@ -77,7 +77,7 @@ def policy_samples(policy: Policy, states: Tensor, samples: int, seed: int) -> d
     """
     agent, drawn = policy.agent, []
     generator = torch_generator(agent.device, seed, "diversity")
-    with evaluating(agent):
+    with evaluation_mode(agent):
         for some in states.to(agent.device).split(256):
             z = agent.draw_act_noise(len(some) * samples, generator)
             observations = some.repeat_interleave(samples, dim=0)
@@ -212,6 +212,6 @@ def _values_on_grid(
     actions = np.tile(centre, (len(side) ** 2, 1)).astype(np.float32)
     actions[:, dimensions] = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     states = state.expand(len(actions), -1).to(agent.device)
-    with evaluating(agent):
+    with evaluation_mode(agent):
         values = agent.action_values(states, torch.from_numpy(actions).to(agent.device))
     return None if values is None else values.float().cpu().numpy().reshape(len(side), len(side))

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from deflow.policy import Policy, evaluating
+from deflow.policy import Policy, evaluation_mode
 
 WARM_UP, CALLS = 20, 200
 
@@ -19,7 +19,7 @@ def latency(policy: Policy) -> dict[str, float]:
     generator = np.random.default_rng(0)
     milliseconds = []
     shape = (1, *policy.spec.observation_shape)
-    with evaluating(policy.agent):
+    with evaluation_mode(policy.agent):
         for _ in range(WARM_UP + CALLS):
             if policy.spec.image is None:
                 observation: np.ndarray = generator.standard_normal(shape, dtype=np.float32)

@@ -18,7 +18,7 @@ from deflow.cores import usable_cores
 from deflow.envs.ogbench import seeded_reset
 from deflow.errors import UserError
 from deflow.files import replacing
-from deflow.policy import Policy, evaluating
+from deflow.policy import Policy, evaluation_mode
 from deflow.seeding import fold_seed
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Evaluator:
     def run(self, policy: Policy) -> list[Episode]:
         """All episodes in order of their index, on every rank."""
         mine = range(distributed.rank(), self.episodes, distributed.world_size())
-        with evaluating(policy.agent):
+        with evaluation_mode(policy.agent):
             played = self._play(policy, mine)
         everyone = [episode for episodes in distributed.gather_objects(played) for episode in episodes]
         return sorted(everyone, key=lambda episode: episode.index)
