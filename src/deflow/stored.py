@@ -48,7 +48,9 @@ def load_config(path: Path) -> DictConfig:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"cannot read {path}: it is damaged, or no run's configuration") from error
-    return OmegaConf.create(checked(content, path))
+    config = checked(content, path)
+    config.pop("alpha_by_dataset", None)  # of older runs with FQL: their alpha stands in agent.actor, too
+    return OmegaConf.create(config)
 
 
 def checked(config: Any, file: Path) -> dict[str, Any]:
