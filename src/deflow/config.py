@@ -29,6 +29,7 @@ import deflow.tables  # noqa: F401 (registers them with Hydra)
 from deflow.cores import set_threads, spin_briefly, usable_cores
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
+from deflow.help import help_text
 from deflow.imports import quick_imports
 from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
 from deflow.settings import check_settings, unknown_setting
@@ -79,7 +80,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
             os.environ[PARENT] = str(os.getpid())  # for the processes that this one may start
             with _errors_in_one_line(config_name, sweep), listening():
                 sys.argv[1:] = [_readable(argument) for argument in sys.argv[1:]]
-                composed()
+                if {"--help", "-h"} & {*sys.argv}:
+                    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+                    print(help_text(Path(CONFIG_DIR), config_name, overrides))
+                else:
+                    composed()
 
         return command
 
