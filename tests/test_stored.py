@@ -13,7 +13,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from deflow.config import choices, plain
+from deflow.config import check, choices, plain
 from deflow.errors import UserError
 from deflow.run_folder import CONFIG_FILE
 from deflow.stored import checked, load_config
@@ -66,6 +66,12 @@ def test_every_configuration_of_the_project_passes(choice: str) -> None:
     given = [MISSING[choice.partition("=")[2]]] if choice.partition("=")[2] in MISSING else []
     config = plain(compose_config(choice, *given))
     assert checked(config, Path("config.yaml")) == config
+
+
+def test_a_run_from_before_the_tables_goes_on(sound: dict[str, Any], tmp_path: Path) -> None:
+    older = {**sound, "alpha_by_dataset": {"pen-human-v1": 10000}, "task": {"dataset": "navigate", "discount": 0.99}}
+    OmegaConf.save(OmegaConf.create(older), tmp_path / "config.yaml")
+    check(load_config(tmp_path / "config.yaml"))
 
 
 TARGETS = [
