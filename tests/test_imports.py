@@ -62,9 +62,7 @@ def test_the_packages_names_are_there_and_cost_nothing_until_they_are_used() -> 
         deflow.laod  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "file", ["report.py", "finishing.py", "training.py", "preparation.py", "evaluation/diversity.py"]
-)
+@pytest.mark.parametrize("file", ["report.py", "finishing.py", "training.py", "evaluation/diversity.py"])
 def test_no_room_knows_the_parts_of_an_agent(file: str) -> None:
     source = (Path(deflow.__file__).parent / file).read_text()
     assert not re.search(r"behavior_flow|refiner|\bcritic\b|\bactor\b|hasattr\(", source)
