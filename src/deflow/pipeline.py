@@ -117,13 +117,13 @@ class Run:
         return {"config": plain(self.config), "seconds": self.seconds} | of_task
 
 
-def train(config: DictConfig, folder: Path, script: str = "train.py") -> dict[str, Any]:
+def train(config: DictConfig, folder: Path, again: str = "python train.py resume={}") -> dict[str, Any]:
     """Train every stage that is not done yet, evaluate, and leave the report in `folder`.
 
     Args:
         config: of the run; with `resume`, that in `folder` is taken instead.
         folder: of the run.
-        script: by which the run would go on if it is stopped.
+        again: by what the run would go on if it is stopped, with {} for the folder.
 
     Returns:
         What `summary.json` holds.
@@ -149,7 +149,7 @@ def train(config: DictConfig, folder: Path, script: str = "train.py") -> dict[st
             nothing_done = not resume and (run is None or run.first_update_at is None)
             if nothing_done:
                 held.discard()
-            go_on = f"go on by python {script} resume={folder}"
+            go_on = f"go on by {again.format(folder)}"
             if isinstance(error, Stopped):
                 error.advice = "before the first update" if nothing_done else go_on
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
