@@ -38,6 +38,7 @@ from deflow.cores import set_threads
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.memory.proposals import ProposalCache
 from deflow.data.sources.source import Source
+from deflow.description import describe
 from deflow.distributed import is_main_process
 from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation import video
@@ -201,9 +202,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if tracker is not None and not isinstance(tracker, Tracker):  # a logger of the user's own
         tracker = Tracker(tracker)
     loggers = [metrics] if tracker is None else [metrics, tracker]
-    if not resume:
-        for logger in loggers:
-            logger.log_hyperparams(plain(config))
+    if not resume and tracker is not None:
+        tracker.describe(describe(config, source.task, source.provenance(), folder))
     episodes = load_episodes(folder / EPISODES_FILE) if resume else []
     return Run(
         *(folder, config, resume, agents, agent, data, evaluator, loggers, metrics),
@@ -397,12 +397,16 @@ def finish(run: Run) -> dict[str, Any]:
     with TemporaryDirectory() as elsewhere:
         report.write_json(Path(elsewhere, SUMMARY_FILE), summary)
         for tracker in run.trackers:
-            for path in (run.folder / CONFIG_FILE, Path(elsewhere, SUMMARY_FILE), *run.folder.glob("*.png")):
+            for path in (run.folder / CONFIG_FILE, Path(elsewhere, SUMMARY_FILE), *_pictures(run.folder)):
                 tracker.log_artifact(path)
             tracker.flush()
     report.print_table(summary, run.folder)
     report.write_json(run.folder / SUMMARY_FILE, summary)  # with it the run is finished
     return summary
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return [path for pattern in ("*.png", "*.mp4") for path in sorted(folder.glob(pattern))]
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
