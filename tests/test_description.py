@@ -20,14 +20,14 @@ def described(*overrides: str, task: str = TASK) -> Description:
 @pytest.mark.parametrize(
     ("overrides", "task", "name"),
     [
-        (("experiment=cube_single",), TASK, "deflow cube-single-play seed 0"),
-        (("agent=cal_ql", "seed=3", "seeds=2"), TASK, "cal_ql cube-single-play seeds 3 to 4"),
-        ((), "cube-single-play-singletask-task3-v0", "deflow cube-single-play-task3 seed 0"),
-        ((), "pen-human-v1", "deflow pen-human-v1 seed 0"),
-        (("agent._target_=mylab.agents.Mine",), TASK, "Mine cube-single-play seed 0"),
+        (("experiment=cube_single",), TASK, "deflow seed 0 cube-single-play"),
+        (("agent=cal_ql", "seed=3", "seeds=2"), TASK, "cal_ql seeds 3 to 4 cube-single-play"),
+        ((), "cube-single-play-singletask-task3-v0", "deflow seed 0 cube-single-play-task3"),
+        ((), "pen-human-v1", "deflow seed 0 pen-human-v1"),
+        (("agent._target_=mylab.agents.Mine",), TASK, "Mine seed 0 cube-single-play"),
     ],
 )
-def test_the_name_says_agent_task_and_seed(overrides: tuple[str, ...], task: str, name: str) -> None:
+def test_the_name_says_agent_seed_and_task(overrides: tuple[str, ...], task: str, name: str) -> None:
     assert described(*overrides, task=task).name == name
 
 

@@ -96,7 +96,7 @@ def test_metrics_reach_a_server(server: str, point_data: Path, tmp_path: Path) -
     assert [(point.step, pytest.approx(point.value)) for point in history] == csv
     assert [step for step, _ in csv] == [8, 10, 12]  # one axis over both stages
     assert run.data.metrics["eval/success"] == summary["eval/success"]["last"]
-    assert run.info.run_name == "deflow pointmaze-medium-navigate seed 0"
+    assert run.info.run_name == "deflow seed 0 pointmaze-medium-navigate"
     assert run.data.params["agent.trust_region"] == "0.01"
     assert run.data.tags.items() >= {"agent": "deflow", "stages": "behavior, extraction", "folder": str(folder)}.items()
     assert not any(name.endswith(("_low", "_high")) for name in run.data.metrics)  # no charts of their own
@@ -123,7 +123,7 @@ def test_each_of_several_seeds_has_a_run_inside(point_data: Path, database: Path
     whole, *of_seeds = resumed = runs_of_seeds(uri)
     assert [run.info.run_id for run in resumed] == [run.info.run_id for run in first]
     assert [run.info.run_name for run in resumed] == [
-        f"deflow pointmaze-medium-navigate {seeds}" for seeds in ("seeds 4 to 5", "seed 4", "seed 5")
+        f"deflow {seeds} pointmaze-medium-navigate" for seeds in ("seeds 4 to 5", "seed 4", "seed 5")
     ]
     assert [run.data.params["seed"] for run in of_seeds] == ["4", "5"]
     assert all(run.data.tags["mlflow.parentRunId"] == whole.info.run_id for run in of_seeds)

@@ -25,7 +25,8 @@ class Description:
     """Of one run.
 
     Args:
-        name: agent, task and seed, as in "deflow cube-single-play seed 0".
+        name: agent, seed and task, as in "deflow seed 0 cube-single-play". The task comes last because columns and
+            legends cut off what is long, and runs that are compared are most often of one task.
         tags: agent, task, data set, whether it was generated here, stages, version, commit, and the run's folder.
         settings: dotted name -> value, see `varied`.
     """
@@ -56,7 +57,7 @@ def describe(config: DictConfig, task: str, data: dict[str, Any], folder: Path) 
     }
     commit = _commit()
     return Description(
-        name=f"{agent} {_short(task)} {_seeds(config)}",
+        name=f"{agent} {_seeds(config)} {_short(task)}",
         tags=tags | ({"commit": commit} if commit else {}),
         settings=varied(config),
     )

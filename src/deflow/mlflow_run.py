@@ -40,13 +40,13 @@ class MLflow(MLFlowLogger):
         for name, value in metrics.items():
             of_seed = re.fullmatch(r"(.+)/seed_(\d+)", name)
             if of_seed is not None:
-                self.experiment.log_metric(self._run_of(int(of_seed[2])), of_seed[1], value, step=step)
+                self._run_of(int(of_seed[2])).log_metrics({of_seed[1]: value}, step)
         super().log_metrics({name: value for name, value in metrics.items() if "/seed_" not in name}, step)
 
     def finalize(self, status: str = "success") -> None:
         super().finalize(status)
-        for run_id in self._runs_of_seeds.values():
-            self.experiment.set_terminated(run_id, "FINISHED" if status == "success" else "FAILED")
+        for run in self._runs_of_seeds.values():
+            run.finalize(status)
 
     @property
     def _id(self) -> str:
@@ -54,27 +54,32 @@ class MLflow(MLFlowLogger):
         return self.run_id
 
     @cached_property
-    def _runs_of_seeds(self) -> dict[int, str]:
-        """Seed -> id of its run, of those that there are."""
+    def _runs_of_seeds(self) -> dict[int, MLFlowLogger]:
+        """Seed -> its run, of those that there are."""
         inside = self.experiment.search_runs([self.experiment_id], f"tags.`{PARENT_TAG}` = '{self._id}'")
-        return {int(run.data.tags[SEED_TAG]): run.info.run_id for run in inside}
+        return {int(run.data.tags[SEED_TAG]): self._logger(run.info.run_id) for run in inside}
 
-    def _run_of(self, seed: int) -> str:
-        """Id of the run of one seed, made if there is none."""
+    def _run_of(self, seed: int) -> MLFlowLogger:
+        """The run of one seed, made if there is none."""
         if seed not in self._runs_of_seeds:
             self._runs_of_seeds[seed] = self._make_run(seed)
         return self._runs_of_seeds[seed]
 
-    def _make_run(self, seed: int) -> str:
+    def _make_run(self, seed: int) -> MLFlowLogger:
         """As the whole run, but for its seed."""
         whole = self.experiment.get_run(self._id)
-        name = f"{whole.info.run_name.partition(' seeds ')[0]} seed {seed}"
+        name = re.sub(r"seeds \d+ to \d+", f"seed {seed}", whole.info.run_name)
         tags = {key: value for key, value in whole.data.tags.items() if not key.startswith("mlflow.")}
         tags |= {PARENT_TAG: self._id, SEED_TAG: str(seed)}
-        run_id = self.experiment.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id
-        for key, value in (whole.data.params | {"seed": seed, "seeds": 1}).items():
-            self.experiment.log_param(run_id, key, value)
-        return run_id
+        made = self.experiment.create_run(self.experiment_id, run_name=name, tags=tags)
+        run = self._logger(made.info.run_id)
+        run.log_hyperparams(whole.data.params | {"seed": seed, "seeds": 1})
+        return run
+
+    def _logger(self, run_id: str) -> MLFlowLogger:
+        run = MLFlowLogger(tracking_uri=self._tracking_uri, run_id=run_id)
+        _ = run.experiment  # it is only finished if it has begun
+        return run
 
 
 def start_run(uri: str, experiment: str, run_dir: Path) -> MLflow:
