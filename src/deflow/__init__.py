@@ -1,4 +1,4 @@
-"""Offline reinforcement learning with flow policies: `deflow.train("antmaze", "seed=1")`."""
+"""Offline reinforcement learning with flow policies; `deflow.train("antmaze", "seed=1")` trains one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deflow.notebook import train as train
+    from deflow.notebook import train
 
-HOME = {"train": "deflow.notebook"}  # of each name: imported when it is asked for, as torch takes seconds
+__all__ = ["train"]
+
+# Where the names above are, imported when they are asked for: torch takes seconds, which not every command needs.
+_HOMES = {"train": "deflow.notebook"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOME:
+    if name not in _HOMES:
         raise AttributeError(f"module 'deflow' has no attribute '{name}'")
-    return getattr(import_module(HOME[name]), name)
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
