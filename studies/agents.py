@@ -15,7 +15,7 @@ import torch
 import yaml
 from common import LOGS, interval, runs, seeds, success_of, train_once
 
-from deflow.benchmark import random_transitions
+from deflow.benchmark import SPAN, random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
 from deflow.evaluation.latency import latency
@@ -60,7 +60,7 @@ def table(logs: Path) -> None:
 def speed_of(settings: dict[str, Any]) -> tuple[float, float]:
     """Updates/s in a bare loop and the median latency of one decision in ms, both on one thread."""
     agent = build_agent(settings, CUBE)
-    stream = BatchStream(random_transitions(agent), 256, 0, TIMED, (0, "speed"))
+    stream = BatchStream(random_transitions(agent), 256, 0, TIMED, (0, "speed"), SPAN)
     seconds = median([seconds_of_updates(agent, stream) for _ in range(ROUNDS + 1)][1:])
     return TIMED / seconds, latency(agent)["latency_ms_p50"]
 

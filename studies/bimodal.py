@@ -27,7 +27,7 @@ from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.source import compact
 from deflow.evaluation.diversity import policy_samples
 from deflow.timing import seconds_of_updates
-from deflow.types import Spec
+from deflow.types import Lookahead, Spec
 
 EPISODES, SAMPLES = 20_000, 1000
 CENTRES = np.array([[-0.6, 0.0], [0.6, 0.0]])
@@ -74,7 +74,7 @@ def train(overrides: Sequence[str], updates: int, hidden: int = 128, lr: float =
     torch.manual_seed(seed)
     agent = build_agent(config.agent, Spec(observation_dim=1, action_dim=2))
     agent.begin_stage("joint", "all", first_step=0)
-    seconds_of_updates(agent, BatchStream(transitions(), 256, 0, updates, (seed, "bimodal")))
+    seconds_of_updates(agent, BatchStream(transitions(), 256, 0, updates, (seed, "bimodal"), Lookahead(discount=0.99)))
     return agent
 
 

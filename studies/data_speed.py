@@ -23,7 +23,7 @@ from deflow.data.datamodule import BatchStream
 from deflow.data.measures.iav import intrinsic_action_variance
 from deflow.data.memory.transitions import Transitions
 from deflow.timing import seconds_of_updates
-from deflow.types import Spec
+from deflow.types import Lookahead, Spec
 
 STATES, SHARDS, ROUNDS, UPDATES = 100_000, 5, 7, 400
 
@@ -73,7 +73,7 @@ def load(path: Path) -> tuple[Transitions, DictConfig]:
 
 
 def stream(data: Transitions) -> BatchStream:
-    return BatchStream(data, 256, 0, UPDATES, (0, "speed"))
+    return BatchStream(data, 256, 0, UPDATES, (0, "speed"), Lookahead(discount=0.99))
 
 
 if __name__ == "__main__":

@@ -380,7 +380,6 @@ CASES = [
             "tau=-0.1": "tau must be",
             "+stages.joint.lr=-1": "stages.joint.lr must be",
             "agent=flow_bc task.discount=7": "task.discount must be",
-            "data.n_step=5 agent.critic.discount=0.9": "two discounts",
             "updatesz=5": "no setting 'updatesz': did you mean 'updates'",
             "agent.best_off_n=5": "did you mean 'agent.best_of_n'",
             "+nonsense=1": "no setting 'nonsense'",

@@ -29,10 +29,9 @@ from deflow.config import CONFIG_DIR
 from deflow.timing import in_turns, ratio
 from deflow.types import Batch, Spec
 
-SOLVER_STEPS, LEARNING_RATE, DISCOUNT, TAU, DELTA = 10, 3e-4, 0.99, 0.005, 0.01
+SOLVER_STEPS, LEARNING_RATE, TAU, DELTA = 10, 3e-4, 0.005, 0.01
 SETTINGS = [
     f"agent.trust_region={DELTA}",
-    f"agent.critic.discount={DISCOUNT}",
     "agent.critic.aggregate=mean",
     "precisions=[fp32,bf16]",
 ]
@@ -84,7 +83,7 @@ def losses(parameters: Tree, target: Tree, batch: dict[str, jax.Array], noise: d
     next_base_actions = propose(fixed["behavior_flow"], next_observations, noise["z_next"])
     next_actions, _ = refine(fixed["refiner"], next_observations, next_base_actions)
     bootstrap = values(target, next_observations, next_actions).mean(0)
-    target_values = batch["rewards"] + DISCOUNT * batch["masks"] * bootstrap
+    target_values = batch["rewards"] + batch["discounts"] * bootstrap
     critic_loss = jnp.square(values(parameters["critic"], observations, batch["actions"]) - target_values).mean()
 
     base_actions = propose(fixed["behavior_flow"], observations, noise["z"])
@@ -115,7 +114,7 @@ def make_update(optimizer: optax.GradientTransformation) -> Callable[..., Tree]:
 
 
 def arrays(batch: Batch) -> dict[str, jax.Array]:
-    names = ("observations", "actions", "rewards", "masks", "next_observations")
+    names = ("observations", "actions", "rewards", "discounts", "next_observations")
     return {name: jnp.asarray(getattr(batch, name).numpy()) for name in names}
 
 

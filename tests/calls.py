@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from deflow.distillation import distill
+from deflow.evaluating import evaluate
 from deflow.inspection import inspect
-from deflow.pipeline import evaluate, train
+from deflow.pipeline import train
 from tests.conftest import CKPT, compose_config, tiny_config
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deflow.benchmark import _gflop, benchmark, random_transitions
+from deflow.benchmark import SPAN, _gflop, benchmark, random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
@@ -59,7 +59,7 @@ def test_every_precision(tmp_path: Path) -> None:
 def test_the_count_of_products() -> None:
     # A forward pass, and as much again for the gradients of the weights and of the inputs, but for the first inputs.
     agent = build_agent(compose_config("agent=flow_bc", *TINY, config_name="benchmark").agent, Spec(5, 3))
-    stream = BatchStream(random_transitions(agent), 32, 0, 1, (0, "test"))
+    stream = BatchStream(random_transitions(agent), 32, 0, 1, (0, "test"), SPAN)
     layers = [9 * 16, 16 * 16, 16 * 3]
     assert _gflop(agent, stream) == pytest.approx(2 * 32 * (3 * sum(layers) - layers[0]) / 1e9)
 

@@ -37,7 +37,7 @@ PAPER = {
 def test_the_papers_settings(experiment: str) -> None:
     config = compose_config(f"experiment={experiment}")
     critic = config.agent.critic
-    assert (critic.discount, critic.aggregate, config.agent.trust_region) == PAPER[experiment]
+    assert (config.data.discount, critic.aggregate, config.agent.trust_region) == PAPER[experiment]
     assert list(config.networks.hidden) == [512] * 4
     assert (config.data.batch_size, config.agent.optimizer.lr, critic.tau) == (256, 3e-4, 0.005)
     assert (config.updates, config.eval.every, config.eval.episodes) == (1_000_000, 100_000, 50)

@@ -28,10 +28,11 @@ from deflow.nets.encoder import Impala, beside
 from deflow.online import Collector
 from deflow.pipeline import train
 from deflow.seeding import torch_generator
-from deflow.types import Batch, Spec
+from deflow.types import Batch, Lookahead, Spec
 from tests.agents.tester import check_agent, random_batch
 from tests.conftest import compose_config, tiny_config
 
+ONE_STEP = Lookahead(discount=0.9)
 SIZE, FRAMES, LENGTH = 8, 2, 5  # pixels a side; frames of an observation; transitions of a trajectory
 SPEC = Spec(FRAMES * SIZE * SIZE, 3, image=(FRAMES, SIZE, SIZE, 1))
 TINY_ENCODER = ("networks.hidden=[16,16]", "networks.encoder.stacks=[2,2]", "networks.encoder.features=8")
@@ -112,7 +113,7 @@ def test_the_papers_encoder() -> None:
 
 
 def test_frames_are_stacked_within_the_trajectory(data: Transitions) -> None:
-    batch, _ = data.batch(torch.tensor([0, 1, LENGTH + 1, LENGTH + 3]))
+    batch, _ = data.batch(torch.tensor([0, 1, LENGTH + 1, LENGTH + 3]), ONE_STEP)
     assert batch.observations.shape == (4, FRAMES, SIZE, SIZE, 1)
     assert batch.observations.dtype == torch.uint8
     first = LENGTH + 1
@@ -131,7 +132,7 @@ def test_an_environment_stacks_frames_as_the_data_do(data: Transitions) -> None:
 
 def test_a_crop_moves_s_and_its_successor_alike() -> None:
     images = torch.arange(SIZE * SIZE, dtype=torch.uint8).reshape(1, 1, SIZE, SIZE, 1).repeat(500, 2, 1, 1, 1)
-    batch = Batch(images, *(torch.zeros(500) for _ in range(3)), images + 100)
+    batch = Batch(images, *(torch.zeros(500) for _ in range(3)), images + 100, torch.zeros(500))
     cropped = maybe_crop(batch, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(cropped.observations + 100, cropped.next_observations)
     assert torch.equal(cropped.observations[:, 0], cropped.observations[:, 1])  # and all frames
@@ -145,7 +146,7 @@ def test_a_crop_moves_s_and_its_successor_alike() -> None:
 
 def test_half_of_the_batches_are_cropped_and_states_draw_nothing() -> None:
     images = torch.arange(SIZE, dtype=torch.uint8)[None, None, :, None, None].repeat(4, 1, 1, SIZE, 1)
-    batch = Batch(images, *(torch.zeros(4) for _ in range(3)), images)
+    batch = Batch(images, *(torch.zeros(4) for _ in range(3)), images, torch.zeros(4))
     generator = torch.Generator().manual_seed(0)
     same = [maybe_crop(batch, 0.5, generator) is batch for _ in range(400)]
     assert 150 < sum(same) < 250
@@ -196,9 +197,9 @@ def test_a_policy_of_images_is_played_and_timed() -> None:
 @pytest.mark.parametrize("agent", ["deflow", "cal_ql"])
 def test_the_replay_gives_images_back_and_keeps_each_frame_once(agent: str, data: Transitions, tmp_path: Path) -> None:
     policy = make_agent(agent)
-    if policy.uses_returns:
+    if policy.traits.reads_returns:
         data = data.with_returns(0.9)
-    collector = Collector(make_film, policy, 2, 1, 0.9, lambda reward: reward, seed=0)
+    collector = Collector(make_film, policy, 2, ONE_STEP, lambda reward: reward, seed=0)
     played = [collector.step() for _ in range(2 * LENGTH)]
     path = tmp_path / "new.bin"
     replay = Replay(data, data.starts, SPEC, steps=100, path=path)
@@ -209,7 +210,7 @@ def test_the_replay_gives_images_back_and_keeps_each_frame_once(agent: str, data
     assert path.with_suffix(".frames").stat().st_size == (LENGTH + 1) * SIZE * SIZE  # the episodes show the same
 
     generator = torch.Generator().manual_seed(0)
-    drawn = replay.sample(64, 1.0, generator)
+    drawn = replay.sample(64, 1.0, generator, ONE_STEP)
     assert drawn.observations.dtype == torch.uint8
     stacks = (x[:, :, 0, 0, 0].tolist() for x in (drawn.observations, drawn.next_observations))
     pairs = {(*s, *s_next) for s, s_next in zip(*stacks, strict=True)}
@@ -219,7 +220,7 @@ def test_the_replay_gives_images_back_and_keeps_each_frame_once(agent: str, data
     resumed = Replay(data, data.starts, SPEC, steps=100, path=path, added=half)
     later = Batch(*(None if column[0] is None else torch.cat(column) for column in zip(*played, strict=True)))
     resumed.add(Batch(*(None if column is None else column[half:] for column in later)))
-    drawn, again = (r.sample(64, 0.5, torch.Generator().manual_seed(1)) for r in (replay, resumed))
+    drawn, again = (r.sample(64, 0.5, torch.Generator().manual_seed(1), ONE_STEP) for r in (replay, resumed))
     for one, other in zip(drawn, again, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 

@@ -365,6 +365,6 @@ def test_tensorboard_has_the_pictures(point_data: Path, tmp_path: Path) -> None:
 
     train(tiny_config(point_data, "experiment=pointmaze", "logger=tensorboard"), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
-    assert events["images"] == ["actions", "report"]
+    assert events["images"] == ["report", "actions"]
     assert "eval/success" in events["scalars"]
     assert not any(name.endswith(("_low", "_high")) for name in events["scalars"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from deflow.agents.base import Traits
 from deflow.checkpoints import load_checkpoint
 from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import Transitions
@@ -18,7 +19,7 @@ from deflow.errors import UserError
 from deflow.loggers import read_metrics
 from deflow.online import Collector
 from deflow.pipeline import train
-from deflow.types import Batch, Spec
+from deflow.types import Batch, Lookahead, Spec
 from tests.conftest import tiny_config
 from tests.test_pipeline import assert_equal_weights, weights
 
@@ -49,18 +50,20 @@ class Policy:
 
     candidates, device = 1, torch.device("cpu")
 
-    def __init__(self, horizon: int = 1, uses_returns: bool = False) -> None:
+    def __init__(self, horizon: int = 1, reads_returns: bool = False) -> None:
         self.spec = Spec(1, horizon, horizon)
-        self.uses_returns = uses_returns
+        self.traits = Traits(reads_returns=reads_returns)
 
     def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return observations.repeat(1, self.spec.horizon) / 10
 
 
 def collect(steps: int, horizon: int = 1, num_envs: int = 1, rounds: int = 2 * LENGTH) -> Batch:
-    collector = Collector(Corridor, Policy(horizon), num_envs, steps, 0.9, lambda reward: reward - 1, seed=0)
+    collector = Collector(
+        Corridor, Policy(horizon), num_envs, Lookahead(0.9, steps, horizon), lambda reward: reward - 1, seed=0
+    )
     batches = [collector.step() for _ in range(rounds)]
-    return Batch(*(torch.cat(column) for column in list(zip(*batches, strict=True))[:5]))
+    return Batch(*(torch.cat(column) for column in list(zip(*batches, strict=True))[:6]))
 
 
 def test_time_limits_leave_the_mask_and_goals_do_not() -> None:
@@ -68,8 +71,16 @@ def test_time_limits_leave_the_mask_and_goals_do_not() -> None:
     assert batch.observations[:, 0].tolist() == [*range(LENGTH), *range(GOAL)]
     assert batch.next_observations[:, 0].tolist() == [*range(1, LENGTH + 1), *range(1, GOAL + 1)]
     assert batch.rewards.tolist() == [*range(LENGTH), *range(GOAL)]  # as the data call them
-    assert batch.masks.tolist() == [1.0] * (LENGTH + GOAL - 1) + [0.0]
+    assert batch.discounts.tolist() == pytest.approx([0.9] * (LENGTH + GOAL - 1) + [0.0])
     assert torch.allclose(batch.actions, batch.observations / 10)
+
+
+def test_next_actions_are_those_decided_there_and_at_the_end_the_last_again() -> None:
+    batch = collect(steps=1, rounds=LENGTH + GOAL)
+    decided = [*range(1, LENGTH), LENGTH - 1, *range(1, GOAL), GOAL - 1]
+    assert batch.next_actions[:, 0].tolist() == pytest.approx([step / 10 for step in decided])
+    chunks = collect(steps=3, horizon=3, rounds=LENGTH + GOAL)  # begun at 0 and 3, then cut; at 0 and 3, where it ends
+    assert chunks.next_actions[:, 0].tolist() == pytest.approx([0.3, 0.6, 0.3, 0.3])
 
 
 @pytest.mark.parametrize("n_step", [2, 3, 20])
@@ -84,11 +95,11 @@ def test_n_step_returns_are_those_of_the_data(n_step: int) -> None:
         "valids": np.array([1.0] * LENGTH + [0.0] + [1.0] * GOAL + [0.0]),
     }
     data = Transitions.from_compact(arrays, "test")
-    expected, _ = data.batch(data.starts, n_step, 0.9)
+    expected, _ = data.batch(data.starts, Lookahead(0.9, n_step))
     batch = collect(steps=n_step, rounds=LENGTH + GOAL)
 
     def rows(b: Batch) -> list[tuple[float, ...]]:  # sorted: they end in another order than they begin
-        columns = b.observations[:, 0], b.next_observations[:, 0], b.rewards, b.masks
+        columns = b.observations[:, 0], b.next_observations[:, 0], b.rewards, b.discounts
         return sorted(zip(*(column.tolist() for column in columns), strict=True))
 
     assert np.allclose(rows(batch), rows(expected))
@@ -100,17 +111,17 @@ def test_chunks() -> None:
     assert batch.observations[:, 0].tolist() == [0, 3, 0, 3]
     assert batch.next_observations[:, 0].tolist() == [3, 6, 3, 4]
     assert batch.actions.shape == (4, 3)
-    assert batch.masks.tolist() == pytest.approx([0.81, 0.81, 0.81, 0.0])
+    assert batch.discounts.tolist() == pytest.approx([0.729, 0.729, 0.729, 0.0])
     assert batch.rewards.tolist() == pytest.approx([0 + 0.9 + 2 * 0.81, 3 + 4 * 0.9 + 5 * 0.81, 2.52, 3.0])
 
 
 def test_environments_side_by_side() -> None:
     batch = collect(steps=1, num_envs=3, rounds=4)
-    assert batch.observations[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert batch.observations[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # the newest wait for their next action
 
 
 def test_returns_are_those_of_the_data() -> None:
-    collector = Collector(Corridor, Policy(uses_returns=True), 1, 1, 0.9, lambda reward: reward - 1, seed=0)
+    collector = Collector(Corridor, Policy(reads_returns=True), 1, Lookahead(0.9), lambda reward: reward - 1, seed=0)
     batches = [collector.step() for _ in range(LENGTH + GOAL + 2)]
     # An episode is given when it is over; what was cut by the time limit goes on with its last reward.
     sizes = [len(batch.rewards) for batch in batches]
@@ -187,10 +198,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 @pytest.mark.parametrize(
     ("at", "transitions", "overrides"),
     [
-        (2, 30, ()),  # before the stage has a checkpoint of its own
-        (27, 30, ()),  # after an episode of 20 steps has ended
-        (27, 26, ("data.n_step=3", "stages.online.environment.num_envs=2")),  # two in each are under way at the end
-        (15, 30, ("agent.horizon=1", "agent.best_of_n=2")),  # in the middle of the first episode
+        (2, 29, ()),  # before the stage has a checkpoint of its own
+        (27, 29, ()),  # after an episode of 20 steps has ended
+        (27, 24, ("data.n_step=3", "stages.online.environment.num_envs=2")),  # three in each are under way at the end
+        (15, 29, ("agent.horizon=1", "agent.best_of_n=2")),  # in the middle of the first episode
         (27, 9, ("agent.horizon=3",)),  # six whole chunks in 20 steps, three in 10
         (27, 20, ("agent=cal_ql", "agent.samples=2")),  # those of the episode that is over
     ],
@@ -213,7 +224,7 @@ def test_resume_is_bit_for_bit(
     assert_equal_weights(*(weights(folder, "1_online") for folder in (whole, tmp_path)))
     logs = [(folder / "replay" / "online_0.bin").read_bytes() for folder in (whole, tmp_path)]
     assert logs[0] == logs[1]
-    numbers = 2 * 2 + 2 * (3 if "agent.horizon=3" in overrides else 1) + 2 + ("agent=cal_ql" in overrides)
+    numbers = 2 * 2 + 2 * 2 * (3 if "agent.horizon=3" in overrides else 1) + 2 + ("agent=cal_ql" in overrides)
     assert len(logs[0]) == transitions * numbers * 4
     rows = [(folder / "metrics.csv").read_text() for folder in (whole, tmp_path)]
     assert rows[0] == rows[1]

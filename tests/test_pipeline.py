@@ -11,9 +11,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from deflow import pipeline, precision
+from deflow import precision
+from deflow.agents.base import Agent
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.errors import NonFiniteLossError, UserError
+from deflow.evaluating import evaluate
 from deflow.loggers import read_metrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.pipeline import train
@@ -73,11 +75,11 @@ def test_what_a_run_leaves(stages: str, point_data: Path, tmp_path: Path) -> Non
 def test_a_trust_region_from_the_data(per_dimension: bool, point_data: Path, tmp_path: Path) -> None:
     overrides = ("agent.trust_region=auto", "iav.factor=0.5", f"iav.per_dimension={per_dimension}")
     summary = run(tmp_path, point_data, *overrides)
-    delta, iav = summary["trust_region"]["delta"], summary["trust_region"]["iav"]
+    delta, iav = summary["trust_region"], summary["iav"]
     expected = [0.5 * v for v in iav["per_dimension"]] if per_dimension else 0.5 * iav["mean"]
     assert delta == pytest.approx(expected)
-    card = load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "final.ckpt")["deflow"]
-    assert card["config"]["agent"]["trust_region"] == delta
+    trained = load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "final.ckpt")["deflow"]
+    assert trained["config"]["agent"]["trust_region"] == delta
     resumed = train(tiny_config(point_data, "experiment=pointmaze", f"resume={tmp_path}"), tmp_path)
     assert resumed["trust_region"] == summary["trust_region"]
 
@@ -128,7 +130,7 @@ def test_resume_is_bit_for_bit(
     decay = ("stages.behavior.cosine_decay=true",) if stages == "staged" else ()
     whole = finished_run(f"stages={stages}", f"seeds={seeds}", *decay)
     updates = 0
-    training_step = pipeline.Agent.training_step
+    training_step = Agent.training_step
 
     def dies(agent, batch, batch_idx):
         nonlocal updates
@@ -138,7 +140,7 @@ def test_resume_is_bit_for_bit(
         return training_step(agent, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Agent, "training_step", dies)
+        patch.setattr(Agent, "training_step", dies)
         with pytest.raises(Killed):
             run(tmp_path / "killed", point_data, f"stages={stages}", f"seeds={seeds}", *decay)
     resumed = compose_config(f"resume={tmp_path / 'killed'}")
@@ -157,7 +159,7 @@ def test_a_finished_run_is_not_repeated(
 ) -> None:
     folder = shutil.copytree(finished_run(), tmp_path / "run")
     summary = json.loads((folder / "summary.json").read_text())
-    monkeypatch.setattr(pipeline.Agent, "training_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Agent, "training_step", lambda *_: pytest.fail("trained again"))
     again = train(compose_config(f"resume={folder}"), folder)
     assert again["eval/success"] == summary["eval/success"]
     assert again["updates_per_second"] == summary["updates_per_second"]
@@ -235,8 +237,8 @@ def test_the_faster_precision_is_taken_and_kept(
     with caplog.at_level("INFO"):
         run(tmp_path, point_data, "trainer.precision=auto")
     assert "precision bf16-mixed: an update in bf16-mixed is 2.00 times as fast" in caplog.text
-    card = load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "final.ckpt")["deflow"]
-    assert card["config"]["trainer"]["precision"] == "bf16-mixed"
+    trained = load_checkpoint(tmp_path / "checkpoints" / "0_joint" / "final.ckpt")["deflow"]
+    assert trained["config"]["trainer"]["precision"] == "bf16-mixed"
     assert OmegaConf.load(tmp_path / "config.yaml").trainer.precision == "bf16-mixed"
 
 
@@ -294,14 +296,12 @@ def test_weights_of_another_run(finished_run: Callable[..., Path], point_data: P
 def test_evaluate_a_checkpoint(finished_run: Callable[..., Path], tmp_path: Path) -> None:
     final = Path(shutil.copy(finished_run() / "checkpoints" / "0_joint" / "final.ckpt", tmp_path))
     config = compose_config(f"ckpt={final}", "episodes=3", "best_of_n=4", "refine_steps=2", config_name="evaluate")
-    result = pipeline.evaluate(config)
+    result = evaluate(config)
     assert (result["episodes"], result["best_of_n"], result["refine_steps"]) == (3, 4, 2)
     assert json.loads(final.with_name("evaluation.json").read_text()) == result
-    assert pipeline.evaluate(
-        compose_config(f"ckpt={final}", "episodes=1", "task=pointmaze_medium", config_name="evaluate")
-    )
+    assert evaluate(compose_config(f"ckpt={final}", "episodes=1", "task=pointmaze_medium", config_name="evaluate"))
     with pytest.raises(UserError, match=r"is a checkpoint of pointmaze-medium navigate, not of scene play"):
-        pipeline.evaluate(compose_config(f"ckpt={final}", "task=scene", config_name="evaluate"))
+        evaluate(compose_config(f"ckpt={final}", "task=scene", config_name="evaluate"))
     config.ckpt = str(tmp_path / "none.ckpt")
     with pytest.raises(UserError, match="no checkpoint"):
-        pipeline.evaluate(config)
+        evaluate(config)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deflow import pipeline, signals
+from deflow import pipeline, report, signals
 from deflow.agents.base import Agent
 from deflow.callbacks import AtomicCheckpointIO
 from deflow.checkpoints import load_checkpoint
@@ -222,7 +222,7 @@ def test_a_report_that_a_kill_cut_off_has_the_paths(
     with pytest.raises(Killed):
         cut(kill, "report", 1, tmp_path, point_data)
     drawn: list[Any] = []
-    monkeypatch.setattr(pipeline.report, "draw", lambda rows, episodes, *_: drawn.extend(episodes))
+    monkeypatch.setattr(report, "draw", lambda rows, episodes, *_: drawn.extend(episodes))
     train(compose_config(f"resume={tmp_path}"), tmp_path)
     assert [(episode.index, [list(point) for point in episode.path]) for episode in drawn] == [
         (episode["index"], episode["path"]) for episode in expected

@@ -45,15 +45,16 @@ from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import Collector, OnlineStream
-from deflow.pipeline import LIGHTNING_WARNINGS
 from deflow.report import write_json
 from deflow.seeding import torch_generator
 from deflow.timing import bfloat16_gain, in_turns, product_seconds, ratio, seconds_of_updates
-from deflow.types import Spec
+from deflow.training import LIGHTNING_WARNINGS
+from deflow.types import Lookahead, Spec
 
 log = logging.getLogger(__name__)
 
 ROWS, PROPOSALS = 100_000, 8
+SPAN = Lookahead(discount=0.99)
 PROFILED_UPDATES, PROFILED_ROWS = 20, 20
 # How float32 products are computed, and whether layers are in bfloat16 altogether.
 PRECISIONS = {"fp32": ("highest", False), "medium": ("medium", False), "bf16": ("highest", True)}
@@ -167,23 +168,21 @@ def stage_loops(config: DictConfig, agent: Agent, stages: Stages) -> dict[tuple[
 def stages_of(config: DictConfig, agent: Agent) -> Stages:
     """What `begin_stage` gets and the batches, of every stage in which the agent can train."""
     transitions = random_transitions(agent)
-    plain_stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
+    drawn = transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), SPAN
     cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half())
-    cached_stream = BatchStream(
-        transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), proposals=cache
-    )
+    plain_stream, cached_stream = BatchStream(*drawn), BatchStream(*drawn, proposals=cache)
     stages: Stages = {"joint": ({"train": "all"}, plain_stream)}
-    if not agent.trains_jointly and len(agent.parts) > 1:
+    if not agent.traits.trains_jointly and len(agent.parts) > 1:
         frozen = {"train": "all", "freeze": ("behavior_flow",)}
         stages |= {"behavior": ({"train": ("behavior_flow",)}, plain_stream), "extraction": (frozen, plain_stream)}
-        if agent.uses_cached_proposals:
+        if agent.cached_flow is not None:
             stages["extraction_cached"] = (frozen, cached_stream)
     return stages
 
 
 def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
     """The joint update in a bare loop and under Lightning's Trainer: same batches, noise, losses and steps."""
-    stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "bare"))
+    stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "bare"), SPAN)
     loops = {
         "bare": lambda: seconds_of_updates(agent, stream),
         "lightning": lambda: lightning_seconds(agent, stream, config.log_every),
@@ -201,7 +200,7 @@ def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
     agents = {kind: make_agent(config, config.agents[0], spec) for kind in ("eager", "compiled")}
     agents["compiled"].compile_losses()
     transitions = random_transitions(agents["eager"])
-    stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"))
+    stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), SPAN)
     result: dict[str, Any] = {}
     for precision in config.precisions:
         with _precision(precision) as context:
@@ -219,7 +218,9 @@ def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
     agents = [make_agent(config, config.agents[0], spec) for _ in range(1 + config.seeds)]
     transitions = random_transitions(agents[0])
     numbers = range(config.seeds)
-    streams = [BatchStream(transitions, config.batch_size, 0, config.updates, (seed, "benchmark")) for seed in numbers]
+    streams = [
+        BatchStream(transitions, config.batch_size, 0, config.updates, (seed, "benchmark"), SPAN) for seed in numbers
+    ]
     competitors: dict[str, tuple[Agent, BatchStream | SeedStream]] = {
         "alone": (agents[0], streams[0]),
         "together": (SeedStack(agents[1:]), SeedStream(streams)),
@@ -307,12 +308,12 @@ def online(config: DictConfig) -> dict[str, float]:
     spec = ogbench.spec_of(ogbench.make_env(name))
     agent = make_agent(config, config.agents[0], spec)
     data = random_transitions(agent)
-    collector = Collector(lambda: ogbench.make_env(name), agent, 1, 1, 0.99, lambda reward: reward, config.seed)
-    draw = (config.seed, "benchmark"), 1, 0.99, spec.horizon
+    collector = Collector(lambda: ogbench.make_env(name), agent, 1, SPAN, lambda reward: reward, config.seed)
+    draw = (config.seed, "benchmark"), SPAN
     with tempfile.TemporaryDirectory() as folder:
         ring = Path(folder) / "replay.bin"
         streams = {
-            "offline": BatchStream(data, config.batch_size, 0, config.updates, draw[0]),
+            "offline": BatchStream(data, config.batch_size, 0, config.updates, *draw),
             "online": OnlineStream(
                 collector,
                 lambda added: Replay(data, data.starts, spec, config.updates, ring, added=added),
@@ -359,7 +360,7 @@ def random_transitions(agent: Agent) -> Transitions:
     """Random numbers in place of data, with all that the agent reads of them."""
     arrays = _random_arrays(agent.spec) | {"masks": np.ones(ROWS), "valids": np.ones(ROWS)}
     data = Transitions.from_compact(arrays, "random data")
-    return data.with_returns(discount=0.99) if agent.uses_returns else data
+    return data.with_returns(SPAN.discount) if agent.traits.reads_returns else data
 
 
 def _random_arrays(spec: Spec) -> dict[str, np.ndarray]:
@@ -402,7 +403,7 @@ def _gflop(agent: Agent, stream: BatchStream) -> float:
 
 def _print_profile(config: DictConfig, agent: Agent) -> None:
     """Where the time of the joint update goes, operation by operation."""
-    stream = BatchStream(random_transitions(agent), config.batch_size, 0, PROFILED_UPDATES, (config.seed, "bare"))
+    stream = BatchStream(random_transitions(agent), config.batch_size, 0, PROFILED_UPDATES, (config.seed, "bare"), SPAN)
     for name in config.precisions:
         with _precision(name) as context:
             seconds_of_updates(agent, stream, context)

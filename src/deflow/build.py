@@ -74,6 +74,6 @@ def _decide_value_range(config: DictConfig, transitions: Transitions) -> None:
     """Set `config.agent.critic.value_range`: the extreme rewards received for ever, 0 included (the task may end)."""
     rewards = transitions.rewards[transitions.starts]
     ends = [min(float(rewards.min()), 0.0), max(float(rewards.max()), 0.0)]
-    low, high = (end / (1 - config.agent.critic.discount) for end in ends)
+    low, high = (end / (1 - config.data.discount) for end in ends)
     config.agent.critic.value_range = [low, high]
     log.info("value range of the flow critic: %.4g to %.4g", low, high)

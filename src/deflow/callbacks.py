@@ -59,8 +59,8 @@ class BetweenUpdates(Callback):
     Args:
         folder: of the stage's checkpoints.
         checkpoint_every: updates between checkpoints.
-        card: plain values that go into each checkpoint.
-        finish: what else is written before `final.ckpt`; gives what goes into it beside `card`.
+        described: gives plain values that go into each checkpoint.
+        finish: what else is written before `final.ckpt`; gives what goes into it beside them.
         clock: stands still meanwhile.
         evaluate: gives the numbers of an evaluation; None: the stage is not evaluated.
         evaluate_every: updates between evaluations.
@@ -71,7 +71,7 @@ class BetweenUpdates(Callback):
         self,
         folder: Path,
         checkpoint_every: int,
-        card: Callable[[], dict[str, Any]],
+        described: Callable[[], dict[str, Any]],
         finish: Callable[[], dict[str, Any]],
         clock: StageClock,
         evaluate: Callable[[], dict[str, float]] | None,
@@ -79,7 +79,7 @@ class BetweenUpdates(Callback):
         evaluated: Callable[[int], bool],
     ) -> None:
         self._folder, self._checkpoint_every = folder, checkpoint_every
-        self._card, self._finish, self._clock = card, finish, clock
+        self._described, self._finish, self._clock = described, finish, clock
         self._evaluate, self._evaluate_every, self._evaluated = evaluate, evaluate_every, evaluated
         self._final: dict[str, Any] = {}
         self._trainer: Trainer | None = None
@@ -118,7 +118,7 @@ class BetweenUpdates(Callback):
         self._evaluate_if_due()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["deflow"] = self._card() | self._final
+        checkpoint["deflow"] = self._described() | self._final
 
     def _evaluate_if_due(self) -> None:
         trainer = self._trainer

@@ -11,10 +11,12 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.errors import UserError
-from deflow.stored import checked
+from deflow.stored import checked, modernised
 from deflow.types import Spec
 
-# What every checkpoint holds, and of what type; see `Run.card`.
+FORMAT = 2  # of what this version writes; checkpoints that name none are of the first
+
+# What every checkpoint holds, and of what type; see `Run.described`.
 CONTENT: dict[str, type] = {
     "state_dict": dict,
     "deflow": dict,
@@ -57,17 +59,18 @@ def load_checkpoint(path: Path, more: dict[str, type] | None = None) -> dict[str
     for key, kind in (CONTENT | (more or {})).items():
         if not isinstance(_entry(checkpoint, key), kind):
             raise UserError(f"{path} is not a whole checkpoint: its entry '{key}' is missing or of another kind")
-    card = checkpoint["deflow"]
-    sizes = card["spec"][:3]
+    about = checkpoint["deflow"]
+    _check_format(about, path, to_go_on=more is not None)
+    sizes = about["spec"][:3]
     sound = {
         "state_dict": all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()),
         "optimizer_states": all(_is_optimizer_state(state) for state in checkpoint.get("optimizer_states", ())),
-        "deflow.spec": len(card["spec"]) == len(Spec._fields) and all(isinstance(size, int) for size in sizes),
+        "deflow.spec": len(about["spec"]) == len(Spec._fields) and all(isinstance(size, int) for size in sizes),
     }
     for key, is_sound in sound.items():
         if not is_sound:
             raise UserError(f"{path} is not a whole checkpoint: its entry '{key}' holds something else")
-    checked(card["config"], path)
+    about["config"] = checked(modernised(about["config"]), path)
     return checkpoint
 
 
@@ -77,10 +80,10 @@ def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
     Raises:
         UserError: if the checkpoint holds several seeds, or weights of other networks than it says.
     """
-    card = checkpoint["deflow"]
-    _refuse_several(card)
+    about = checkpoint["deflow"]
+    _refuse_several(about)
     try:
-        agent = build_agent(card["config"]["agent"] | settings, Spec.of_list(card["spec"]))
+        agent = build_agent(about["config"]["agent"] | settings, Spec.of_list(about["spec"]))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the checkpoint's settings do not make an agent: {error}") from error
     check_weights(agent, checkpoint, "the checkpoint")
@@ -131,8 +134,19 @@ def _is_optimizer_state(state: Any) -> bool:
     return named and isinstance(_entry(state, "state"), dict) and all("name" in group for group in groups)
 
 
-def _refuse_several(card: dict[str, Any]) -> None:
-    seeds = card["config"].get("seeds", 1)  # older ones hold one and do not say so
+def _check_format(about: dict[str, Any], path: Path, to_go_on: bool) -> None:
+    written = about.get("format", 1)
+    if written not in (1, FORMAT):
+        raise UserError(f"{path} was written by a newer version of deflow: update this one")
+    if written < FORMAT and to_go_on:
+        raise UserError(
+            f"{path} was written by an older version of deflow, whose run cannot go on in this one: "
+            "evaluate it, or start a new run from its weights by ckpt="
+        )
+
+
+def _refuse_several(about: dict[str, Any]) -> None:
+    seeds = about["config"].get("seeds", 1)  # older ones hold one and do not say so
     if seeds != 1:
-        first = card["config"]["seed"]
+        first = about["config"]["seed"]
         raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as seed_{first}.ckpt")

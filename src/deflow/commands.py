@@ -30,9 +30,9 @@ def train(config: DictConfig, folder: Path) -> None:
 def evaluate(config: DictConfig, folder: Path) -> None:
     """Play a checkpoint's policy again: ckpt=PATH."""
     with quick_imports():
-        from deflow import pipeline
+        from deflow import evaluating
 
-    pipeline.evaluate(config)
+    evaluating.evaluate(config)
 
 
 @entry_point("generate")

@@ -330,20 +330,14 @@ def check(config: DictConfig) -> None:
     """Check the configuration of a training run: each setting, then what relates several of them.
 
     Raises:
-        UserError: for a setting as `check_settings` says, no stages, several seeds where they cannot be stacked, two
-            discounts, a device or precision that this machine does not have, or nothing to compile with.
+        UserError: for a setting as `check_settings` says, no stages, several seeds where they cannot be stacked,
+            a device or precision that this machine does not have, or nothing to compile with.
     """
     check_settings(config, "train")
     if not config.stages:
         raise UserError("no stages: choose stages=joint or stages=staged")
     if config.seed + config.seeds > 2**32:
         raise UserError(f"seed={config.seed} with seeds={config.seeds} goes beyond {2**32 - 1}")
-    discount = OmegaConf.select(config, "agent.critic.discount")
-    if discount is not None and discount != config.data.discount:
-        raise UserError(
-            f"two discounts, agent.critic.discount={discount} and data.discount={config.data.discount}: "
-            "set task.discount, which both follow"
-        )
     _check_device(config.trainer)
     processes = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
     if config.data.batch_size % (processes * config.trainer.get("num_nodes", 1)):

@@ -16,8 +16,9 @@ from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
+from deflow.evaluating import play
 from deflow.evaluation.latency import latency
-from deflow.pipeline import play, train
+from deflow.pipeline import train
 from deflow.report import write_json
 from deflow.run_folder import CHECKPOINTS
 from deflow.trust import trust_only
@@ -45,10 +46,10 @@ def distill(config: DictConfig, folder: Path, again: str = "python distill.py re
     train(training, folder, again)
     final = load_checkpoint(folder / CHECKPOINTS / "0_distillation" / FINAL)
     one_step = agent_of(final)
-    card = final["deflow"]["config"]
-    source: Source = instantiate(card["data"]["source"])
-    settings = [card["eval"][key] for key in ("episodes", "num_envs", "seed")]
-    result: dict[str, Any] = {"ckpt": card["ckpt"]}
+    trained = final["deflow"]["config"]
+    source: Source = instantiate(trained["data"]["source"])
+    settings = [trained["eval"][key] for key in ("episodes", "num_envs", "seed")]
+    result: dict[str, Any] = {"ckpt": trained["ckpt"]}
     for name, agent in (("teacher", cast(Agent, one_step.teacher)), ("one_step", one_step)):
         result[name] = (play(agent, source, *settings) if source.has_env else {}) | latency(agent)
     write_json(folder / "distillation.json", result)

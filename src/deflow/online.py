@@ -23,26 +23,24 @@ from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Seat, decide, draw_noise, take_seat
 from deflow.seeding import fold_seed, torch_generator
-from deflow.types import Batch
+from deflow.types import Batch, Lookahead
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Window:
-    """A transition under way: the decision, and the return since."""
+    """A transition under way: the decision, the return since, and what stands at its end once it is known."""
 
     observation: np.ndarray
     action: np.ndarray
     start: int  # step of the episode
     rewards: float = 0.0
-    discount: float = 1.0  # of the next reward
+    discount: float = 1.0  # of the next reward; in the end, of the next observation's value
     steps: int = 0
+    next_observation: np.ndarray | None = None
+    next_action: np.ndarray | None = None  # what was decided there; at an episode's end the last action again
     return_to_go: float = 0.0  # of the whole episode from here on, once it is known and if it is asked for
-
-
-# A window that ended, with the mask and the next observation.
-_Ended = tuple[_Window, float, np.ndarray]
 
 
 @dataclass
@@ -51,28 +49,42 @@ class _Player:
 
     seat: Seat
     plans: list[np.ndarray] = field(default_factory=list)  # decided in this episode, each (horizon, action_dim)
-    windows: list[_Window] = field(default_factory=list)
-    ended: list[_Ended] = field(default_factory=list)
+    windows: list[_Window] = field(default_factory=list)  # that reward is still added to
+    ended: list[_Window] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
     def begin_window(self) -> None:
-        """Begin a transition with the plan that was just decided."""
+        """Begin a transition with the plan that was just decided, which is what those that ended here waited for."""
         self.plans.append(np.stack(self.seat.plan))
-        self.windows.append(_Window(self.seat.observation, np.concatenate(self.seat.plan), start=len(self.rewards)))
+        action = self.plans[-1].reshape(-1)
+        self.follow_with(action)
+        self.windows.append(_Window(self.seat.observation, action, start=len(self.rewards)))
+
+    def follow_with(self, action: np.ndarray) -> None:
+        """Let `action` be the next one of the transitions that ended and have none yet."""
+        for window in self.ended:
+            if window.next_action is None:
+                window.next_action = action
+
+    def take(self) -> list[_Window]:
+        """The transitions that are whole, which are then given."""
+        whole = [window for window in self.ended if window.next_action is not None]
+        self.ended = [window for window in self.ended if window.next_action is None]
+        return whole
 
 
 class Collector:
     """Plays the policy in environments side by side and gives finished transitions.
 
-    The policy explores by its own noise. The end of a task sets a transition's mask to 0; a time limit ends the
-    episode and leaves the mask. An agent that reads returns gets an episode's transitions when it is over.
+    The policy explores by its own noise. The end of a task sets a transition's discount to 0; a time limit ends the
+    episode and leaves the discount. A transition is given when its next action is decided, or its episode is over; to
+    an agent that reads returns always when its episode is over.
 
     Args:
         make_env: makes one environment.
         agent: the policy, as it is at each step.
         num_envs: environments, each with an episode of its own.
-        steps: of reward in a transition: those of n-step returns, or the chunk's.
-        discount: gamma, between rewards of one transition.
+        span: of each transition.
         label: what the data would call the environment's reward.
         seed: of resets and the policy's noise.
     """
@@ -82,8 +94,7 @@ class Collector:
         make_env: Callable[[], gymnasium.Env],
         agent: Agent,
         num_envs: int,
-        steps: int,
-        discount: float,
+        span: Lookahead,
         label: Callable[[float], float],
         seed: int,
     ) -> None:
@@ -91,7 +102,7 @@ class Collector:
             raise UserError(f"the online stage needs at least one environment, got num_envs={num_envs}")
         self.num_envs = num_envs
         self._envs = [make_env() for _ in range(num_envs)]
-        self._agent, self._steps, self._discount = agent, steps, discount
+        self._agent, self._span = agent, span
         self._label, self._seed = label, seed
         self._players: list[_Player] = []
         self.episodes = 0  # begun
@@ -152,42 +163,47 @@ class Collector:
     def _seat(self, env: gymnasium.Env, episode: int) -> Seat:
         return take_seat(env, fold_seed(self._seed, "online", distributed.rank()), episode)
 
-    def _step(self, player: _Player) -> list[_Ended]:
+    def _step(self, player: _Player) -> list[_Window]:
         """Step one environment; the transitions that can be given."""
-        seat = player.seat
-        seat.observation, reward, terminated, truncated, info = seat.env.step(seat.plan.popleft())
-        next_observation = seat.observation
+        seat, action = player.seat, player.seat.plan.popleft()
+        seat.observation, reward, terminated, truncated, info = seat.env.step(action)
         seat.episode.episode_return += float(reward)
         seat.episode.length += 1
         player.rewards.append(self._label(float(reward)))
         for window in player.windows:
             window.rewards += window.discount * player.rewards[-1]
-            window.discount *= self._discount
+            window.discount *= self._span.discount
             window.steps += 1
-        over = terminated or truncated
-        cut = truncated and self._agent.spec.horizon == 1
-        ends = [window for window in player.windows if window.steps == self._steps or terminated or cut]
-        player.windows = [] if over else [w for w in player.windows if w.steps < self._steps]
-        # The critic multiplies by one more gamma.
-        player.ended += [(w, 0.0 if terminated else w.discount / self._discount, next_observation) for w in ends]
-        finished = self._take(player, terminated) if over or not self._agent.uses_returns else []
-        if over:
-            seat.episode.success = float(info.get("success", 0.0))
-            self.finished.append(seat.episode)
-            player.seat, player.plans, player.rewards = self._next_seat(seat.env), [], []
-        return finished
+        self._end_windows(player, terminated, truncated)
+        if not (terminated or truncated):
+            return [] if self._agent.traits.reads_returns else player.take()
+        player.follow_with(np.tile(action, self._span.horizon))
+        if self._agent.traits.reads_returns:
+            self._add_returns(player, terminated)
+        seat.episode.success = float(info.get("success", 0.0))
+        self.finished.append(seat.episode)
+        player.seat, player.plans, player.rewards = self._next_seat(seat.env), [], []
+        return player.take()
 
-    def _take(self, player: _Player, terminated: bool) -> list[_Ended]:
-        """The transitions that ended since they were last taken, with returns if the agent reads them."""
-        ended, player.ended = player.ended, []
-        if self._agent.uses_returns and ended:
-            last = len(player.rewards) - 1
-            ends = [step == last for step in range(last + 1)]
-            masks = [0.0 if end and terminated else 1.0 for end in ends]
-            returns = returns_to_go(player.rewards, masks, ends, self._discount)
-            for window, _, _ in ended:
-                window.return_to_go = returns[window.start]
-        return ended
+    def _end_windows(self, player: _Player, terminated: bool, truncated: bool) -> None:
+        """Move the transitions that end with this step to those that ended; a chunk that is cut off is dropped."""
+        ends_all = terminated or (truncated and self._span.horizon == 1)
+        for window in player.windows:
+            if ends_all or window.steps == self._span.steps:
+                window.discount = 0.0 if terminated else window.discount
+                window.next_observation = player.seat.observation
+                player.ended.append(window)
+        under_way = [window for window in player.windows if window.next_observation is None]
+        player.windows = [] if terminated or truncated else under_way
+
+    def _add_returns(self, player: _Player, terminated: bool) -> None:
+        """The return that the episode, which is over, earned from each of its transitions on."""
+        last = len(player.rewards) - 1
+        ends = [step == last for step in range(last + 1)]
+        masks = [0.0 if end and terminated else 1.0 for end in ends]
+        returns = returns_to_go(player.rewards, masks, ends, self._span.discount)
+        for window in player.ended:
+            window.return_to_go = returns[window.start]
 
 
 def _under_way(player: _Player) -> dict[str, Any]:
@@ -200,23 +216,26 @@ def _under_way(player: _Player) -> dict[str, Any]:
     }
 
 
-def _batch(transitions: list[_Ended], agent: Agent) -> Batch:
+def _batch(windows: list[_Window], agent: Agent) -> Batch:
     spec = agent.spec
 
     def rows(values: list[Any], *shape: int, dtype: type = np.float32) -> Tensor:
         return torch.from_numpy(np.array(values, dtype).reshape(-1, *shape))
 
-    def seen(values: list[np.ndarray]) -> Tensor:
+    def seen(values: list[Any]) -> Tensor:
         return rows(values, *spec.observation_shape, dtype=np.float32 if spec.image is None else np.uint8)
 
-    windows = [window for window, _, _ in transitions]
+    def taken(values: list[Any]) -> Tensor:
+        return rows(values, spec.action_dim).clamp(-ACTION_BOUND, ACTION_BOUND)
+
     return Batch(
         seen([window.observation for window in windows]),
-        rows([window.action for window in windows], spec.action_dim).clamp(-ACTION_BOUND, ACTION_BOUND),
+        taken([window.action for window in windows]),
         rows([window.rewards for window in windows]),
-        rows([mask for _, mask, _ in transitions]),
-        seen([next_observation for _, _, next_observation in transitions]),
-        returns=rows([window.return_to_go for window in windows]) if agent.uses_returns else None,
+        rows([window.discount for window in windows]),
+        seen([window.next_observation for window in windows]),
+        taken([window.next_action for window in windows]),
+        returns=rows([window.return_to_go for window in windows]) if agent.traits.reads_returns else None,
     )
 
 
@@ -233,9 +252,7 @@ class OnlineStream(IterableDataset):
         updates_per_step: updates for each step in an environment, above 0.
         online_share: of new transitions in a batch; None draws uniformly from the ring.
         seed_parts: seed and names that tell this stream's draws from all others.
-        n_step: steps of reward in a transition.
-        discount: gamma.
-        horizon: actions of a chunk.
+        span: of each transition.
         crop_probability: of a batch of images, see `maybe_crop`.
 
     Raises:
@@ -250,9 +267,7 @@ class OnlineStream(IterableDataset):
         updates_per_step: float,
         online_share: float | None,
         seed_parts: tuple[int | str, ...],
-        n_step: int,
-        discount: float,
-        horizon: int,
+        span: Lookahead,
         crop_probability: float = 0.0,
     ) -> None:
         if updates_per_step <= 0:
@@ -263,7 +278,7 @@ class OnlineStream(IterableDataset):
         self.last = last
         self._updates_per_step, self._online_share = updates_per_step, online_share
         self._seed_parts = seed_parts
-        self._n_step, self._discount, self._horizon = n_step, discount, horizon
+        self._span = span
         self._crop_probability = crop_probability
         self._first, self._batch_size = 0, 1
         self._added, self._drawn = 0, (0, 0)  # those of the checkpoint
@@ -279,8 +294,7 @@ class OnlineStream(IterableDataset):
         stage: str,
         updates: int,
         seed: int,
-        n_step: int,
-        discount: float,
+        span: Lookahead,
         crop_probability: float,
         num_envs: int,
         updates_per_step: float,
@@ -288,16 +302,15 @@ class OnlineStream(IterableDataset):
         capacity: int | None,
     ) -> OnlineStream:
         """The stream of a stage with `updates` updates; its new transitions are written into `folder`."""
-        horizon = agent.spec.horizon
-        collector = Collector(source.make_env, agent, num_envs, n_step, discount, source.label, seed)
-        starts = data.chunk_starts(horizon)
+        collector = Collector(source.make_env, agent, num_envs, span, source.label, seed)
+        starts = data.chunk_starts(span.horizon)
 
         def make_replay(added: int) -> Replay:
             steps = stream.rounds(updates) * num_envs
             path = folder / f"{stage}_{distributed.rank()}.bin"
             return Replay(data, starts, agent.spec, steps, path, capacity, added)
 
-        draw = (seed, stage, "batch"), n_step, discount, horizon, crop_probability
+        draw = (seed, stage, "batch"), span, crop_probability
         stream = cls(collector, make_replay, updates, updates_per_step, online_share, *draw)
         return stream
 
@@ -316,8 +329,7 @@ class OnlineStream(IterableDataset):
             for _ in range(self.rounds(number) - self.rounds(number - 1)):
                 self.replay.add(self.collector.step())
             generator = torch_generator(torch.device("cpu"), *self._seed_parts, distributed.rank(), number)
-            draw = self._batch_size, self._online_share, generator
-            batch = self.replay.sample(*draw, self._n_step, self._discount, self._horizon)
+            batch = self.replay.sample(self._batch_size, self._online_share, generator, self._span)
             yield maybe_crop(batch, self._crop_probability, generator)
 
     def rounds(self, number: int) -> int:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from deflow.agents.panels import Panel
 from deflow.evaluation.rollout import Episode
 from deflow.files import replacing
 from deflow.loggers import Row
@@ -77,7 +78,7 @@ def summarise_run(
         "peak_memory_mib": _peak_memory_mib(),
         "data": data,
         **protocol,
-        "trust_region": {"delta": config["agent"].get("trust_region"), "iav": config["iav"]["result"]},
+        "iav": config["iav"]["result"],
         "versions": {name: version(name) for name in ("deflow", "torch", "lightning", "ogbench", "mujoco", "numpy")},
     }
 
@@ -168,34 +169,42 @@ def print_evaluation(result: dict[str, Any]) -> None:
     Console().print(f"one decision: {result['latency_ms_p50']:.2f} ms (99%: {result['latency_ms_p99']:.2f} ms)")
 
 
-def draw(rows: Sequence[Row], episodes: Sequence[Episode], path: Path, config: dict[str, Any], task: str) -> None:
-    """Losses, the multiplier and its constraint, values, success and, in mazes, the visited paths, in one picture."""
-    maze = any(episode.path for episode in episodes)
-    figure = Figure(figsize=(20 if maze else 15, 8), layout="constrained")
+def draw(
+    rows: Sequence[Row],
+    episodes: Sequence[Episode],
+    panels: Sequence[Panel],
+    path: Path,
+    config: dict[str, Any],
+    task: str,
+) -> None:
+    """What the agent shows of its training, success and, in mazes, the visited paths, in one picture."""
+    logged = {key for row in rows for key in row}
+    panels = [panel for panel in panels if logged & panel.curves.keys()]
+    in_maze = any(episode.path for episode in episodes)
+    pictures = len(panels) + 1 + in_maze
+    columns = -(-pictures // 2) if pictures > 3 else pictures
+    lines = -(-pictures // columns)
+    figure = Figure(figsize=(5 * columns, 4 * lines), layout="constrained")
     figure.suptitle(f"{_agent_name(config)} on {task}, {_seeds(config)}")
-    axes = figure.subplots(2, 4 if maze else 3)
-    flow = {"train/behavior_flow/loss": "train", "val/behavior_flow/loss": "validation"}
-    critic = {"train/critic/loss": "train", "val/critic/loss": "validation"}
-    value = {"train/critic/q_mean": "Q(s, a)", "train/critic/q_min": "min Q"}
-    value |= {f"train/{policy}/q": "Q(s, policy)" for policy in ("refiner", "actor")}
-    distance = {"train/refiner/trust_region/cost": "mean squared residual", "train/actor/distillation": "distillation"}
-    limit = float(np.mean(config["agent"]["trust_region"])) if "trust_region" in config["agent"] else None
-    _curves(axes[0, 0], rows, "behaviour flow loss", flow)
-    _curves(axes[0, 1], rows, "critic loss", critic, log=True)
-    _curves(axes[0, 2], rows, "value", value)
-    _curves(axes[1, 0], rows, "multiplier", {"train/refiner/trust_region/multiplier": "alpha"})
-    _curves(axes[1, 1], rows, "distance from the proposal", distance, log=True, limit=limit)
-    _success(axes[1, 2], rows)
-    switches = np.cumsum([stage["steps"] for stage in config["stages"].values()])[:-1]
-    for axis in axes[:, :3].flat:
-        for switch in switches:  # where one stage gives way to the next
-            axis.axvline(switch, color="tab:gray", linestyle=":", linewidth=1)
-        axis.set(xlabel="updates", xlim=(0, max((row["step"] for row in rows), default=1.0)))
-    if maze:
-        _paths(axes[0, 3], episodes)
-        axes[1, 3].set_axis_off()
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis, panel in zip(axes, panels, strict=False):
+        _curves(axis, rows, panel)
+    _success(axes[len(panels)], rows)
+    for axis in axes[: len(panels) + 1]:
+        _over_updates(axis, rows, config)
+    if in_maze:
+        _paths(axes[len(panels) + 1], episodes)
+    for axis in axes[pictures:]:
+        axis.set_axis_off()
     with replacing(path) as part:
         figure.savefig(part, dpi=80)
+
+
+def _over_updates(axis: Axes, rows: Sequence[Row], config: dict[str, Any]) -> None:
+    """The axis of updates, with a line where one stage gives way to the next."""
+    for switch in np.cumsum([stage["steps"] for stage in config["stages"].values()])[:-1]:
+        axis.axvline(switch, color="tab:gray", linestyle=":", linewidth=1)
+    axis.set(xlabel="updates", xlim=(0, max((row["step"] for row in rows), default=1.0)))
 
 
 def _seeds(settings: Mapping[str, Any]) -> str:
@@ -207,22 +216,17 @@ def _agent_name(config: dict[str, Any]) -> str:
     return str(config["agent"]["_target_"]).rsplit(".", 1)[-1]
 
 
-def _curves(
-    axis: Axes, rows: Sequence[Row], title: str, curves: dict[str, str], log: bool = False, limit: float | None = None
-) -> None:
-    for key, label in curves.items():
+def _curves(axis: Axes, rows: Sequence[Row], panel: Panel) -> None:
+    for key, label in panel.curves.items():
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             marker = "o" if len(points) == 1 else ""  # one point makes no line
             axis.plot(*zip(*points, strict=True), marker=marker, label=label, lw=1)
-    if limit is not None:
-        axis.axhline(limit, color="k", ls="--", lw=1, label="delta")
-    if len(axis.lines) > (limit is not None):
-        axis.set(title=title)
-        axis.legend(fontsize=8)
-        axis.set_yscale("log" if log else "linear")
-    else:
-        axis.set_axis_off()  # not every agent has all of it
+    if panel.limit is not None:
+        axis.axhline(panel.limit, color="k", ls="--", lw=1, label="limit")
+    axis.set(title=panel.title)
+    axis.legend(fontsize=8)
+    axis.set_yscale("log" if panel.log else "linear")
 
 
 def _success(axis: Axes, rows: Sequence[Row]) -> None:

@@ -22,6 +22,7 @@ METRICS_FILE = "metrics.csv"
 SUMMARY_FILE = "summary.json"  # written last: a run that has it is finished
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
+EPISODES_FILE = "episodes.json"  # of the last evaluation
 LOG_FILE = "train.log"
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder"
 

@@ -33,6 +33,16 @@ FUNCTIONS = (*LOGGERS, TRAINER, *OPTIMIZERS)  # whatever else they name
 # What builds a run: these must be there, and of these kinds.
 ROLES: dict[str, type] = {"agent": Agent, "data": OfflineDataModule, "data.source": Source, "trainer": Trainer}
 
+# What older configurations call components that have moved since.
+MOVED = {
+    "deflow.data.ogbench.OGBenchSource": "deflow.data.sources.ogbench.OGBenchSource",
+    "deflow.data.d4rl.D4RLSource": "deflow.data.sources.d4rl.D4RLSource",
+    "deflow.data.minari.MinariSource": "deflow.data.sources.minari.MinariSource",
+    "deflow.data.own.OwnSource": "deflow.data.sources.custom.CustomSource",
+}
+
+WITHOUT_DISCOUNT = ("deflow.modules.critic.Critic", "deflow.modules.flow_critic.FlowCritic")  # batches have it
+
 OF_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_"}  # the keys that are no arguments of the target
 OF_THE_BUILDER = {"horizon"}  # read by `build_agent` and not by the agent
 DEEPEST = 40  # levels; a file may hold a structure that contains itself
@@ -48,7 +58,23 @@ def load_config(path: Path) -> DictConfig:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"cannot read {path}: it is damaged, or no run's configuration") from error
-    return OmegaConf.create(checked(content, path))
+    return OmegaConf.create(checked(modernised(content), path))
+
+
+def modernised(config: Any, depth: int = 0) -> Any:
+    """A configuration as this version would have written it: components by their present names and arguments."""
+    if depth > DEEPEST:  # which `checked` refuses
+        return config
+    if isinstance(config, list):
+        return [modernised(value, depth + 1) for value in config]
+    if not isinstance(config, dict):
+        return config
+    config = {name: modernised(value, depth + 1) for name, value in config.items()}
+    if "_target_" in config:
+        config["_target_"] = MOVED.get(str(config["_target_"]), config["_target_"])
+    if config.get("_target_") in WITHOUT_DISCOUNT:
+        config.pop("discount", None)
+    return config
 
 
 def checked(config: Any, file: Path) -> dict[str, Any]:

@@ -22,8 +22,9 @@ def seconds_of_updates(agent: Agent, stream: Iterable[Batch], context: AbstractC
     started = time.perf_counter()
     for number, batch in enumerate(stream):
         with context or nullcontext():
-            terms = agent.terms(batch, agent.noise(batch, "noise", number))
-            loss = torch.stack([loss for _, loss, _ in terms]).sum()
+            agent.begin_update(number)
+            losses = agent.losses(batch, agent.noise(batch, "noise", number))
+            loss = torch.stack([loss for _, loss, _ in losses]).sum()
         optimizer.zero_grad()
         loss.backward()
         agent.on_before_optimizer_step(optimizer)

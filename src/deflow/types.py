@@ -13,20 +13,29 @@ Columns = TypeVar("Columns", bound=tuple)  # a named tuple of tensors, some of t
 
 
 class Batch(NamedTuple):
-    """Transitions `(s, a, r, m, s')`, all float32 but for images.
+    r"""Transitions `(s, a, r, d, s', a')`, all float32 but for images.
 
-    `masks` says whether to bootstrap: 0 where the task truly ended. It is not the end of a trajectory
-    (a time limit ends a trajectory without ending the task), which a one-step update never needs.
+    A target is :math:`r + d \, Q(s', \cdot)`, whatever a transition spans (see `Lookahead`). `discounts` are 0 where
+    the task truly ended. That is not the end of a trajectory: a time limit ends a trajectory without ending the task.
     """
 
     observations: Tensor  # (batch, observation_dim), or uint8 images (batch, frames, height, width, channels)
     actions: Tensor  # (batch, action_dim), in [-1, 1]; several of the environment's, if they are decided in chunks
-    rewards: Tensor  # (batch,)
-    masks: Tensor  # (batch,), 0 or 1; with several steps of reward, 0 or a power of the discount
+    rewards: Tensor  # (batch,), the discounted sum over the transition's steps
+    discounts: Tensor  # (batch,), of the value of s': gamma to the power of the steps, 0 where the task ended
     next_observations: Tensor  # as observations
+    next_actions: Tensor  # as actions: the data's at s'; the last one again where a trajectory ends and none is known
     base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s
     next_base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s'
     returns: Tensor | None = None  # (batch,): the discounted return that the data earned from s on
+
+
+class Lookahead(NamedTuple):
+    """What one transition of a batch spans, in steps of the environment."""
+
+    discount: float  # gamma, of one step
+    steps: int = 1  # of reward before the bootstrap: those of n-step returns, or the chunk's
+    horizon: int = 1  # actions decided at once; above 1 it equals `steps`
 
 
 def stack(several: Sequence[Columns]) -> Columns:

@@ -11,7 +11,8 @@ import torch
 from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.errors import UserError
-from deflow.pipeline import evaluate, train
+from deflow.evaluating import evaluate
+from deflow.pipeline import train
 from deflow.types import Spec
 from tests.agents.tester import check_agent, random_batch
 from tests.conftest import compose_config, tiny_config

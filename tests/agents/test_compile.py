@@ -17,11 +17,11 @@ from tests.conftest import compose_config
 def values_and_gradients(agent: Agent) -> list[torch.Tensor]:
     agent.zero_grad()
     batch = random_batch(agent)
-    terms = agent.terms(batch, agent.noise(batch, "test"))
-    torch.stack([loss for _, loss, _ in terms]).sum().backward()
-    metrics = [value for _, _, metrics in terms for value in metrics.values()]
+    losses = list(agent.losses(batch, agent.noise(batch, "test")))
+    torch.stack([loss for _, loss, _ in losses]).sum().backward()
+    metrics = [value for _, _, metrics in losses for value in metrics.values()]
     gradients = [parameter.grad.clone() for parameter in agent.parameters() if parameter.grad is not None]
-    return [loss.detach() for _, loss, _ in terms] + metrics + gradients
+    return [loss.detach() for _, loss, _ in losses] + metrics + gradients
 
 
 def test_compiled_losses_and_gradients_are_the_same() -> None:

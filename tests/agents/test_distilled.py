@@ -16,7 +16,7 @@ from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.distillation import distill
 from deflow.errors import UserError
-from deflow.pipeline import evaluate
+from deflow.evaluating import evaluate
 from deflow.types import Spec
 from tests.agents.tester import check_agent
 from tests.conftest import compose_config

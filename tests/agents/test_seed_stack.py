@@ -37,9 +37,10 @@ def train(agent: Agent, batches: list[Any], train: Any, freeze: tuple[str, ...])
     agent.begin_stage("test", train, first_step=0, freeze=freeze)
     optimizer = agent.configure_optimizers()
     for number, batch in enumerate(batches):
-        terms = list(agent.losses(batch, agent.noise(batch, "test", number)))
+        agent.begin_update(number)
+        losses = list(agent.losses(batch, agent.noise(batch, "test", number)))
         optimizer.zero_grad()
-        torch.stack([loss for _, loss, _ in terms]).sum().backward()
+        torch.stack([loss for _, loss, _ in losses]).sum().backward()
         agent.on_before_optimizer_step(optimizer)
         optimizer.step()
 
@@ -57,6 +58,7 @@ def train(agent: Agent, batches: list[Any], train: Any, freeze: tuple[str, ...])
         "agent=flow_bc",
         "agent=cal_ql agent.samples=2",
         "agent=rlpd",
+        "agent=rebrac",
         f"agent=deflow {IMAGES}",
     ],
 )
@@ -66,7 +68,7 @@ def test_each_seed_is_as_alone(overrides: str) -> None:
     size = 16
     batches = [[random_batch(agent, size, seed=10 * i + n) for n in range(UPDATES)] for i, agent in enumerate(alone)]
     stages: list[tuple[Any, tuple[str, ...]]] = [("all", ())]
-    if not alone[0].trains_jointly and len(alone[0].parts) > 1:
+    if not alone[0].traits.trains_jointly and len(alone[0].parts) > 1:
         stages.append(("all", alone[0].parts[:1]))
     for stage in stages:  # the second stage stacks what the first left
         for agent, own in zip(alone, batches, strict=True):

@@ -16,9 +16,10 @@ def random_batch(agent: Agent, size: int = 16, seed: int = 0) -> Batch:
     else:
         observations, next_observations = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     actions = torch.rand(size, agent.spec.action_dim, generator=generator) * 2 - 1
-    masks = (torch.arange(size) % 4 != 0).float()
+    discounts = 0.99 * (torch.arange(size) % 4 != 0)
     rewards, returns = torch.randn(2, size, generator=generator)
-    return Batch(observations, actions, rewards, masks, next_observations, returns=returns)
+    next_actions = torch.rand(size, agent.spec.action_dim, generator=generator) * 2 - 1
+    return Batch(observations, actions, rewards, discounts, next_observations, next_actions, returns=returns)
 
 
 def check_agent(agent: Agent) -> None:
@@ -30,9 +31,10 @@ def check_agent(agent: Agent) -> None:
     for part in parts:  # alone, in a stage of its own
         agent.begin_stage("test", (part,), first_step=0)
         agent.zero_grad()
-        terms = list(agent.losses(batch, noise))
-        assert [name for name, _, _ in terms] == [part]
-        _, loss, metrics = terms[0]
+        losses = list(agent.losses(batch, noise))
+        assert [name for name, _, _ in losses] == [part]
+        _, loss, metrics = losses[0]
+        assert "loss" in metrics
         assert loss.shape == ()
         assert loss.dtype == torch.float32
         assert all(value.shape == () and not value.requires_grad for value in metrics.values())

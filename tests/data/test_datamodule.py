@@ -17,7 +17,9 @@ from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
-from deflow.types import Spec
+from deflow.types import Lookahead, Spec
+
+ONE_STEP = Lookahead(discount=0.9)
 
 
 @pytest.fixture
@@ -34,9 +36,9 @@ def transitions() -> Transitions:
 
 
 def test_shapes_and_successors(transitions: Transitions) -> None:
-    batch = BatchStream(transitions, 16, 0, 1, (0, "test")).batch(0)
+    batch = BatchStream(transitions, 16, 0, 1, (0, "test"), ONE_STEP).batch(0)
     assert batch.observations.shape == batch.next_observations.shape == (16, 2)
-    assert batch.rewards.shape == batch.masks.shape == (16,)
+    assert batch.rewards.shape == batch.discounts.shape == (16,)
     assert torch.equal(batch.next_observations, batch.observations + 1)
 
 
@@ -53,7 +55,7 @@ def test_n_step_returns_equal_the_sum_written_out() -> None:
     }
     data = Transitions.from_compact(arrays, "test")
     for n_step in (1, 2, 3, 20):
-        batch, next_rows = data.batch(data.starts, n_step, discount)
+        batch, next_rows = data.batch(data.starts, Lookahead(discount, n_step))
         for i, start in enumerate(data.starts.tolist()):
             value, mask, row = 0.0, 1.0, start
             for k in range(n_step):
@@ -62,9 +64,9 @@ def test_n_step_returns_equal_the_sum_written_out() -> None:
                 row += 1
                 if mask == 0 or not arrays["valids"][row] or k == n_step - 1:
                     break
-            bootstrap = mask * discount**k  # times one more gamma in the critic's target
+            bootstrap = mask * discount ** (k + 1)
             assert batch.rewards[i].item() == pytest.approx(value, abs=1e-5)
-            assert batch.masks[i].item() == pytest.approx(bootstrap, abs=1e-6)
+            assert batch.discounts[i].item() == pytest.approx(bootstrap, abs=1e-6)
             assert batch.next_observations[i].item() == row == next_rows[i]
 
 
@@ -78,7 +80,7 @@ def test_returns_end_with_the_task_and_go_on_where_a_trajectory_is_cut() -> None
         "valids": np.array([1, 1, 1, 0, 1, 0]),
     }
     data = Transitions.from_compact(arrays, "test").with_returns(discount=0.5)
-    batch, _ = data.batch(data.starts)
+    batch, _ = data.batch(data.starts, ONE_STEP)
     assert batch.returns is not None
     assert batch.returns.tolist() == [-1.0, 0.0, -4.0, -6.0]
 
@@ -97,36 +99,39 @@ def test_chunks_stay_inside_their_trajectory() -> None:
     starts = data.chunk_starts(horizon)
     assert [start % length for start in starts.tolist()[:5]] == [0, 1, 2, 3, 4]
     assert len(starts) == 5 * 5
-    batch, next_rows = data.batch(starts, horizon, discount, horizon)
+    batch, next_rows = data.batch(starts, Lookahead(discount, horizon, horizon))
     assert batch.actions.shape == (25, 6)
     for i, start in enumerate(starts.tolist()):
         expected = [x for row in range(start, start + horizon) for x in (row / rows, -row / rows)]
         assert batch.actions[i].tolist() == pytest.approx(expected)
         ends = [row for row in range(start, start + horizon) if row == 11]
         steps = ends[0] - start + 1 if ends else horizon
+        last = start // length * length + length - 1  # of its trajectory
+        after = [x for row in range(start + steps, start + steps + horizon) for x in (min(row, last), -min(row, last))]
+        assert batch.next_actions[i].tolist() == pytest.approx([x / rows for x in after])
         assert batch.rewards[i].item() == pytest.approx(sum(discount**k for k in range(steps)))
-        assert batch.masks[i].item() == pytest.approx(0.0 if ends else discount ** (horizon - 1))
+        assert batch.discounts[i].item() == pytest.approx(0.0 if ends else discount**horizon)
         assert next_rows[i].item() == start + steps
     with pytest.raises(UserError, match="longer than every trajectory"):
         data.chunk_starts(8)
 
 
 def test_a_stream_goes_on_where_it_was(transitions: Transitions) -> None:
-    whole = list(BatchStream(transitions, 8, 0, 6, (0, "test")))
-    rest = list(BatchStream(transitions, 8, 4, 6, (0, "test")))
+    whole = list(BatchStream(transitions, 8, 0, 6, (0, "test"), ONE_STEP))
+    rest = list(BatchStream(transitions, 8, 4, 6, (0, "test"), ONE_STEP))
     assert all(torch.equal(a.observations, b.observations) for a, b in zip(whole[4:], rest, strict=True))
 
 
 def test_seeds_stages_and_ranks_sample_differently(transitions: Transitions, monkeypatch: pytest.MonkeyPatch) -> None:
-    draws = [BatchStream(transitions, 32, 0, 1, parts).batch(0) for parts in ((0, "a"), (1, "a"), (0, "b"))]
+    draws = [BatchStream(transitions, 32, 0, 1, parts, ONE_STEP).batch(0) for parts in ((0, "a"), (1, "a"), (0, "b"))]
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    draws.append(BatchStream(transitions, 32, 0, 1, (0, "a")).batch(0))
+    draws.append(BatchStream(transitions, 32, 0, 1, (0, "a"), ONE_STEP).batch(0))
     seen = {tuple(batch.observations[:, 0].tolist()) for batch in draws}
     assert len(seen) == 4
 
 
 def test_every_transition_is_drawn_equally_often(transitions: Transitions) -> None:
-    stream = BatchStream(transitions, 1000, 0, 40, (0, "test"))
+    stream = BatchStream(transitions, 1000, 0, 40, (0, "test"), ONE_STEP)
     counts = torch.bincount(torch.cat([b.observations[:, 0].long() for b in stream]), minlength=100)
     assert counts.sum() == 40_000
     # 400 expected for each, standard deviation 20.
@@ -136,12 +141,12 @@ def test_every_transition_is_drawn_equally_often(transitions: Transitions) -> No
 def test_batch_larger_than_the_data(transitions: Transitions) -> None:
     source = type("Source", (), {"load": lambda self: (transitions, transitions)})()
     with pytest.raises(UserError, match="larger than the data"):
-        OfflineDataModule(source, batch_size=1000, validation_batches=1, seed=0).setup()
+        OfflineDataModule(source, batch_size=1000, validation_batches=1, seed=0, discount=0.9).setup()
 
 
 def test_a_chunk_has_no_steps_of_its_own() -> None:
     with pytest.raises(UserError, match=r"leave data.n_step at 1"):
-        OfflineDataModule(None, batch_size=8, validation_batches=1, seed=0, horizon=2, n_step=3)
+        OfflineDataModule(None, batch_size=8, validation_batches=1, seed=0, discount=0.9, horizon=2, n_step=3)
 
 
 @pytest.fixture

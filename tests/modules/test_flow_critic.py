@@ -20,7 +20,7 @@ def test_it_learns_a_known_value() -> None:
     for _ in range(400):
         actions = torch.rand(128, 1) * 2 - 1
         states = torch.zeros(128, 1)
-        batch = Batch(states, actions, actions[:, 0], torch.zeros(128), states)
+        batch = Batch(states, actions, actions[:, 0], torch.zeros(128), states, actions)
         loss, _ = critic.loss(batch, actions, torch.rand(128, 4))
         optimizer.zero_grad()
         loss.backward()
@@ -37,13 +37,12 @@ def test_it_learns_a_known_value() -> None:
 
 def test_the_target_bootstraps_in_units_of_reward() -> None:
     # A field of zeros leaves every flow where it starts: the middle of the range, so y = r + gamma * middle.
-    critic = FlowCritic(SPEC, value_range=(-10.0, 0.0), hidden=(8,), discount=0.5, noise_width=1e-6)
+    critic = FlowCritic(SPEC, value_range=(-10.0, 0.0), hidden=(8,), noise_width=1e-6)
     for parameter in critic.target.parameters():
         parameter.zero_()
     assert critic.target_values(torch.zeros(3, 1), torch.zeros(3, 1)).tolist() == [[-5.0] * 3] * 2
-    batch = Batch(
-        torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 0.0]), torch.ones(2, 1)
-    )
+    zeros, rewards, discounts = torch.zeros(2, 1), torch.tensor([-1.0, -1.0]), torch.tensor([0.5, 0.0])
+    batch = Batch(zeros, zeros, rewards, discounts, torch.ones(2, 1), zeros)
     with torch.no_grad():
         for parameter in critic.online.parameters():
             parameter.zero_()

@@ -14,7 +14,8 @@ from deflow.types import Batch, Spec
 
 SPEC = Spec(observation_dim=2, action_dim=3)
 DATA_ACTION, NEXT_ACTION = -0.2, 0.1
-BATCH = Batch(torch.zeros(64, 2), torch.full((64, 3), DATA_ACTION), torch.zeros(64), torch.ones(64), torch.zeros(64, 2))
+ACTIONS = torch.full((64, 3), DATA_ACTION)
+BATCH = Batch(torch.zeros(64, 2), ACTIONS, torch.zeros(64), torch.ones(64), torch.zeros(64, 2), ACTIONS)
 
 
 def linear_value(observations: Tensor, actions: Tensor) -> Tensor:

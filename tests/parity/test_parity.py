@@ -69,7 +69,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     with torch.no_grad():
         for name, parameter in agent.named_parameters():
             parameter.copy_(weights[name])
-    batch = Batch(*(reference[f"batch/{field}"] for field in Batch._fields[:5]))
+    columns = {key: reference[f"batch/{key}"] for key in ("observations", "actions", "rewards", "next_observations")}
+    discounts = 0.99 * reference["batch/masks"]
+    batch = Batch(**columns, discounts=discounts, next_actions=torch.full_like(columns["actions"], torch.nan))
     noise = FlowNoise(*(reference[f"noise/{key}"] for key in ("x_0", "t", "z", "z_next")))
     return reference, agent, batch, noise
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deflow.agents.noise import FlowNoise
+from deflow.agents.panels import Panel, loss_panel
 from deflow.distributed import rank
 from deflow.errors import NonFiniteLossError, UserError
+from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
 from deflow.types import Batch, Metrics, Spec
 
 Loss = tuple[str, Tensor, Metrics]
 
+LATEST = "latest_metrics"  # of a checkpoint, see `on_save_checkpoint`
 WHOLE_STAGES = "use stages=joint, stages=offline_to_online or stages=from_scratch"  # in which all of an agent trains
 
 # Left alone, torch.compile's C++ computes a GELU anew in each pass of the layer normalisation over it; with this option
@@ -26,33 +30,46 @@ WHOLE_STAGES = "use stages=joint, stages=offline_to_online or stages=from_scratc
 COMPILED_FOR_CPU: dict[str, Any] = {"realize_opcount_threshold": 4}
 
 
+class Traits(NamedTuple):
+    """What the rest of the house must know of an algorithm before it trains."""
+
+    reads_returns: bool = False  # whether the losses read `Batch.returns`
+    trains_jointly: bool = False  # whether policy and values only make sense when they train in the same stage
+    stackable: bool = True  # whether the losses are plain enough for several seeds to be one `vmap`, see `SeedStack`
+
+
 class Agent(LightningModule, ABC):
     """The outer LightningModule. An algorithm subclasses it and writes `losses` and `act`.
 
     The losses of all training parts are summed and one optimizer with one parameter group a part steps them:
     Adam is per parameter, so this equals an Adam for each part as long as no loss reaches another's parameters
-    (which the shared test in `tests/agents` checks).
+    (which the shared test in `tests/agents` checks). A part that is not due in an update has no gradient there, and the
+    optimizer leaves it and its moments alone.
 
     Args:
         spec: sizes of the task.
         parts: names of the attributes that hold the trainable modules.
         optimizer: makes the optimizer from parameter groups.
         seed: of every noise draw.
+        every: rhythm of a part beside others: it trains in every so many-th update of a stage, those not named in each.
+
+    Raises:
+        UserError: if `every` names what is no part.
     """
 
     # Candidates that `act` scores for one action; `act` is given that many noise vectors a state.
     candidates: int = 1
-    # Whether the losses take cached proposals from the batch, which come without the noise they started from.
-    uses_cached_proposals: bool = False
-    # Whether the losses read the returns of the data from the batch.
-    uses_returns: bool = False
-    # Whether the losses are plain enough for several seeds to be one `vmap`, see `SeedStack`.
-    stackable: bool = True
-    # Whether policy and values only make sense when they train in the same stage.
-    trains_jointly: bool = False
+    traits = Traits()
+    # What the progress bar shows: name -> metric of a part, as "actor/q"; the losses unless an algorithm knows better.
+    headline: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
-        self, spec: Spec, parts: Mapping[str, nn.Module], optimizer: Callable[[Any], Optimizer], seed: int
+        self,
+        spec: Spec,
+        parts: Mapping[str, nn.Module],
+        optimizer: Callable[[Any], Optimizer],
+        seed: int,
+        every: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -63,7 +80,10 @@ class Agent(LightningModule, ABC):
         self._make_optimizer = optimizer
         self._moments: dict[str, list[dict[str, Any] | None]] = {}
         self._seed = seed
-        self._list_losses = _list_losses
+        unknown = sorted(set(every) - set(parts))
+        if unknown:
+            raise UserError(f"agent.every names {unknown}: choose among the agent's parts {', '.join(parts)}")
+        self.every = dict(every)
         self.begin_stage("unnamed", "all", first_step=0)
 
     # What an algorithm writes.
@@ -73,8 +93,8 @@ class Agent(LightningModule, ABC):
         return FlowNoise.draw(batch, generator)
 
     @abstractmethod
-    def losses(self, batch: Batch, noise: Any) -> Iterator[Loss]:
-        """`(part, loss, metrics)` of every part that trains in this stage (see `trains`)."""
+    def losses(self, batch: Batch, noise: Any) -> Iterable[Loss]:
+        """`(part, loss, metrics)` of every part that trains in this update (see `trains`); metrics hold the loss."""
 
     @abstractmethod
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
@@ -84,6 +104,23 @@ class Agent(LightningModule, ABC):
             observations: shape (batch, observation_dim).
             z: standard normal noise, shape (batch, candidates, action_dim).
         """
+
+    def panels(self) -> Sequence[Panel]:
+        """What `report.png` shows of the training beside success: the losses, unless an algorithm knows better."""
+        return [loss_panel(part) for part in self.parts]
+
+    def moves_targets(self, part: str) -> bool:
+        """Whether the targets of `part` move in this update: when it trains, unless an algorithm knows better."""
+        return self.trains(part)
+
+    @property
+    def cached_flow(self) -> BehaviorFlow | None:
+        """The flow whose proposals may come with the batch once it is frozen, without the noise they started from."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's summary says of the agent beside its results, in plain values."""
+        return {}
 
     # What a stage sets.
 
@@ -107,23 +144,38 @@ class Agent(LightningModule, ABC):
             cosine_decay_steps: if given, the learning rate falls to 0 over so many updates, along half a cosine.
 
         Raises:
-            UserError: if a part is not one of the agent's, or none trains.
+            UserError: if a part is not one of the agent's, none trains, or there are updates in which none would.
         """
         train = tuple(self._trainable) if train == "all" else train
         unknown = sorted({*train, *freeze} - set(self._trainable))
         train = [part for part in train if part not in freeze]
         if unknown:
             known = ", ".join(self._trainable)
-            instead = f"; better, {WHOLE_STAGES}" if self.trains_jointly else ""
+            instead = f"; better, {WHOLE_STAGES}" if self.traits.trains_jointly else ""
             raise UserError(f"stage '{name}' trains {unknown}: choose among the agent's parts {known}{instead}")
         if not train:
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")
+        rhythm = {part: self.every.get(part, 1) for part in train} if len(train) > 1 else {}
+        if rhythm and min(rhythm.values()) > 1:
+            raise UserError(f"stage '{name}' has updates in which nothing trains: set agent.every.{train[0]}=1")
+        self._rhythm = rhythm
         self._stage, self._active, self._first_step = name, tuple(train), first_step
         self._lr, self._cosine_decay_steps = lr, cosine_decay_steps
         for part, parameters in self._trainable.items():
             for parameter in parameters:
                 parameter.requires_grad_(part in train)
-        self._bad_step: Tensor | None = None
+        self._latest: dict[str, Metrics] = {}  # of each part, when it was last due
+        self._bad_steps: dict[tuple[str, ...], Tensor] = {}  # see `_watch_for_nan`
+        self.begin_update(None)
+
+    def begin_update(self, step: int | None) -> None:
+        """Settle which parts are due.
+
+        Args:
+            step: of the stage, counted from 0; None: outside of updates, where all that train in the stage are.
+        """
+        # Compiled code depends on this tuple, of which there are few, and never on the step itself.
+        self._due = tuple(part for part in self._active if step is None or (step + 1) % self._rhythm.get(part, 1) == 0)
 
     def start_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from the weights, and the optimizer's moments if it has them, of an agent like this one."""
@@ -137,8 +189,8 @@ class Agent(LightningModule, ABC):
                 self._moments[group["name"]] = [state["state"].get(number) for number in group["params"]]
 
     def trains(self, part: str) -> bool:
-        """Whether `part` trains in the current stage."""
-        return part in self._active
+        """Whether `part` trains in the update at hand; outside of updates, in the current stage."""
+        return part in self._due
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -150,24 +202,30 @@ class Agent(LightningModule, ABC):
         """Updates since the start of the run, over all stages."""
         return self._first_step + self.global_step
 
-    def terms(self, batch: Batch, noise: Any) -> list[Loss]:
-        """All of `losses`, by compiled code after `compile_losses`."""
-        return self._list_losses(self, batch, noise)
+    @property
+    def has_rhythm(self) -> bool:
+        """Whether there are updates of this stage in which a part that trains is not due."""
+        return max(self._rhythm.values(), default=1) > 1
 
     def compile_losses(self) -> None:
-        """Let torch.compile fuse what `terms` and its gradient are made of; every stage compiles once, at its start."""
-        on_cpu, elsewhere = torch.compile(_list_losses, options=COMPILED_FOR_CPU), torch.compile(_list_losses)
+        """Let torch.compile fuse what `losses` and its gradient are made of, once for each set of parts due."""
+        eager = self.losses
 
-        def compiled(agent: Agent, batch: Batch, noise: Any) -> list[Loss]:
-            return (on_cpu if batch.rewards.is_cpu else elsewhere)(agent, batch, noise)
+        def listed(batch: Batch, noise: Any) -> list[Loss]:
+            return list(eager(batch, noise))
 
-        self._list_losses = compiled
+        on_cpu, elsewhere = torch.compile(listed, options=COMPILED_FOR_CPU), torch.compile(listed)
+
+        def losses(batch: Batch, noise: Any) -> list[Loss]:
+            return (on_cpu if batch.rewards.is_cpu else elsewhere)(batch, noise)
+
+        self.losses = losses  # type: ignore[method-assign]
 
     # What Lightning calls.
 
     def configure_optimizers(self) -> Any:
-        own_lr = {} if self._lr is None else {"lr": self._lr}
-        groups = [{"params": self.parameters_of(part), "name": part} | own_lr for part in self._active]
+        of_stage = {} if self._lr is None else {"lr": self._lr}
+        groups = [{"params": self.parameters_of(part), "name": part} | of_stage for part in self._active]
         optimizer = self._make_optimizer(groups)
         fresh = optimizer.state_dict()
         for group in fresh["param_groups"]:
@@ -180,16 +238,21 @@ class Agent(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        terms = self.terms(batch, self.noise(batch, self._stage, "noise", rank(), self.global_step))
-        self._watch_for_nan(terms)
+        self.begin_update(self.global_step)
+        losses = list(self.losses(batch, self.noise(batch, self._stage, "noise", rank(), self.global_step)))
+        self._watch_for_nan(losses)
+        self._latest |= {part: metrics for part, _, metrics in losses}
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_finite()
-            self.log_dict(_named("train", terms) | {"step": float(self.run_step + 1)})
-            self.log_dict(self.headline(terms), prog_bar=True, logger=False)
-        return torch.stack([loss for _, loss, _ in terms]).sum()
+            self.log_dict(_named("train", self._latest) | {"step": float(self.run_step + 1)})
+            self.log_dict(self._shown(), prog_bar=True, logger=False)
+        return torch.stack([loss for _, loss, _ in losses]).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        metrics = _named("val", self.losses(batch, self.noise(batch, "validation", rank(), batch_idx)))
+        self.begin_update(None)
+        noise = self.noise(batch, "validation", rank(), batch_idx)
+        losses = type(self).losses(self, batch, noise)  # never compiled: it is seldom called
+        metrics = _named("val", {part: metrics for part, _, metrics in losses})
         self.log_dict(metrics | {"step": float(self.run_step)}, batch_size=len(batch.rewards), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -204,6 +267,11 @@ class Agent(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_finite()
+        if self.has_rhythm:  # the next row of the log may need them
+            checkpoint[LATEST] = {part: _on_cpu(metrics) for part, metrics in self._latest.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._latest = dict(checkpoint.get(LATEST, {}))
 
     # Helpers.
 
@@ -216,35 +284,42 @@ class Agent(LightningModule, ABC):
         return list(self._trainable[part])
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """`(online, target, tau)` of the parts that train."""
+        """`(online, target, tau)` of the parts that train and whose targets move in this update."""
         for part in self._active:
             pairs = getattr(getattr(self, part), "target_pairs", None)
-            if pairs is not None:
+            if pairs is not None and self.moves_targets(part):
                 yield from pairs()
 
-    def headline(self, terms: Iterable[Loss]) -> Metrics:
-        """The few metrics worth a place on the progress bar: each part's loss, unless an algorithm knows better."""
-        return {part: loss.detach() for part, loss, _ in terms}
+    def _shown(self) -> Metrics:
+        """The headline's metrics, of the parts that have trained."""
+        latest = _named("", self._latest)
+        headline = self.headline or {part: f"{part}/loss" for part in self._active}
+        return {name: latest[f"/{metric}"] for name, metric in headline.items() if f"/{metric}" in latest}
 
-    def _watch_for_nan(self, terms: Sequence[Loss]) -> None:
+    def _watch_for_nan(self, losses: Sequence[Loss]) -> None:
         """Remember, without waiting for the device, the first step at which each part's loss was not finite."""
-        finite = torch.stack([loss.detach() for _, loss, _ in terms]).isfinite()
-        if self._bad_step is None:
-            self._bad_step = torch.full(finite.shape, -1, device=finite.device)
-        self._bad_step = torch.where(finite | (self._bad_step >= 0), self._bad_step, self.global_step + 1)
+        finite = torch.stack([loss.detach() for _, loss, _ in losses]).isfinite()
+        before = self._bad_steps.get(self._due)
+        if before is None:
+            before = torch.full(finite.shape, -1, device=finite.device)
+        self._bad_steps[self._due] = torch.where(finite | (before >= 0), before, self.global_step + 1)
 
     def _check_finite(self) -> None:
         """Raise `NonFiniteLossError` if a loss was NaN or infinite; called on the log interval and before saving."""
-        if self._bad_step is None or bool((self._bad_step < 0).all()):
-            return
-        steps = dict(zip(self._active, self._bad_step.tolist(), strict=True))
-        part, step = min(((p, s) for p, s in steps.items() if s >= 0), key=lambda item: item[1])
-        raise NonFiniteLossError(f"the loss of '{part}' is not finite at update {step} of stage '{self._stage}'")
+        found = [
+            (step, part)
+            for parts, steps in self._bad_steps.items()
+            for part, step in zip(parts, steps.tolist(), strict=True)
+            if step >= 0
+        ]
+        if found:
+            step, part = min(found, key=lambda item: item[0])
+            raise NonFiniteLossError(f"the loss of '{part}' is not finite at update {step} of stage '{self._stage}'")
 
 
-def _list_losses(agent: Agent, batch: Batch, noise: Any) -> list[Loss]:
-    return list(agent.losses(batch, noise))
+def _named(prefix: str, metrics: Mapping[str, Metrics]) -> Metrics:
+    return {f"{prefix}/{part}/{key}": value for part, of_part in metrics.items() for key, value in of_part.items()}
 
 
-def _named(prefix: str, terms: Iterable[Loss]) -> Metrics:
-    return {f"{prefix}/{part}/{key}": value for part, _, metrics in terms for key, value in metrics.items()}
+def _on_cpu(metrics: Metrics) -> Metrics:
+    return {name: value.detach().cpu() for name, value in metrics.items()}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.base import Agent, Loss, Traits
+from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.critic import Critic
 from deflow.modules.gaussian import GaussianActor
 from deflow.ranges import Count, NonNegative, Seed
@@ -54,8 +55,7 @@ class CalQL(Agent):
 
     critic: Critic
     actor: GaussianActor
-    trains_jointly = True
-    uses_returns = True
+    traits = Traits(reads_returns=True, trains_jointly=True)
 
     def __init__(
         self,
@@ -94,6 +94,12 @@ class CalQL(Agent):
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.actor.act(observations, z[:, 0])
+
+    def panels(self) -> list[Panel]:
+        gap = {"train/critic/gap": "other actions' values above the data's"}
+        soft = {"train/actor/entropy": "entropy", "train/actor/temperature": "temperature"}
+        losses = [loss_panel("critic", log=True), loss_panel("actor")]
+        return [*losses, value_panel("actor"), Panel("conservative gap", gap), Panel("exploration", soft)]
 
     @torch.no_grad()
     def _next_value(self, batch: Batch, z: Tensor) -> Tensor:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
+from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.constraints import ConstraintSettings
 from deflow.modules.critic import Critic
 from deflow.modules.refiner import Refiner
 from deflow.ranges import Count, Limit, Seed
-from deflow.types import Batch, Metrics, Spec
+from deflow.types import Batch, Spec
 
 
 class DeFlow(Agent):
@@ -55,7 +58,9 @@ class DeFlow(Agent):
     behavior_flow: BehaviorFlow
     critic: Critic
     refiner: Refiner
-    uses_cached_proposals = True
+    headline = MappingProxyType(
+        {"flow_loss": "behavior_flow/loss", "q": "refiner/q", "alpha": "refiner/trust_region/multiplier"}
+    )
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class DeFlow(Agent):
         super().__init__(spec, parts, optimizer, seed)
         self.candidates = best_of_n
         self.refine_steps = refine_steps
+        self.trust_region = trust_region
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
@@ -124,11 +130,20 @@ class DeFlow(Agent):
         best = values.reshape(batch, -1).argmax(dim=1)
         return choice.reshape(batch, -1, action_dim)[torch.arange(batch, device=best.device), best]
 
-    def headline(self, terms: Any) -> Metrics:
-        metrics = {part: values for part, _, values in terms}
-        shown = {
-            "flow_loss": ("behavior_flow", "loss"),
-            "q": ("refiner", "q"),
-            "alpha": ("refiner", "trust_region/multiplier"),
-        }
-        return {name: metrics[part][key] for name, (part, key) in shown.items() if part in metrics}
+    @property
+    def cached_flow(self) -> BehaviorFlow:
+        return self.behavior_flow
+
+    def panels(self) -> list[Panel]:
+        trust_region = "train/refiner/trust_region"
+        limit = float(np.mean(self.trust_region))  # one, or one a dimension
+        return [
+            loss_panel("behavior_flow"),
+            loss_panel("critic", log=True),
+            value_panel("refiner"),
+            Panel("multiplier", {f"{trust_region}/multiplier": "alpha"}),
+            Panel("distance from the proposal", {f"{trust_region}/cost": "mean squared residual"}, True, limit),
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        return {"trust_region": self.trust_region}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.base import Agent, Loss, Traits
 from deflow.agents.noise import FlowNoise
+from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic, advantage_weights
 from deflow.ranges import Positive, Seed
@@ -38,7 +39,7 @@ class FAWAC(Agent):
 
     behavior_flow: BehaviorFlow
     critic: Critic
-    trains_jointly = True
+    traits = Traits(trains_jointly=True)
 
     def __init__(
         self,
@@ -74,3 +75,7 @@ class FAWAC(Agent):
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.behavior_flow.propose(observations, z[:, 0])
+
+    def panels(self) -> list[Panel]:
+        losses = [loss_panel("behavior_flow"), loss_panel("critic", log=True)]
+        return [*losses, value_panel(), Panel("advantage weight", {"train/behavior_flow/weight": "mean"}, log=True)]

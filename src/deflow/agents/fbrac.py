@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.base import Agent, Loss, Traits
 from deflow.agents.noise import FlowNoise
+from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.flow.ode import Gradient
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic, value_scale
@@ -40,8 +41,7 @@ class FBRAC(Agent):
 
     behavior_flow: BehaviorFlow
     critic: Critic
-    trains_jointly = True
-    stackable = False  # torchdiffeq writes into tensors that are not stacked
+    traits = Traits(trains_jointly=True, stackable=False)  # torchdiffeq writes into tensors that are not stacked
 
     def __init__(
         self,
@@ -78,3 +78,6 @@ class FBRAC(Agent):
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.behavior_flow.propose(observations, z[:, 0])
+
+    def panels(self) -> list[Panel]:
+        return [loss_panel("behavior_flow"), loss_panel("critic", log=True), value_panel("behavior_flow")]

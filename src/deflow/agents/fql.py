@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
+from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
 from deflow.modules.one_step import OneStepActor
 from deflow.ranges import Seed
-from deflow.types import Batch, Metrics, Spec
+from deflow.types import Batch, Spec
 
 
 class FQL(Agent):
@@ -40,6 +42,7 @@ class FQL(Agent):
     behavior_flow: BehaviorFlow
     critic: Critic
     actor: OneStepActor
+    headline = MappingProxyType({"flow_loss": "behavior_flow/loss", "q": "actor/q", "distill": "actor/distillation"})
 
     def __init__(
         self,
@@ -73,7 +76,11 @@ class FQL(Agent):
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.actor.act(observations, z[:, 0])
 
-    def headline(self, terms: Any) -> Metrics:
-        metrics = {part: values for part, _, values in terms}
-        shown = {"flow_loss": ("behavior_flow", "loss"), "q": ("actor", "q"), "distill": ("actor", "distillation")}
-        return {name: metrics[part][key] for name, (part, key) in shown.items() if part in metrics}
+    def panels(self) -> list[Panel]:
+        distillation = {"train/actor/distillation": "mean square"}
+        return [
+            loss_panel("behavior_flow"),
+            loss_panel("critic", log=True),
+            value_panel("actor"),
+            Panel("distance from the proposal", distillation, log=True),
+        ]

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
+from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
 from deflow.modules.value import Value
@@ -78,3 +79,8 @@ class IFQL(Agent):
         actions = self.behavior_flow.propose(observations, z.reshape(-1, action_dim))
         best = self.critic.values(observations, actions).amin(0).reshape(batch, candidates).argmax(1)
         return actions.reshape(batch, candidates, action_dim)[torch.arange(batch, device=best.device), best]
+
+    def panels(self) -> list[Panel]:
+        values = {"train/critic/q_mean": "Q(s, a)", "train/value/v": "V(s)"}
+        losses = [loss_panel("behavior_flow"), loss_panel("critic", log=True), loss_panel("value", log=True)]
+        return [*losses, Panel("value", values)]

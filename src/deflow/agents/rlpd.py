@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.base import Agent, Loss, Traits
+from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.errors import UserError
 from deflow.modules.critic import Critic
 from deflow.modules.gaussian import GaussianActor
@@ -51,7 +52,7 @@ class RLPD(Agent):
 
     critic: Critic
     actor: GaussianActor
-    trains_jointly = True
+    traits = Traits(trains_jointly=True)
 
     def __init__(
         self,
@@ -95,3 +96,7 @@ class RLPD(Agent):
     @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.actor.act(observations, z[:, 0])
+
+    def panels(self) -> list[Panel]:
+        soft = {"train/actor/entropy": "entropy", "train/actor/temperature": "temperature"}
+        return [loss_panel("critic", log=True), loss_panel("actor"), value_panel("actor"), Panel("exploration", soft)]

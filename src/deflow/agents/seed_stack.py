@@ -12,6 +12,7 @@ from torch.func import functional_call, vmap
 from deflow.agents.base import Agent, Loss
 from deflow.errors import UserError
 from deflow.flow.ode import ADAPTIVE
+from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.types import Batch, Columns, Metrics, stack
 
 
@@ -33,16 +34,14 @@ class SeedStack(Agent):
     def __init__(self, agents: Sequence[Agent]) -> None:
         self._alike = tuple(agents)  # not registered: their parts are
         first = agents[0]
-        flow = getattr(first, "behavior_flow", None)
-        if not first.stackable or (flow is not None and flow.solver.method in ADAPTIVE):
+        solvers = [module.solver for module in first.modules() if isinstance(module, BehaviorFlow)]
+        if not first.traits.stackable or any(solver.method in ADAPTIVE for solver in solvers):
             raise UserError(
                 "seeds > 1 needs a fixed-grid solver and another agent than FBRAC: train the seeds one by one"
             )
         parts = {name: nn.ModuleList(getattr(agent, name) for agent in agents) for name in first.parts}
-        super().__init__(first.spec, parts, first._make_optimizer, first._seed)
-        self.uses_cached_proposals = first.uses_cached_proposals
-        self.uses_returns = first.uses_returns
-        self.trains_jointly = first.trains_jointly
+        super().__init__(first.spec, parts, first._make_optimizer, first._seed, first.every)
+        self.traits, self.headline = first.traits, first.headline
         self._stacked: dict[str, Tensor] = {}
 
     @property
@@ -54,6 +53,11 @@ class SeedStack(Agent):
         super().begin_stage(*settings, **more)
         for agent in self._alike:
             agent.begin_stage(*settings, **more)
+
+    def begin_update(self, step: int | None) -> None:
+        super().begin_update(step)
+        for agent in self._alike:
+            agent.begin_update(step)
 
     def start_from(self, checkpoint: Any) -> None:
         for agent in self._alike:
@@ -78,8 +82,8 @@ class SeedStack(Agent):
             parameters = {f"agent.{name}": parameter for name, parameter in parameters.items()}
             return functional_call(of_agent, parameters, (batch, noise))
 
-        terms = vmap(of_one, in_dims=(0, _first_axis(batch), _first_axis(noise)))(self._stacked, batch, noise)
-        for part, (losses, metrics) in terms.items():
+        of_seeds = vmap(of_one, in_dims=(0, _first_axis(batch), _first_axis(noise)))(self._stacked, batch, noise)
+        for part, (losses, metrics) in of_seeds.items():
             yield part, losses.sum(), {name: value.mean(0) for name, value in metrics.items()}
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -87,9 +91,6 @@ class SeedStack(Agent):
         names = {id(parameter): name for name, parameter in first.named_parameters()}
         for online, target, tau in first.target_pairs():
             yield self._stacked[names[id(online)]], self._stacked[names[id(target)]], tau
-
-    def headline(self, terms: Any) -> Metrics:
-        return self._alike[0].headline(terms)
 
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         raise NotImplementedError("a stack has many policies: let one of its agents act")

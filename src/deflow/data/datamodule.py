@@ -15,9 +15,9 @@ from deflow.data.memory.proposals import ProposalCache
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
-from deflow.ranges import Count, Probability, Seed
+from deflow.ranges import Count, Discount, Probability, Seed
 from deflow.seeding import torch_generator
-from deflow.types import Batch, stack
+from deflow.types import Batch, Lookahead, stack
 
 
 class BatchStream(IterableDataset):
@@ -29,10 +29,8 @@ class BatchStream(IterableDataset):
         first: number of the first batch (that of a resumed stage is not 0).
         last: number after the last batch.
         seed_parts: seed and names that tell this stream's draws from all others.
+        span: of each transition.
         proposals: if given, one cached proposal comes with every `s` and `s'`.
-        n_step: steps of reward before the bootstrap.
-        discount: gamma, read only if `n_step` > 1.
-        horizon: actions of a chunk.
         crop_probability: of a batch of images, see `maybe_crop`.
     """
 
@@ -43,15 +41,12 @@ class BatchStream(IterableDataset):
         first: int,
         last: int,
         seed_parts: tuple[int | str, ...],
+        span: Lookahead,
         proposals: ProposalCache | None = None,
-        n_step: int = 1,
-        discount: float = 1.0,
-        horizon: int = 1,
         crop_probability: float = 0.0,
     ) -> None:
-        self.n_step, self.discount, self.horizon = n_step, discount, horizon
-        self.crop_probability = crop_probability
-        self.starts = transitions.chunk_starts(horizon)
+        self.span, self.crop_probability = span, crop_probability
+        self.starts = transitions.chunk_starts(span.horizon)
         self.transitions, self.batch_size = transitions, batch_size
         self.first, self.last = first, last
         self.seed_parts, self.proposals = seed_parts, proposals
@@ -67,7 +62,7 @@ class BatchStream(IterableDataset):
         """Batch `number` of the stream."""
         generator = torch_generator(torch.device("cpu"), *self.seed_parts, distributed.rank(), number)
         rows = self.starts[torch.randint(len(self.starts), (self.batch_size,), generator=generator)]
-        batch, next_rows = self.transitions.batch(rows, self.n_step, self.discount, self.horizon)
+        batch, next_rows = self.transitions.batch(rows, self.span)
         batch = maybe_crop(batch, self.crop_probability, generator)
         if self.proposals is None:
             return batch
@@ -129,7 +124,7 @@ class OfflineDataModule(LightningDataModule):
         seed: of the sampling.
         seeds: above 1, the batches of so many seeds from `seed` on are stacked, see `SeedStack`.
         n_step: steps of reward before the bootstrap; 1 is the papers' setting.
-        discount: gamma, for the rewards of n-step returns.
+        discount: gamma.
         horizon: actions that the policy decides at once; above 1 the return spans as many steps.
         crop_probability: that a batch of images is randomly cropped in training; 0 for states.
     """
@@ -140,23 +135,23 @@ class OfflineDataModule(LightningDataModule):
         batch_size: Count,
         validation_batches: Count,
         seed: Seed,
+        discount: Discount,
         seeds: Count = 1,
         n_step: Count = 1,
-        discount: Probability = 1.0,
         horizon: Count = 1,
         crop_probability: Probability = 0.0,
     ) -> None:
         super().__init__()
         if n_step > 1 and horizon > 1:
             raise UserError("a chunk's return already spans agent.horizon steps: leave data.n_step at 1")
-        self.n_step, self.discount, self.horizon = max(n_step, horizon), discount, horizon
+        self.span = Lookahead(discount, max(n_step, horizon), horizon)
         self.crop_probability = crop_probability
         self.source, self.batch_size = source, batch_size
         self.validation_batches = validation_batches
         self.seeds = range(seed, seed + seeds)
         self.transitions: Transitions | None = None
         self.validation: Transitions | None = None
-        self.begin_stage("unnamed", steps=1)
+        self._stage: str | None = None
 
     def prepare_data(self) -> None:
         self.source.prepare()
@@ -176,8 +171,8 @@ class OfflineDataModule(LightningDataModule):
         """Let batches hold `returns`."""
         assert self.transitions is not None
         assert self.validation is not None
-        self.transitions = self.transitions.with_returns(self.discount)
-        self.validation = self.validation.with_returns(self.discount)
+        self.transitions = self.transitions.with_returns(self.span.discount)
+        self.validation = self.validation.with_returns(self.span.discount)
 
     def begin_stage(
         self,
@@ -187,7 +182,7 @@ class OfflineDataModule(LightningDataModule):
         online: OnlineBatches | None = None,
         between_updates: Callable[[], None] = lambda: None,
     ) -> None:
-        """What the next `fit` draws.
+        """What the next `fit` draws; without it there is nothing to train on.
 
         Args:
             name: of the stage.
@@ -209,6 +204,8 @@ class OfflineDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.transitions is not None
+        if self._stage is None:
+            raise UserError("no stage has begun: call begin_stage of the data module (and of the agent) before fit")
         first = self.trainer.global_step if self.trainer is not None else 0
         stream: IterableDataset
         if self._online is not None:
@@ -243,10 +240,8 @@ class OfflineDataModule(LightningDataModule):
                 first,
                 last,
                 seed_parts=(seed, name, "batch"),
+                span=self.span,
                 proposals=proposals[number] if proposals else None,
-                n_step=self.n_step,
-                discount=self.discount,
-                horizon=self.horizon,
                 crop_probability=crop_probability,
             )
             for number, seed in enumerate(self.seeds)

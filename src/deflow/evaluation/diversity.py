@@ -20,6 +20,7 @@ from deflow.files import replacing
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
 from deflow.seeding import fold_seed, torch_generator
+from deflow.types import Lookahead
 
 matplotlib.use("agg")
 
@@ -51,7 +52,7 @@ class Neighbourhoods:
         rng = np.random.default_rng(fold_seed(seed, "neighbourhoods"))
         starts = transitions.chunk_starts(horizon)
         rows = starts[torch.from_numpy(rng.permutation(len(starts))[:MAX_ROWS])]
-        batch, _ = transitions.batch(rows, horizon=horizon)
+        batch, _ = transitions.batch(rows, Lookahead(discount=1.0, steps=horizon, horizon=horizon))
         points = batch.observations.numpy()
         points = points / np.maximum(points.std(0), 1e-6)
         chosen = slice(min(states, len(rows)))

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from deflow.distributed import mean_over_ranks
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import EnsembleMLP
-from deflow.ranges import Activation, Count, Discount, Share, Widths
+from deflow.ranges import Activation, Count, Share, Widths
 from deflow.types import Batch, Metrics, Spec
 
 Aggregate = Literal["mean", "min"]
@@ -37,7 +37,7 @@ class Critic(LightningModule):
     r"""Action values :math:`Q_k(s, a)` with targets :math:`\bar Q_k` that follow by Polyak averaging.
 
     .. math:: L(\theta) = E \, \tfrac1K \sum_k (Q_k(s, a) - y)^2, \quad
-              y = r + \gamma m \, \mathrm{agg}_k \bar Q_k(s', a')
+              y = r + d \, \mathrm{agg}_k \bar Q_k(s', a')
 
     Args:
         spec: sizes of the task.
@@ -46,7 +46,6 @@ class Critic(LightningModule):
         encoder: settings of the image encoder, see `Impala`; not read for states.
         members: size of the ensemble.
         aggregate: `mean` or `min` over the ensemble, in the target only.
-        discount: gamma, in [0, 1).
         tau: share of the online weights that the targets take at every update, in (0, 1].
     """
 
@@ -58,7 +57,6 @@ class Critic(LightningModule):
         encoder: Mapping[str, Any] | None = None,
         members: Count = 2,
         aggregate: Aggregate = "mean",
-        discount: Discount = 0.99,
         tau: Share = 0.005,
     ) -> None:
         super().__init__()
@@ -66,7 +64,6 @@ class Critic(LightningModule):
         self.online = EnsembleMLP(members, of_observation, spec.action_dim, hidden, 1, activation)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.aggregate: Aggregate = aggregate
-        self.discount = discount
         self.tau = tau
 
     def loss(self, batch: Batch, next_actions: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Metrics]:
@@ -84,7 +81,7 @@ class Critic(LightningModule):
 
     def loss_from(self, batch: Batch, next_value: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The temporal-difference loss toward a value of `s'` from elsewhere, without gradient, shape (batch,)."""
-        target = batch.rewards + self.discount * batch.masks * next_value
+        target = batch.rewards + batch.discounts * next_value
         values = self._values(self.online, batch.observations, batch.actions)
         loss = (values - target).square().mean()
         q = values.detach()

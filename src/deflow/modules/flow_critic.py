@@ -16,7 +16,7 @@ from deflow.errors import UserError
 from deflow.modules.critic import Aggregate
 from deflow.nets.encoder import beside, make_encoder
 from deflow.nets.mlp import EnsembleMLP
-from deflow.ranges import Activation, Count, Discount, Interval, Share, Widths
+from deflow.ranges import Activation, Count, Interval, Share, Widths
 from deflow.types import Batch, Metrics, Spec
 
 BINS = 51  # of the encoding of a point on the flow
@@ -28,7 +28,7 @@ class FlowCritic(LightningModule):
 
     .. math::
         L(\theta) &= E \, \tfrac1K \sum_k (v_k(t, z_t \mid s, a) - (y - z_0))^2, \quad z_t = (1 - t) z_0 + t y \\
-        y &= r + \gamma m \, \mathrm{agg}_k \bar\psi_k(1, z_0' \mid s', a') \\
+        y &= r + d \, \mathrm{agg}_k \bar\psi_k(1, z_0' \mid s', a') \\
         L(q) &= E (q(s, a) - \mathrm{mean}_k \bar\psi_k(1, z_0 \mid s, a))^2
 
     :math:`\bar\psi_k(1, z_0)` is the end of the target field's flow from :math:`z_0 \sim U`; the distilled :math:`q`
@@ -45,7 +45,6 @@ class FlowCritic(LightningModule):
         encoder: settings of the image encoder, see `Impala`; not read for states.
         members: size of the ensemble.
         aggregate: `mean` or `min` over the ensemble, in the target only.
-        discount: gamma, in [0, 1).
         tau: share of the online weights that the targets take at every update, in (0, 1].
         steps: Euler steps, at least 1.
         noise_width: width of the interval in which the flow starts, centred, as a share of the range, in (0, 1].
@@ -66,7 +65,6 @@ class FlowCritic(LightningModule):
         encoder: Mapping[str, Any] | None = None,
         members: Count = 2,
         aggregate: Aggregate = "mean",
-        discount: Discount = 0.99,
         tau: Share = 0.005,
         steps: Count = 8,
         noise_width: Share = 0.25,
@@ -80,7 +78,7 @@ class FlowCritic(LightningModule):
         self.distilled = EnsembleMLP(1, make_encoder(spec, activation, encoder), spec.action_dim, hidden, 1, activation)
         self.low, self.scale = float(value_range[0]), float(value_range[1] - value_range[0])
         self.aggregate: Aggregate = aggregate
-        self.discount, self.tau = discount, tau
+        self.tau = tau
         self.steps, self.noise_width = steps, noise_width
         # One bin outside the range at either end, so that a point that overshoots still has a code of its own.
         self.register_buffer("bin_edges", torch.linspace(-1 / BINS, 1 + 1 / BINS, BINS + 1), persistent=False)
@@ -105,7 +103,7 @@ class FlowCritic(LightningModule):
     def loss_from(self, batch: Batch, next_value: Tensor, levels: Tensor) -> tuple[Tensor, Metrics]:
         """As `loss`, toward a value of `s'` from elsewhere, without gradient, shape (batch,)."""
         times, starts = levels[:, 0], self._starts(levels[:, 1])
-        target = self._unit(batch.rewards + self.discount * batch.masks * next_value)
+        target = self._unit(batch.rewards + batch.discounts * next_value)
         z_t = starts + times * (target - starts)
         features = self.online.encoder(batch.observations)
         velocity = self._velocity(self.online, features, batch.actions, z_t, times)

@@ -11,9 +11,10 @@ import torch
 from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
-from deflow.types import Batch, Spec
+from deflow.types import Batch, Lookahead, Spec
 
 SPEC = Spec(1, 1)
+ONE_STEP = Lookahead(discount=0.9)
 ROWS = 40  # transitions of the data
 
 
@@ -34,11 +35,11 @@ def new(first: int, count: int) -> Batch:
     """New transitions with observations 1000 + number."""
     numbers = torch.arange(first, first + count, dtype=torch.float32)
     states = (1000 + numbers)[:, None]
-    return Batch(states, torch.zeros(count, 1), numbers, torch.zeros(count), states + 0.5)
+    return Batch(states, torch.zeros(count, 1), numbers, torch.zeros(count), states + 0.5, -states)
 
 
 def counts(replay: Replay, online_share: float | None = None, draws: int = 60_000) -> dict[int, int]:
-    batch = replay.sample(draws, online_share, torch.Generator().manual_seed(0))
+    batch = replay.sample(draws, online_share, torch.Generator().manual_seed(0), ONE_STEP)
     values, numbers = batch.observations[:, 0].unique(return_counts=True)
     return {int(value): int(number) for value, number in zip(values, numbers, strict=True)}
 
@@ -81,13 +82,13 @@ def test_default_capacity(data: Transitions, tmp_path: Path) -> None:
 def test_columns_belong_together(data: Transitions, tmp_path: Path) -> None:
     replay = Replay(data, data.starts, SPEC, steps=20, path=tmp_path / "new.bin")
     replay.add(new(0, 20))
-    batch = replay.sample(500, None, torch.Generator().manual_seed(0))
+    batch = replay.sample(500, None, torch.Generator().manual_seed(0), ONE_STEP)
     is_new = batch.observations[:, 0] >= 1000
     assert torch.equal(batch.rewards[is_new], batch.observations[is_new, 0] - 1000)
     assert torch.equal(batch.next_observations[is_new], batch.observations[is_new] + 0.5)
     assert torch.equal(batch.next_observations[~is_new], batch.observations[~is_new] + 1)
-    assert not batch.masks[is_new].any()
-    assert batch.masks[~is_new].all()
+    assert not batch.discounts[is_new].any()
+    assert batch.discounts[~is_new].all()
 
 
 @pytest.mark.parametrize("capacity", [None, 50, 7])
@@ -104,7 +105,7 @@ def test_the_file_gives_back_the_ring_of_a_checkpoint(capacity: int | None, data
     for replay in (whole, resumed):
         replay.add(new(30, 5))
         replay.flush()
-    batches = [replay.sample(300, None, torch.Generator().manual_seed(1)) for replay in (whole, resumed)]
+    batches = [replay.sample(300, None, torch.Generator().manual_seed(1), ONE_STEP) for replay in (whole, resumed)]
     assert torch.equal(batches[0].observations, batches[1].observations)
     assert (tmp_path / "whole.bin").read_bytes() == (tmp_path / "killed.bin").read_bytes()
 

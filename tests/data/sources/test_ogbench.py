@@ -18,6 +18,7 @@ from deflow.data.sources import ogbench as module
 from deflow.data.sources.ogbench import OGBenchSource
 from deflow.envs import ogbench as envs
 from deflow.errors import UserError
+from deflow.types import Lookahead
 from tests.conftest import EPISODES, STEPS, tiny_config
 
 ENVIRONMENTS = [
@@ -56,11 +57,16 @@ def test_equals_plain_ogbench(env: str, dataset: str, tiny_data: Callable[[str, 
     ours, _ = source(folder, f"task.env={env}", f"task.dataset={dataset}").load()
     name = f"{env}-{dataset}-singletask-v0"
     _, theirs, _ = ogbench.make_env_and_datasets(name, dataset_path=str(folder / f"{env}-{dataset}-v0.npz"))
-    batch, _ = ours.batch(ours.starts)
+    batch, _ = ours.batch(ours.starts, Lookahead(discount=1.0))
     assert len(ours) == EPISODES * (STEPS - 1)
-    for key in ("observations", "rewards", "masks", "next_observations"):
+    for key in ("observations", "rewards", "next_observations"):
         assert torch.equal(getattr(batch, key), torch.from_numpy(theirs[key])), key
+    assert torch.equal(batch.discounts, torch.from_numpy(theirs["masks"]))
     torch.testing.assert_close(batch.actions, torch.from_numpy(theirs["actions"]).clamp(-ACTION_BOUND, ACTION_BOUND))
+    in_file = torch.from_numpy(
+        np.load(folder / f"{env}-{dataset}-v0.npz")["actions"]
+    )  # also of a trajectory's last state
+    torch.testing.assert_close(batch.next_actions, in_file[ours.starts + 1].clamp(-ACTION_BOUND, ACTION_BOUND))
 
 
 def test_no_transition_crosses_the_end_of_a_trajectory(point_data: Path) -> None:

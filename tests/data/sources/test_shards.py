@@ -15,7 +15,10 @@ from hydra.utils import instantiate
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.pipeline import train
+from deflow.types import Lookahead
 from tests.conftest import tiny_config, write_tiny_data
+
+ONE_STEP = Lookahead(discount=0.9)
 
 NAME = "pointmaze-medium-navigate-v0"
 
@@ -45,9 +48,9 @@ def test_equal_to_the_files_one_after_the_other(folder: Path) -> None:
     mapped = load(folder)
     parts = [load(folder / f"{NAME}-00{number}.npz") for number in range(3)]
     assert len(mapped) == sum(len(part) for part in parts)
-    transitions, _ = mapped.batch(mapped.starts)
-    expected = [part.batch(part.starts)[0] for part in parts]
-    for field in ("observations", "actions", "rewards", "masks", "next_observations"):
+    transitions, _ = mapped.batch(mapped.starts, ONE_STEP)
+    expected = [part.batch(part.starts, ONE_STEP)[0] for part in parts]
+    for field in ("observations", "actions", "rewards", "discounts", "next_observations", "next_actions"):
         assert torch.equal(getattr(transitions, field), torch.cat([getattr(e, field) for e in expected])), field
 
 

@@ -56,6 +56,9 @@ def test_compact_keeps_every_last_state() -> None:
     assert np.array_equal(arrays["observations"][rows], columns["observations"])
     assert np.array_equal(arrays["observations"][rows + 1], columns["next_observations"])
     assert np.array_equal(arrays["masks"][rows], 1.0 - columns["terminals"])
+    # What would have been done in a last state is not known: the action before it stands there.
+    followers = np.append(columns["actions"][1:], columns["actions"][-1:], axis=0)
+    assert np.array_equal(arrays["actions"][rows + 1], np.where(ends[:, None], columns["actions"], followers))
 
 
 def test_compact_finds_ends_by_the_jump() -> None:
@@ -267,6 +270,7 @@ def test_minari(minari_dataset: str) -> None:
         episode = next(e for e in dataset if np.allclose(e.observations[0], arrays["observations"][0]))
         assert np.allclose(arrays["observations"], episode.observations)
         assert np.allclose(arrays["rewards"][:6], episode.rewards - 1)
+        assert np.allclose(arrays["actions"], np.append(episode.actions, episode.actions[-1:], axis=0))
         assert arrays["masks"][5] == 1 - episode.terminations[5]
     assert source.spec() == Spec(3, 1)
     assert source.score(-1.0) == 100

@@ -12,7 +12,7 @@ from deflow.data.memory.frame_file import FrameFile
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.files import open_to_append, sync
-from deflow.types import Batch, Spec
+from deflow.types import Batch, Lookahead, Spec
 
 DEFAULT_CAPACITY = 2_000_000
 
@@ -52,7 +52,7 @@ class Replay:
             raise UserError(f"the replay's capacity must be at least 1, got {capacity}")
         self._data, self._starts = data, starts
         seen = spec.observation_dim if spec.image is None else data.frames
-        self._widths = [seen, spec.action_dim, 1, 1, seen]
+        self._widths = [seen, spec.action_dim, 1, 1, seen, spec.action_dim]
         if data.returns is not None:
             self._widths.append(1)
         self._rows = torch.empty(min(self.capacity, steps), sum(self._widths))
@@ -70,8 +70,9 @@ class Replay:
             self._numbers(transitions.observations),
             transitions.actions,
             transitions.rewards[:, None],
-            transitions.masks[:, None],
+            transitions.discounts[:, None],
             self._numbers(transitions.next_observations),
+            transitions.next_actions,
         ]
         if transitions.returns is not None:
             columns.append(transitions.returns[:, None])
@@ -100,9 +101,7 @@ class Replay:
         size: int,
         online_share: float | None,
         generator: torch.Generator,
-        n_step: int = 1,
-        discount: float = 1.0,
-        horizon: int = 1,
+        span: Lookahead,
     ) -> Batch:
         """`size` transitions with replacement.
 
@@ -111,9 +110,7 @@ class Replay:
             online_share: of new transitions in the batch, in [0, 1]; None draws uniformly from the ring. As long as
                 there are none of one kind, all are of the other.
             generator: of the draws.
-            n_step: steps of reward in the data set's transitions, see `Transitions.batch`.
-            discount: gamma, read only if `n_step` > 1.
-            horizon: actions of a chunk.
+            span: of the data set's transitions; new ones have theirs since they were collected.
         """
         if online_share is None:
             picks = torch.randint(self.kept_data + self.kept_new, (size,), generator=generator)
@@ -125,14 +122,15 @@ class Replay:
         from_data = torch.randint(max(self.kept_data, 1), (size - new,), generator=generator)
         from_ring = torch.randint(max(self.kept_new, 1), (new,), generator=generator)
         oldest = len(self._starts) - self.kept_data
-        batch, _ = self._data.batch(self._starts[oldest + from_data], n_step, discount, horizon)
-        s, a, r, m, s_next, *returns = self._rows[from_ring].split(self._widths, dim=1)
+        batch, _ = self._data.batch(self._starts[oldest + from_data], span)
+        s, a, r, d, s_next, a_next, *returns = self._rows[from_ring].split(self._widths, dim=1)
         return Batch(
             torch.cat([batch.observations, self._seen(s)]),
             torch.cat([batch.actions, a]),
             torch.cat([batch.rewards, r[:, 0]]),
-            torch.cat([batch.masks, m[:, 0]]),
+            torch.cat([batch.discounts, d[:, 0]]),
             torch.cat([batch.next_observations, self._seen(s_next)]),
+            torch.cat([batch.next_actions, a_next]),
             returns=None if batch.returns is None else torch.cat([batch.returns, returns[0][:, 0]]),
         )
 

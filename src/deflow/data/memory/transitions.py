@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deflow.errors import UserError
-from deflow.types import Batch
+from deflow.types import Batch, Lookahead
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ class Transitions:
     """
 
     states: Tensor  # (rows, observation_dim), float32, or frames of uint8, (rows, height, width, channels)
-    actions: Tensor  # (rows, action_dim), float32
+    actions: (
+        Tensor  # (rows, action_dim), float32; in the row of a trajectory's last state the one before, if none is known
+    )
     rewards: Tensor  # (rows,), float32
     masks: Tensor  # (rows,), float32
     starts: Tensor  # (transitions,), int64: the rows that have a successor
@@ -92,6 +94,13 @@ class Transitions:
         begins[0] = True
         return torch.where(begins, rows, 0).cummax(0).values
 
+    @cached_property
+    def last_rows(self) -> Tensor:
+        """The row with which each row's trajectory ends, int64 of shape (rows,)."""
+        rows = torch.arange(len(self.states))
+        ends = torch.where(self.has_successor, len(self.states) - 1, rows)
+        return ends.flip(0).cummin(0).values.flip(0)
+
     def observations(self, rows: Tensor) -> Tensor:
         """What an agent sees in the states `rows`; before a trajectory's first frame, that frame again.
 
@@ -125,38 +134,43 @@ class Transitions:
             raise UserError(f"agent.horizon={horizon} is longer than every trajectory of the data")
         return self.starts[whole]
 
-    def batch(self, rows: Tensor, n_step: int = 1, discount: float = 1.0, horizon: int = 1) -> tuple[Batch, Tensor]:
+    def batch(self, rows: Tensor, span: Lookahead) -> tuple[Batch, Tensor]:
         r"""The transitions that start at `rows`, and the rows of their next states.
 
-        With `n_step` > 1 the reward is :math:`\sum_{k<h} \gamma^k r_{t+k}`, the next state :math:`s_{t+h}` and the mask
-        :math:`\gamma^{h-1} m_{t+h-1}`, so that a one-step target made of them is the n-step target. `h` is `n_step`,
-        or less where the task or the trajectory ends before. With `horizon` > 1 the action is that of `horizon` steps,
-        one after the other.
+        The reward is :math:`\sum_{k<h} \gamma^k r_{t+k}`, the next state :math:`s_{t+h}` and the discount
+        :math:`\gamma^h m_{t+h-1}`, where `h` is `span.steps`, or less where the task or the trajectory ends before.
+        With a horizon above 1 the actions are those of so many steps, one after the other.
 
         Args:
-            rows: int64 of shape (batch,).
-            n_step: steps of reward before the bootstrap, at least 1.
-            discount: gamma, read only if `n_step` > 1.
-            horizon: actions of a chunk; above 1 `rows` must be of `chunk_starts(horizon)`.
+            rows: int64 of shape (batch,); with a horizon above 1 they must be of `chunk_starts(span.horizon)`.
+            span: of each transition.
         """
-        rewards, masks = self.rewards.index_select(0, rows), self.masks.index_select(0, rows)
+        rewards = self.rewards.index_select(0, rows)
+        discounts = span.discount * self.masks.index_select(0, rows)
         next_rows = rows + 1
-        for _ in range(n_step - 1):
-            goes_on = (masks > 0) & self.has_successor.index_select(0, next_rows.clamp(max=len(self.states) - 1))
+        for _ in range(span.steps - 1):
+            goes_on = (discounts > 0) & self.has_successor.index_select(0, next_rows.clamp(max=len(self.states) - 1))
             here = torch.where(goes_on, next_rows, rows)
-            # While a transition goes on, its mask so far is the discount of the next reward but for one gamma.
-            rewards = rewards + torch.where(goes_on, discount * masks * self.rewards.index_select(0, here), 0.0)
-            masks = torch.where(goes_on, discount * masks * self.masks.index_select(0, here), masks)
+            rewards = rewards + torch.where(goes_on, discounts * self.rewards.index_select(0, here), 0.0)
+            discounts = torch.where(goes_on, span.discount * discounts * self.masks.index_select(0, here), discounts)
             next_rows = next_rows + goes_on.long()
         batch = Batch(
             observations=self.observations(rows),
-            actions=torch.cat([self.actions.index_select(0, rows + step) for step in range(horizon)], dim=-1),
+            actions=self._chunks(rows, span.horizon),
             rewards=rewards,
-            masks=masks,
+            discounts=discounts,
             next_observations=self.observations(next_rows),
+            next_actions=self._chunks(next_rows, span.horizon),
             returns=None if self.returns is None else self.returns.index_select(0, rows),
         )
         return batch, next_rows
+
+    def _chunks(self, rows: Tensor, horizon: int) -> Tensor:
+        """The actions from `rows` on, (batch, horizon * action_dim); a trajectory's last one is repeated beyond it."""
+        if horizon == 1:
+            return self.actions.index_select(0, rows)
+        last = self.last_rows.index_select(0, rows)
+        return torch.cat([self.actions.index_select(0, (rows + k).minimum(last)) for k in range(horizon)], dim=-1)
 
 
 def returns_to_go(

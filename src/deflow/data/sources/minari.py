@@ -74,7 +74,7 @@ class MinariSource(Source):
             length = len(episode.actions)
             rows = {
                 "observations": _flatten(episode.observations),
-                "actions": _padded(episode.actions.reshape(length, -1)),
+                "actions": _with_last_again(episode.actions.reshape(length, -1)),
                 "rewards": _padded(episode.rewards + self.reward_shift),
                 "masks": _padded(1.0 - episode.terminations),
                 "valids": _padded(np.ones(length, np.float32)),
@@ -148,6 +148,11 @@ def _flatten(observations: Any) -> np.ndarray:
         return np.concatenate([np.asarray(observations[key]) for key in GOAL_ENV_KEYS], axis=1)
     array = np.asarray(observations)
     return array.reshape(len(array), -1)
+
+
+def _with_last_again(actions: np.ndarray) -> np.ndarray:
+    """A row more, for the episode's last state, in which nothing was done."""
+    return np.concatenate([actions, actions[-1:]])
 
 
 def _padded(column: np.ndarray) -> np.ndarray:

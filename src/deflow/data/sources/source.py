@@ -126,6 +126,10 @@ def compact(
         ends: whether a trajectory ends with the row, shape (rows,).
         next_observations: as `observations`. If given, a row whose successor is not the next row ends a trajectory
             too, and every end keeps its last state; without it, the last row of a trajectory is only a successor.
+
+    Returns:
+        The columns. In the row of a last state that was added the action is the one before: what would have been
+        done there is not known.
     """
     rows = len(observations)
     ends = ends.astype(bool).copy()
@@ -145,11 +149,12 @@ def compact(
         wide[place] = column
         return wide
 
-    states = spread(observations)
+    states, taken = spread(observations), spread(actions)
+    taken[place[followed] + 1] = actions[followed]
     states[place[followed] + 1] = (observations if next_observations is None else next_observations)[followed]
     return {
         "observations": states,
-        "actions": spread(actions),
+        "actions": taken,
         "rewards": spread(rewards),
         "masks": spread(masks),
         "valids": spread((followed | ~ends).astype(np.float32)),
