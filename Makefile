@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOGS ?= logs
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -25,7 +26,7 @@ lint: $(VENV)/.installed ## Check style, types and spelling
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-ui: $(VENV)/.installed ## Show the runs in MLflow at http://127.0.0.1:5000
-	$(BIN)/mlflow server --backend-store-uri sqlite:///logs/mlflow.db --artifacts-destination logs/mlartifacts --host 127.0.0.1 --port 5000
+ui: $(VENV)/.installed ## Show the runs in MLflow at http://127.0.0.1:5000 (LOGS=FOLDER: where paths.logs is not logs)
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(LOGS)/mlflow.db --artifacts-destination $(LOGS)/mlartifacts --host 127.0.0.1 --port 5000
 
 .PHONY: help train test lint ui

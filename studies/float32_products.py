@@ -41,7 +41,7 @@ class Float32Products(TorchDispatchMode):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from train import main
+    from train import train
 
     with Float32Products():
-        main()
+        train()

@@ -149,6 +149,7 @@ def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
     assert command.wait() == 2
     assert command.output()[1].splitlines()[-1].startswith("error: a process that generated pointmaze-medium")
     assert not list(tmp_path.glob("*.npz"))
+    command.wait_for_others()
 
 
 def workers(command: Command) -> list[psutil.Process]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from deflow import loggers, tracking
+from deflow import mlflow_store, tracking
 from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.loggers import CsvMetrics, mlflow_logger, read_metrics
@@ -96,7 +96,10 @@ def test_metrics_reach_a_server(server: str, point_data: Path, tmp_path: Path) -
     assert [(point.step, pytest.approx(point.value)) for point in history] == csv
     assert [step for step, _ in csv] == [8, 10, 12]  # one axis over both stages
     assert run.data.metrics["eval/success"] == summary["eval/success"]["last"]
-    assert run.data.params["agent/trust_region"] == "0.01"
+    assert run.info.run_name == "deflow seed 0 pointmaze-medium-navigate"
+    assert run.data.params["agent.trust_region"] == "0.01"
+    assert run.data.tags.items() >= {"agent": "deflow", "stages": "behavior, extraction", "folder": str(folder)}.items()
+    assert not any(name.endswith(("_low", "_high")) for name in run.data.metrics)  # no charts of their own
     assert {"config.yaml", "report.png", "summary.json"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 
@@ -107,6 +110,38 @@ def test_resume_goes_on_with_the_same_run(point_data: Path, database: Path) -> N
     train(compose_config(f"resume={folder}"), folder)
     _, run = run_of(uri)
     assert run.info.run_id == (folder / "mlflow_run_id").read_text()
+
+
+def test_each_of_several_seeds_has_a_run_inside(point_data: Path, database: Path) -> None:
+    folder, uri = database.with_name("run"), f"sqlite:///{database}"
+    overrides = ("seeds=2", "seed=4", "logger=mlflow", f"logger.tracking_uri={uri}")
+    train(tiny_config(point_data, "experiment=pointmaze", *overrides), folder)
+    first = runs_of_seeds(uri)
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints" / "0_joint" / "final.ckpt").unlink()  # as if killed before the end
+    train(compose_config(f"resume={folder}"), folder)
+    whole, *of_seeds = resumed = runs_of_seeds(uri)
+    assert [run.info.run_id for run in resumed] == [run.info.run_id for run in first]
+    assert [run.info.run_name for run in resumed] == [
+        f"deflow {seeds} pointmaze-medium-navigate" for seeds in ("seeds 4 to 5", "seed 4", "seed 5")
+    ]
+    assert [run.data.params["seed"] for run in of_seeds] == ["4", "5"]
+    assert all(run.data.tags["mlflow.parentRunId"] == whole.info.run_id for run in of_seeds)
+    assert {run.info.status for run in resumed} == {"FINISHED"}
+    rows = [row for row in read_metrics(folder / "metrics.csv") if "eval/success" in row]
+    for run, seed in zip(of_seeds, (4, 5), strict=True):
+        assert run.data.metrics == {"eval/success": rows[-1][f"eval/success/seed_{seed}"]}
+    assert whole.data.metrics["eval/success"] == rows[-1]["eval/success"]
+    assert not any("seed_" in name for name in whole.data.metrics)
+
+
+def runs_of_seeds(uri: str) -> list:
+    """The whole run, then those inside it."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("pointmaze")
+    return sorted(client.search_runs([experiment.experiment_id]), key=lambda run: run.data.tags.get("seed", ""))
 
 
 def sql(database: Path, *statements: str) -> None:
@@ -156,7 +191,7 @@ def test_a_data_base_of_no_use_is_one_line(damage: Callable[[Path], None], says:
 
 
 def test_a_data_base_that_is_locked_is_one_line(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers, "SERVER_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(mlflow_store, "SERVER_TIMEOUT_SECONDS", 0.1)
     with closing(sqlite3.connect(database, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UserError, match=r"cannot be written to \(database is locked\): end or wait for who holds"):
@@ -193,7 +228,7 @@ def test_a_data_base_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     database = tmp_path / "mlflow.db"
     database.touch()  # sqlite leaves an empty file as well, if it is killed early
     with monkeypatch.context() as patch:
-        patch.setattr(loggers.os, "replace", dies)
+        patch.setattr(mlflow_store.os, "replace", dies)
         with pytest.raises(Killed):
             start(database)
     assert database.read_bytes() == b""
@@ -251,8 +286,8 @@ def test_a_server_that_goes_away_in_mid_training(
     steps = [row["step"] for row in read_metrics(tmp_path / "metrics.csv") if "train/critic/loss" in row]
     assert steps == [2, 4, 6]
     assert {step for _, step in Server.rows} <= {2, 3}
-    assert len([message for message in caplog.messages if "MLFlowLogger fails" in message]) == 1
-    (lost,) = [message for message in caplog.messages if "MLFlowLogger lacks" in message]
+    assert len([message for message in caplog.messages if "MLflow fails" in message]) == 1
+    (lost,) = [message for message in caplog.messages if "MLflow lacks" in message]
     assert "rows: " in lost
     assert "files: 4" in lost
 
@@ -276,7 +311,7 @@ def test_a_data_base_that_is_locked_in_mid_training(
     overrides = ("logger=mlflow", f"logger.tracking_uri={uri}")
     train(tiny_config(point_data, "experiment=pointmaze", *overrides), folder)
     assert [row["step"] for row in read_metrics(folder / "metrics.csv") if "train/critic/loss" in row] == [2, 4, 6]
-    assert any("MLFlowLogger lacks" in message for message in caplog.messages)
+    assert any("MLflow lacks" in message for message in caplog.messages)
     other.close()  # and what waited is delivered
     client = MlflowClient(uri)
     for _ in range(600):
@@ -324,6 +359,12 @@ def test_a_number_that_a_kill_cut_is_no_number(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1, "a": 0.25}]
 
 
-def test_tensorboard(point_data: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("rendered")
+def test_tensorboard_has_the_pictures(point_data: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     train(tiny_config(point_data, "experiment=pointmaze", "logger=tensorboard"), tmp_path)
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
+    assert events["images"] == ["report", "actions"]
+    assert "eval/success" in events["scalars"]
+    assert not any(name.endswith(("_low", "_high")) for name in events["scalars"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from functools import partial
 
 import pytest
@@ -26,6 +27,13 @@ def test_the_first_commands_are_make() -> None:
     assert commands[:2] == ["make train", "make test"]
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in commands} <= targets
+
+
+def test_make_ui_shows_the_runs_of_any_folder() -> None:
+    dry = ("make", "--dry-run", "--assume-old=.venv/.installed", "ui", "LOGS=/elsewhere")
+    command = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "sqlite:////elsewhere/mlflow.db" in command
+    assert "--artifacts-destination /elsewhere/mlartifacts" in command
 
 
 @pytest.mark.parametrize("script,arguments", COMMANDS)

@@ -1,4 +1,4 @@
-"""Offline reinforcement learning with flow policies; `deflow.load` gives a trained policy to act with."""
+"""Offline reinforcement learning with flow policies: `deflow.train` makes a policy, `deflow.load` lets it act."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deflow.loading import load
+    from deflow.notebook import train
     from deflow.policy import Policy
 
-__all__ = ["Policy", "load"]
+__all__ = ["Policy", "load", "train"]
 
 # Where the names above are, imported when they are asked for: torch takes seconds, which not every command needs.
-_HOMES = {"Policy": "deflow.policy", "load": "deflow.loading"}
+_HOMES = {"Policy": "deflow.policy", "load": "deflow.loading", "train": "deflow.notebook"}
 
 
 def __getattr__(name: str) -> Any:

@@ -335,16 +335,23 @@ def online(config: DictConfig) -> dict[str, float]:
 
 
 def startup() -> dict[str, float]:
-    """Seconds from the start of `train.py` to its first update, with data on disk and every default on."""
+    """Seconds from the start of `deflow train` to its first update, with data on disk and every default on."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
         arrays: dict[str, Any] = _random_arrays(Spec(observation_dim=29, action_dim=8))
         np.savez(data, **arrays, terminals=np.arange(1, ROWS + 1) % 1000 == 0)
         run = Path(folder) / "run"
-        command = [sys.executable, "train.py", "experiment=custom", f"data.source.path={data}", "updates=1"]
+        command = [
+            sys.executable,
+            "-m",
+            "deflow",
+            "train",
+            "experiment=custom",
+            f"data.source.path={data}",
+            "updates=1",
+        ]
         command += [f"hydra.run.dir={run}", f"paths.logs={folder}", "diversity.states=0"]
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
         return {"seconds_to_first_update": json.loads((run / "summary.json").read_text())["seconds_to_first_update"]}

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -31,6 +31,7 @@ from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.help import help_text
 from deflow.imports import quick_imports
+from deflow.invocation import as_script_and_as_typed
 from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
 from deflow.settings import check_settings, unknown_setting
 from deflow.signals import Stopped, end_with_parent, listening
@@ -39,7 +40,15 @@ log = logging.getLogger(__name__)
 
 OF_THE_USER = (UserError, HydraException, OmegaConfBaseException)
 PARENT = "DEFLOW_PARENT"  # variable with the number of the process that starts others
-CONFIG_DIR = str(Path(__file__).resolve().parents[2] / "configs")
+
+
+def _config_dir() -> Path:
+    """The folder of the YAML files: in the installed package, or at the top of the repository."""
+    installed = Path(__file__).resolve().with_name("configs")
+    return installed if installed.is_dir() else installed.parents[2] / "configs"
+
+
+CONFIG_DIR = str(_config_dir())
 
 
 OmegaConf.register_new_resolver("run_folder", new_run_folder, use_cache=True, replace=True)
@@ -79,10 +88,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
                 end_with_parent(int(os.environ.get(PARENT, os.getppid())))
             os.environ[PARENT] = str(os.getpid())  # for the processes that this one may start
             with _errors_in_one_line(config_name, sweep), listening():
-                sys.argv[1:] = [_readable(argument) for argument in sys.argv[1:]]
+                sys.argv[1:] = [readable(argument) for argument in sys.argv[1:]]
                 if {"--help", "-h"} & {*sys.argv}:
                     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-                    print(help_text(Path(CONFIG_DIR), config_name, overrides))
+                    text = help_text(Path(CONFIG_DIR), config_name, overrides)
+                    print(text.replace(*as_script_and_as_typed(config_name)))
                 else:
                     composed()
 
@@ -135,7 +145,7 @@ class Sweep:
             self.errors.append(error)
             if not isinstance(error, OF_THE_USER):
                 traceback.print_exc()
-            print(f"error: {' '.join(overrides)}: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {' '.join(overrides)}: {one_line(error)}", file=sys.stderr)
             raise
 
     def end(self) -> None:
@@ -144,7 +154,7 @@ class Sweep:
         sys.exit(2 if all(isinstance(error, OF_THE_USER) for error in self.errors) else 1)
 
 
-def _readable(argument: str) -> str:
+def readable(argument: str) -> str:
     """A command line's override as Hydra's grammar has it.
 
     Raises:
@@ -204,7 +214,7 @@ def _errors_in_one_line(command: str = "", sweep: Sweep | None = None) -> Iterat
             sweep.end()
         if not isinstance(error, OF_THE_USER):
             raise
-        print(f"error: {_one_line(error, command)}", file=sys.stderr)
+        print(f"error: {one_line(error, command, sys.argv[1:])}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         if _is_another_process_of_a_run():
@@ -220,7 +230,8 @@ def _is_another_process_of_a_run() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") != "0"
 
 
-def _one_line(error: BaseException, command: str = "") -> str:
+def one_line(error: BaseException, command: str = "", arguments: Sequence[str] = ()) -> str:
+    """What an error of `OF_THE_USER` says of a command with these arguments."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):  # Hydra wraps what a component raises
         cause = cause.__cause__
@@ -229,7 +240,7 @@ def _one_line(error: BaseException, command: str = "") -> str:
     if (
         unknown := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))
     ) is not None and command:
-        return str(unknown_setting(unknown[1], _known_settings(command, without=unknown[1])))
+        return str(unknown_setting(unknown[1], _known_settings(command, arguments, without=unknown[1])))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{name}': choose one of {', '.join(choices(group) or sorted(error.options))}"
@@ -239,9 +250,9 @@ def _one_line(error: BaseException, command: str = "") -> str:
     return re.sub(r"\s+", " ", message).strip()
 
 
-def _known_settings(command: str, without: str) -> list[str]:
-    """Dotted names of all that the command line can set, were it not for the override of `without`."""
-    kept = [o for o in sys.argv[1:] if not o.startswith("-") and re.split("[=@]", o.lstrip("+~"))[0] != without]
+def _known_settings(command: str, arguments: Sequence[str], without: str) -> list[str]:
+    """Dotted names of all that `arguments` could set, were it not for the override of `without`."""
+    kept = [o for o in arguments if not o.startswith("-") and re.split("[=@]", o.lstrip("+~"))[0] != without]
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONFIG_DIR, version_base=None):
         try:
@@ -263,16 +274,16 @@ def _dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
-def refuse_other_overrides(key: str) -> None:
+def refuse_other_overrides(overrides: Iterable[str]) -> None:
     """A run that is resumed keeps its own configuration; whatever else is asked for would be silently lost.
 
     Raises:
-        UserError: if the command line has overrides other than `key` and `trust`.
+        UserError: if there are overrides other than `resume` and `trust`.
     """
-    allowed = (f"{key}=", "trust=")  # what a file may name is not the file's to say
-    others = [override for override in HydraConfig.get().overrides.task if not override.startswith(allowed)]
+    allowed = ("resume=", "trust=")  # what a file may name is not the file's to say
+    others = [override for override in overrides if not override.startswith(allowed)]
     if others:
-        raise UserError(f"{key}= keeps the run's own configuration: drop {' '.join(others)}")
+        raise UserError(f"resume= keeps the run's own configuration: drop {' '.join(others)}")
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -25,8 +25,13 @@ from deflow.run_folder import CHECKPOINTS
 from deflow.trust import trust_only
 
 
-def distill(config: DictConfig, folder: Path) -> dict[str, Any]:
+def distill(config: DictConfig, folder: Path, again: str = "python distill.py resume={}") -> dict[str, Any]:
     """Train the one-step policy in `folder`, a run like any other, and write `distillation.json` there.
+
+    Args:
+        config: of the command.
+        folder: of the run.
+        again: by what the run would go on if it is stopped, with {} for the folder.
 
     Returns:
         For `teacher` and `one_step`: what the evaluation came to, and the latency.
@@ -39,7 +44,7 @@ def distill(config: DictConfig, folder: Path) -> dict[str, Any]:
     if config.resume is None and config.ckpt is None:
         raise UserError("name the policy to imitate, ckpt=PATH, or a distillation to go on with, resume=FOLDER")
     training = config if config.resume is not None else _training_config(config)
-    train(training, folder, "distill.py")
+    train(training, folder, again)
     final = load_checkpoint(folder / CHECKPOINTS / "0_distillation" / FINAL)
     one_step = agent_of(final)
     trained = final["deflow"]["config"]

@@ -78,9 +78,11 @@ def _record_video(run: Run) -> None:
 
 
 def _hand_to_trackers(run: Run, summary: dict[str, Any]) -> None:
+    pictures = (run.folder / name for name in ("report.png", "actions.png", "video.mp4"))
     with TemporaryDirectory() as elsewhere:
         report.write_json(Path(elsewhere, SUMMARY_FILE), summary)
+        files = [run.folder / CONFIG_FILE, Path(elsewhere, SUMMARY_FILE), *filter(Path.exists, pictures)]
         for tracker in run.trackers:
-            for path in (run.folder / CONFIG_FILE, Path(elsewhere, SUMMARY_FILE), *run.folder.glob("*.png")):
+            for path in files:
                 tracker.log_artifact(path)
             tracker.flush()

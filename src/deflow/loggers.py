@@ -6,28 +6,22 @@ import csv
 import importlib.util
 import logging
 import os
-import re
-import shutil
-import sqlite3
-import tempfile
-from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-import requests
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from imageio.v3 import imread
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from deflow.distributed import is_main_process
+from deflow.description import Description
 from deflow.errors import UserError
-from deflow.files import locked, replacing
+from deflow.files import replacing
 from deflow.imports import quick_imports
+from deflow.mlflow_run import start_run
 from deflow.tracking import Tracker
 
 Row = dict[str, float]
 
-SERVER_TIMEOUT_SECONDS = 5
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # A server that is away would be asked for minutes; whoever asks tries again by itself.
@@ -128,15 +122,11 @@ def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> Tracker:
         from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        logger = _start_mlflow(tracking_uri, experiment, Path(run_dir))
+        run = start_run(tracking_uri, experiment, Path(run_dir))
     except (MlflowException, SQLAlchemyError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"MLflow at {tracking_uri} fails ({reason}): mend it, or use logger=csv") from error
-
-    def upload(path: Path) -> None:
-        logger.experiment.log_artifact(logger.run_id, str(path))
-
-    return Tracker(logger, upload, wants_system_metrics=True)
+    return Tracker(run, run.describe, run.upload, wants_system_metrics=True)
 
 
 def csv_only(run_dir: str) -> None:
@@ -144,18 +134,26 @@ def csv_only(run_dir: str) -> None:
 
 
 def tensorboard_logger(run_dir: str) -> Tracker:
-    """TensorBoard event files in the run's folder."""
+    """TensorBoard event files in the run's folder; of the files that a run leaves, its pictures."""
     _require("tensorboard", "tensorboard")
-    return Tracker(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+    logger = TensorBoardLogger(run_dir, name="tensorboard", version="")
+
+    def upload(path: Path) -> None:
+        if path.suffix == ".png":
+            logger.experiment.add_image(path.stem, imread(path), dataformats="HWC")
+            logger.experiment.flush()
+
+    return Tracker(logger, upload=upload)
 
 
 def wandb_logger(project: str, run_dir: str) -> Tracker:
-    """Weights & Biases, online or offline as its own settings say.
+    """Weights & Biases, online or offline as its own settings say; of a run's files, its pictures and its video.
 
     Raises:
         UserError: if it cannot start.
     """
     _require("wandb", "wandb")
+    import wandb
     from wandb.errors import Error
 
     logger = WandbLogger(project=project, save_dir=run_dir, name=Path(run_dir).name)
@@ -163,120 +161,19 @@ def wandb_logger(project: str, run_dir: str) -> Tracker:
         _ = logger.experiment  # now, so that what is wrong is said before the training
     except Error as error:
         raise UserError(f"W&B cannot start ({error}): set WANDB_MODE=offline, or use logger=csv") from error
-    return Tracker(logger)
+
+    def describe(description: Description) -> None:
+        logger.experiment.name = description.name
+        logger.log_hyperparams(description.tags | description.settings)
+
+    def upload(path: Path) -> None:
+        kind = {".png": wandb.Image, ".mp4": wandb.Video}.get(path.suffix)
+        if kind is not None:
+            logger.experiment.log({path.stem: kind(str(path))})
+
+    return Tracker(logger, describe, upload)
 
 
 def _require(module: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise UserError(f"logger={extra} needs the package '{module}': pip install 'deflow[{extra}]'")
-
-
-def _check_server(uri: str) -> None:
-    try:
-        requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT_SECONDS).raise_for_status()
-    except requests.RequestException as error:
-        raise UserError(
-            f"no MLflow server answers at {uri}: start one (make ui), correct logger.tracking_uri or use logger=csv"
-        ) from error
-
-
-def _database_path(uri: str) -> Path:
-    if urlparse(uri).scheme != "sqlite":
-        raise UserError(f"logger.tracking_uri must start with sqlite:/// or http, got {uri}")
-    return Path(re.sub(r"^sqlite:/{3}", "", uri)).absolute()
-
-
-def _start_mlflow(uri: str, experiment: str, run_dir: Path) -> MLFlowLogger:
-    """The logger, its experiment and (in the main process) its run there and ready to be written to."""
-    if uri.startswith("http"):
-        _check_server(uri)
-        _have_experiment(uri, experiment, artifacts=None)
-    else:
-        path = _database_path(uri)
-        with locked(Path(f"{path}.lock"), "MLflow's data base"):  # two processes that make it at once would both fail
-            _make_database(path)
-            _check_database(path, uri)
-            _have_experiment(uri, experiment, (path.parent / "mlartifacts").as_uri())
-    remembered = run_dir / "mlflow_run_id"
-    run_id = (remembered.read_text().strip() if remembered.exists() else "") or None
-    logger = MLFlowLogger(experiment_name=experiment, run_name=run_dir.name, tracking_uri=uri, run_id=run_id)
-    if is_main_process():
-        if run_id is not None:
-            _check_run(uri, run_id, remembered)
-        with replacing(remembered) as part:
-            part.write_text(str(logger.run_id))
-    return logger
-
-
-def _make_database(path: Path) -> None:
-    """Make it aside, tables and all, and rename it: a kill leaves a whole data base or none."""
-    if path.exists() and path.stat().st_size:
-        return
-    from mlflow.tracking import MlflowClient
-
-    prefix = f".part-{path.name}-"
-    for left_by_a_kill in path.parent.glob(f"{prefix}*"):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    # Under a new name each time: MLflow keeps the connections to all that it has opened.
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-
-
-def _check_database(path: Path, uri: str) -> None:
-    """Whether it can be written to and is of the installed MLflow, which itself would try for minutes, or change it."""
-    instead = "or use logger=csv"
-    try:
-        with closing(sqlite3.connect(path, SERVER_TIMEOUT_SECONDS, isolation_level=None)) as base:
-            base.execute("BEGIN IMMEDIATE")
-            base.execute("ROLLBACK")
-            versions = base.execute("SELECT version_num FROM alembic_version").fetchall()
-    except sqlite3.OperationalError as error:
-        if "no such table" in str(error):
-            raise UserError(f"{path} is no data base of MLflow's, or half of one: move it away, {instead}") from error
-        raise UserError(f"{path} cannot be written to ({error}): end or wait for who holds it, {instead}") from error
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} is no whole data base ({error}): move it away, {instead}") from error
-    if [version for (version,) in versions] != [_schema_version()]:
-        raise UserError(f"{path} is of another version of MLflow: run 'mlflow db upgrade {uri}' on a copy, {instead}")
-
-
-def _schema_version() -> str | None:
-    """Of data bases that the installed MLflow makes."""
-    import mlflow
-    from alembic.script import ScriptDirectory
-
-    return ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations")).get_current_head()
-
-
-def _have_experiment(uri: str, name: str, artifacts: str | None) -> None:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(uri)
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        client.create_experiment(name, artifact_location=artifacts)
-    elif found.lifecycle_stage == "deleted":
-        raise UserError(
-            f"MLflow's experiment '{name}' has been deleted: choose another, logger.experiment=NAME, or bring it back, "
-            f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {found.experiment_id}"
-        )
-
-
-def _check_run(uri: str, run_id: str, remembered: Path) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    try:
-        is_there = MlflowClient(uri).get_run(run_id).info.lifecycle_stage != "deleted"
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        is_there = False
-    if not is_there:
-        raise UserError(
-            f"MLflow's run {run_id} has been deleted: remove {remembered}, and the resumed run gets a new one"
-        )

@@ -19,13 +19,13 @@ from deflow.training import run_stages
 from deflow.trust import trust_only
 
 
-def train(config: DictConfig, folder: Path, script: str = "train.py") -> dict[str, Any]:
+def train(config: DictConfig, folder: Path, again: str = "python train.py resume={}") -> dict[str, Any]:
     """Train every stage that is not done yet, evaluate, and leave the report in `folder`.
 
     Args:
         config: of the run; with `resume`, that in `folder` is taken instead.
         folder: of the run.
-        script: by which the run would go on if it is stopped.
+        again: by what the run would go on if it is stopped, with {} for the folder.
 
     Returns:
         What `summary.json` holds.
@@ -51,7 +51,7 @@ def train(config: DictConfig, folder: Path, script: str = "train.py") -> dict[st
             nothing_done = not resume and (run is None or run.first_update_at is None)
             if nothing_done:
                 held.discard()
-            _advise(error, folder, nothing_done, go_on=f"go on by python {script} resume={folder}")
+            _advise(error, folder, nothing_done, go_on=f"go on by {again.format(folder)}")
             raise
 
 

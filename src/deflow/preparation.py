@@ -19,6 +19,7 @@ from deflow.config import check, plain
 from deflow.cores import set_threads
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.sources.source import Source
+from deflow.description import describe
 from deflow.distributed import is_main_process
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Evaluator, load_episodes
@@ -67,7 +68,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         learner=learner,
         data=data,
         evaluator=_make_evaluator(config, data.source),
-        loggers=_open_loggers(config, folder, resume, metrics),
+        loggers=_open_loggers(config, folder, resume, metrics, data.source),
         metrics=metrics,
         seconds_before=saved.seconds,
         started=started,
@@ -128,13 +129,13 @@ def _write_config(config: DictConfig, folder: Path) -> None:
             part.write_text(OmegaConf.to_yaml(config, resolve=True))
 
 
-def _open_loggers(config: DictConfig, folder: Path, resume: bool, metrics: CsvMetrics) -> list[Any]:
-    """`metrics.csv`, and the tracker beside it if there is one; a new run tells them its configuration."""
+def _open_loggers(config: DictConfig, folder: Path, resume: bool, metrics: CsvMetrics, source: Source) -> list[Any]:
+    """`metrics.csv`, and the tracker beside it if there is one, which is told what a new run is."""
     tracker = instantiate(config.logger, _partial_=True)(run_dir=str(folder))
-    if tracker is not None and not isinstance(tracker, Tracker):  # a logger of the user's own
+    if tracker is None:
+        return [metrics]
+    if not isinstance(tracker, Tracker):  # a logger of the user's own
         tracker = Tracker(tracker)
-    loggers = [metrics] if tracker is None else [metrics, tracker]
     if not resume:
-        for logger in loggers:
-            logger.log_hyperparams(plain(config))
-    return loggers
+        tracker.describe(describe(config, source.task, source.provenance(), folder))
+    return [metrics, tracker]

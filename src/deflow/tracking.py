@@ -12,10 +12,13 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from deflow.description import Description
+
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts; the first is of a second, each twice as long as the one before
 REFUSED_AFTER = 3  # failures in a row after which it is asked whether the tracker takes what comes next
+BOUNDS = ("_low", "_high")  # of confidence intervals: no charts of their own, metrics.csv has them
 FLUSH_SECONDS = 10.0  # without any delivery, after which the end of a run waits no longer
 
 
@@ -27,17 +30,22 @@ class Tracker(Logger):
 
     Args:
         logger: whose calls may be slow, and may raise anything.
+        describe: tells the tracker what a run is; None: its settings and tags are its logger's hyperparameters.
         upload: puts a file into the tracker; None if it has no place for files.
         wants_system_metrics: whether rows of the machine's use belong into it.
     """
 
     def __init__(
-        self, logger: Logger, upload: Callable[[Path], None] | None = None, wants_system_metrics: bool = False
+        self,
+        logger: Logger,
+        describe: Callable[[Description], None] | None = None,
+        upload: Callable[[Path], None] | None = None,
+        wants_system_metrics: bool = False,
     ) -> None:
         super().__init__()
         self.logger = logger
         self.wants_system_metrics = wants_system_metrics
-        self._upload = upload
+        self._describe, self._upload = describe, upload
         self._name, self._version = str(logger.name or ""), str(logger.version or "")  # asked for at every refresh
         self._waiting: deque[tuple[str, Callable[[], Any]]] = deque()  # what it is, and the call that delivers it
         self._changed = threading.Condition()  # guards what is waiting
@@ -60,8 +68,17 @@ class Tracker(Logger):
         self._hand_on("settings:", lambda: self.logger.log_hyperparams(params, *args, **kwargs))
 
     @rank_zero_only
+    def describe(self, description: Description) -> None:
+        """Tell the tracker what the run is."""
+        describe = self._describe
+        if describe is None:
+            self.log_hyperparams(description.tags | description.settings)
+        else:
+            self._hand_on("settings:", lambda: describe(description))
+
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {key: float(value) for key, value in metrics.items()}
+        row = {key: float(value) for key, value in metrics.items() if not key.endswith(BOUNDS)}
         self._hand_on("rows:", lambda: self.logger.log_metrics(row, step))
 
     @rank_zero_only
