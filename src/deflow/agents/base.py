@@ -79,10 +79,7 @@ class Agent(LightningModule, ABC):
         self._make_optimizer = optimizer
         self._moments: dict[str, list[dict[str, Any] | None]] = {}
         self._seed = seed
-        unknown = sorted(set(every) - set(parts))
-        if unknown:
-            raise UserError(f"agent.every names {unknown}: choose among the agent's parts {', '.join(parts)}")
-        self.every = dict(every)
+        self.every = self._checked_rhythm(every)
         self.begin_stage("unnamed", "all", first_step=0)
 
     # What an algorithm writes.
@@ -309,6 +306,12 @@ class Agent(LightningModule, ABC):
             pairs = getattr(getattr(self, part), "target_pairs", None)
             if pairs is not None and self.moves_targets(part):
                 yield from pairs()
+
+    def _checked_rhythm(self, every: Mapping[str, int]) -> dict[str, int]:
+        unknown = sorted(set(every) - set(self.parts))
+        if unknown:
+            raise UserError(f"agent.every names {unknown}: choose among the agent's parts {', '.join(self.parts)}")
+        return dict(every)
 
     def _shown(self) -> Metrics:
         """The headline's metrics, of the parts that have trained."""
