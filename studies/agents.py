@@ -19,6 +19,7 @@ from deflow.benchmark import SPAN, random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
 from deflow.evaluation.latency import latency
+from deflow.policy import Policy
 from deflow.timing import seconds_of_updates
 from deflow.types import Spec
 
@@ -62,7 +63,7 @@ def speed_of(settings: dict[str, Any]) -> tuple[float, float]:
     agent = build_agent(settings, CUBE)
     stream = BatchStream(random_transitions(agent), 256, 0, TIMED, (0, "speed"), SPAN)
     seconds = median([seconds_of_updates(agent, stream) for _ in range(ROUNDS + 1)][1:])
-    return TIMED / seconds, latency(agent)["latency_ms_p50"]
+    return TIMED / seconds, latency(Policy(agent))["latency_ms_p50"]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from deflow.data.datamodule import BatchStream
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.source import compact
 from deflow.evaluation.diversity import policy_samples
+from deflow.policy import Policy
 from deflow.timing import seconds_of_updates
 from deflow.types import Lookahead, Spec
 
@@ -80,7 +81,7 @@ def train(overrides: Sequence[str], updates: int, hidden: int = 128, lr: float =
 
 def actions_at(agent: Agent, state: float) -> np.ndarray:
     """Actions that the policy takes in one state, shape (SAMPLES, 2)."""
-    return policy_samples(agent, torch.tensor([[state]]), SAMPLES, seed=0)["policy"][0]
+    return policy_samples(Policy(agent), torch.tensor([[state]]), SAMPLES, seed=0)["policy"][0]
 
 
 def shares(actions: np.ndarray) -> tuple[float, float]:

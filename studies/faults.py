@@ -388,11 +388,11 @@ CASES = [
         }.items()
     ),
     Case(
-        "task=scene without its experiment",
+        "neither a task nor an experiment",
         "train.py",
-        f"task=scene {TINY} hydra.run.dir={{dir}}/run",
+        f"{TINY} hydra.run.dir={{dir}}/run",
         2,
-        "experiment=scene",
+        "nothing to train on",
     ),
     Case("a run's folder that is a file", "train.py", SHORT, 2, "folder", lambda folder, _: (folder / "run").touch()),
     refused(

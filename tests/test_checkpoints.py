@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from deflow.checkpoints import OF_A_STAGE, TO_RESUME, agent_of, load_checkpoint
+from deflow.checkpoints import FORMAT, OF_A_STAGE, TO_RESUME, agent_of, load_checkpoint
 from deflow.errors import UserError
 from tests.calls import call
 from tests.conftest import CKPT
@@ -83,9 +84,9 @@ def test_a_spec_that_is_none(spec: list, content: dict[str, Any], tmp_path: Path
 
 
 def with_settings(content: dict[str, Any], **agent: Any) -> dict[str, Any]:
-    card = content["deflow"]
-    config = card["config"] | {"agent": card["config"]["agent"] | agent}
-    return content | {"deflow": card | {"config": config}}
+    trained = content["deflow"]
+    config = trained["config"] | {"agent": trained["config"]["agent"] | agent}
+    return content | {"deflow": trained | {"config": config}}
 
 
 def test_settings_that_make_no_agent(content: dict[str, Any], tmp_path: Path) -> None:
@@ -116,3 +117,28 @@ def test_weights_of_other_networks(damage: str, name: str, run: Path, point_data
     assert ("unknown" if damage == "one too many" else weight) in str(raised.value)
     assert len(str(raised.value)) < 500
     assert not (tmp_path / "out").exists()
+
+
+def as_of_the_first_format(content: dict[str, Any]) -> dict[str, Any]:
+    """The same checkpoint as it was written before there was a format: sources elsewhere, a discount in the critic."""
+    content = copy.deepcopy(content)
+    config = content["deflow"]["config"]
+    del content["deflow"]["format"]
+    config["data"]["source"]["_target_"] = "deflow.data.ogbench.OGBenchSource"
+    config["agent"]["critic"]["discount"] = 0.99
+    return content
+
+
+def test_an_older_checkpoint_acts_and_does_not_go_on(content: dict[str, Any], tmp_path: Path) -> None:
+    older = saved(as_of_the_first_format(content), tmp_path)
+    read = load_checkpoint(older)
+    assert read["deflow"]["config"] == content["deflow"]["config"]
+    assert agent_of(read).state_dict().keys() == content["state_dict"].keys()
+    with pytest.raises(UserError, match="written by an older version of deflow, whose run cannot go on"):
+        load_checkpoint(older, TO_RESUME)
+
+
+def test_a_newer_checkpoint_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    newer = saved(content | {"deflow": content["deflow"] | {"format": FORMAT + 1}}, tmp_path)
+    with pytest.raises(UserError, match="written by a newer version of deflow"):
+        load_checkpoint(newer)

@@ -37,7 +37,7 @@ from tests.commands import ROOT, Command, run, start, tiny_overrides
             "seed must be a whole number from 0 to 4294967295, got 'abc'",
         ),
         ("train.py", ["experiment=custom"], "Missing mandatory value: data.source.path"),
-        ("inspect_data.py", ["task=nonsense"], "unknown task 'nonsense': choose one of antmaze_giant"),
+        ("inspect_data.py", ["task=nonsense"], "unknown task 'nonsense': choose one of antmaze-large-"),
         ("train.py", ["experiment=pointmaze", "agent.nonsense=1"], "no setting 'agent.nonsense'"),
         ("train.py", ["resume=nowhere"], "nowhere is not a run to resume"),
         ("evaluate.py", [], "Missing mandatory value: ckpt"),

@@ -71,15 +71,16 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["agent=nonsense"], "unknown agent 'nonsense': choose one of cal_ql, deflow"),
         (["+nonsense=5"], "no setting 'nonsense': choose among name, seed"),
         (["seed=abc"], "seed must be a whole number from 0 to 4294967295, got 'abc'"),
-        (
-            ["task=scene"],
-            "alone would train with the quickstart's settings: choose experiment=scene, or keep them with",
-        ),
-        (["task=antmaze_large"], "choose experiment=antmaze, or keep"),
+        (["seed=1"], "nothing to train on: choose task=NAME or experiment=NAME"),
+        (["task=nonsense"], "unknown task 'nonsense': choose one of antmaze-large-diverse-v2, "),
+        (["task=null"], "task=null is no choice: task= takes one of antmaze-large-diverse-v2, "),
+        (["experiment=nonsense"], "unknown experiment 'nonsense': choose one of antmaze, antmaze-large-diverse-v2, "),
+        (["experiment=online/cube_single"], "unknown experiment/online 'cube_single': choose one of antmaze-large-"),
+        (["task=scene/offline_to_onlin"], "unknown task/scene 'offline_to_onlin'"),
+        (["data=nonsense"], "unknown data 'nonsense': choose one of d4rl_hdf5, hdf5, minari, npz, ogbench"),
         (["data.source.path=[a"], "cannot read data.source.path=[a"),
         (["experiment=custom"], "Missing mandatory value: data.source.path"),
         (["experiment=antmaze-umaze-v2", "task.dataset=???"], "Missing mandatory value: task.dataset"),
-        (["~experiment"], "Missing mandatory value: name"),
         (["experiment=null"], "experiment=null is no choice: experiment= takes one of antmaze, "),
         (["logger=5"], "logger=5 is no choice: logger= takes one of csv, mlflow, tensorboard, wandb"),
         (["resume=nowhere"], "nowhere is not a run to resume"),
@@ -102,6 +103,18 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_over_rows_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def main(config: DictConfig, folder: Path) -> None:
+        seen.append((config.name, config.agent.trust_region))
+
+    assert command("train", ["-m", "task=scene,puzzle_3x3"], monkeypatch, main) == 0
+    assert command("train", ["-m", "experiment=antmaze,online/scene"], monkeypatch, main) == 0
+    assert seen == [("scene", 0.001), ("puzzle_3x3", 0.005), ("antmaze_large", 0.01), ("online/scene", 0.001)]
+
+
 def test_a_task_beside_an_experiment_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert command("train", ["experiment=quickstart", "task=scene"], monkeypatch) == 0
@@ -119,8 +132,8 @@ def test_an_error_of_the_command_leaves_no_folder(
         raise UserError("no luck")
 
     assert command("train", ["experiment=pointmaze", *arguments], monkeypatch, main) == 2
-    assert not list(tmp_path.glob("logs/pointmaze/2*"))
-    assert not list(tmp_path.glob("logs/pointmaze/sweep_*/?"))
+    assert not list(tmp_path.glob("logs/pointmaze_medium/2*"))
+    assert not list(tmp_path.glob("logs/pointmaze_medium/sweep_*/?"))
     assert not (tmp_path / "run").exists()
 
 
@@ -148,11 +161,11 @@ def test_a_sweep_goes_on_after_a_job_that_fails(
             raise UserError("no luck")
 
     assert command("train", SWEEP, monkeypatch, main) == 2
-    assert seen == [(0, "pointmaze", "0"), (1, "pointmaze", "1"), (2, "pointmaze", "2")]
+    assert seen == [(seed, "pointmaze_medium", str(seed)) for seed in range(3)]
     lines = capsys.readouterr().err.splitlines()
     assert "error: experiment=pointmaze seed=1: no luck" in lines
     assert lines[-1] == "error: 1 of 3 jobs failed"
-    assert {path.name for path in tmp_path.glob("logs/pointmaze/sweep_*/*")} == {"0", "2", "multirun.yaml"}
+    assert {path.name for path in tmp_path.glob("logs/pointmaze_medium/sweep_*/*")} == {"0", "2", "multirun.yaml"}
 
 
 def test_a_bug_in_a_sweep_is_not_the_users(
@@ -176,7 +189,7 @@ def test_a_job_of_a_sweep_is_checked_and_leaves_no_folder(
     monkeypatch.chdir(tmp_path)
     assert command("train", ["-m", "experiment=pointmaze", "seed=0,abc"], monkeypatch) == 2
     assert "seed=abc: seed must be a whole number" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.glob("logs/pointmaze/sweep_*/*")} == {"0", "multirun.yaml"}
+    assert {path.name for path in tmp_path.glob("logs/pointmaze_medium/sweep_*/*")} == {"0", "multirun.yaml"}
 
 
 def test_a_sweep_without_failures_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +199,7 @@ def test_a_sweep_without_failures_ends_well(tmp_path: Path, monkeypatch: pytest.
 
 
 def job(run_dir: str, *overrides: str) -> DictConfig:
-    return OmegaConf.create({"mode": "RUN", "run": {"dir": run_dir}, "overrides": {"task": [*overrides]}})
+    return OmegaConf.create({"mode": "RUN", "run": {"dir": run_dir}, "overrides": {"task": ["task=scene", *overrides]}})
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from deflow.config import CONFIG_DIR
+from deflow.config import choices
 from deflow.data.sources.d4rl import REFERENCE_RETURNS
 from deflow.pipeline import train
 from tests.conftest import compose_config, tiny_config, write_d4rl
 
-CONFIGS = Path(CONFIG_DIR)
-EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+EXPERIMENTS = choices("experiment")
 OTHER_DATA = ["custom", "minari"]  # tests/data/sources/test_source.py
 VISUAL = [name for name in EXPERIMENTS if name.startswith("visual_")]  # one of them runs in tests/test_images.py
 D4RL = [name for name in EXPERIMENTS if name.endswith(("-v1", "-v2"))]
@@ -31,6 +30,13 @@ PAPER = {
     "puzzle_3x3": (0.99, "mean", 0.005),
     "puzzle_4x4": (0.99, "mean", 0.005),
 }
+
+
+def test_the_papers_73_tasks_are_there() -> None:
+    tasks = set(choices("task"))
+    states = {"antmaze_large", *PAPER} - {"antmaze"}
+    assert states | {*VISUAL, *D4RL} <= tasks
+    assert 5 * len(states) + len(VISUAL) + len(D4RL) == 73  # five goals in each environment with states
 
 
 @pytest.mark.parametrize("experiment", PAPER)
@@ -117,7 +123,7 @@ ONLINE = {
 
 
 def test_the_papers_offline_to_online_tasks() -> None:
-    assert {path.stem for path in (CONFIGS / "experiment" / "online").glob("*.yaml")} == set(ONLINE)
+    assert set(choices("experiment/online")) == set(ONLINE)
 
 
 @pytest.mark.parametrize("task", ONLINE)
@@ -125,8 +131,10 @@ def test_the_papers_settings_offline_to_online(task: str) -> None:
     fql = compose_config(f"experiment=online/{task}", "agent=fql")
     deflow = compose_config(f"experiment=online/{task}")
     assert (fql.agent.actor.alpha, deflow.agent.trust_region) == ONLINE[task]
-    offline = compose_config(f"experiment={task}")  # nothing else changes but the length of a D4RL run
+    offline = compose_config(f"task={task}", "task.updates=1_000_000")  # the one change, of D4RL's tasks
     assert (deflow.task, deflow.agent, deflow.data) == (offline.task, offline.agent, offline.data)
+    asked = compose_config(f"task={task}", "stages=offline_to_online", "agent=fql", f"name=online/{task}")
+    assert asked == fql
     steps = {name: (stage.steps, "environment" in stage) for name, stage in deflow.stages.items()}
     assert steps == {"joint": (1_000_000, False), "online": (1_000_000, True)}
 
@@ -135,7 +143,7 @@ def test_the_papers_settings_offline_to_online(task: str) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        *(f"solver={path.stem}" for path in (CONFIGS / "solver").glob("*.yaml")),
+        *(f"solver={name}" for name in choices("solver")),
         "stages=staged",
         "stages.joint.train=[behavior_flow]",
         "task_id=3",

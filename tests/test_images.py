@@ -27,6 +27,7 @@ from deflow.evaluation.rollout import Evaluator
 from deflow.nets.encoder import Impala, beside
 from deflow.online import Collector
 from deflow.pipeline import train
+from deflow.policy import Policy
 from deflow.seeding import torch_generator
 from deflow.types import Batch, Lookahead, Spec
 from tests.agents.tester import check_agent, random_batch
@@ -188,10 +189,10 @@ def make_film() -> gymnasium.Env:
 
 
 def test_a_policy_of_images_is_played_and_timed() -> None:
-    agent = make_agent("deflow")
-    episodes = Evaluator(make_film, episodes=3, num_envs=2, seed=0).run(agent)
+    policy = Policy(make_agent("deflow"))
+    episodes = Evaluator(make_film, episodes=3, num_envs=2, seed=0).run(policy)
     assert [(e.success, e.length) for e in episodes] == [(1.0, LENGTH)] * 3
-    assert latency(agent)["latency_ms_p50"] > 0
+    assert latency(policy)["latency_ms_p50"] > 0
 
 
 @pytest.mark.parametrize("agent", ["deflow", "cal_ql"])

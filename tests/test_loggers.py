@@ -56,7 +56,7 @@ def run_of(uri: str):
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("pointmaze")
+    experiment = client.get_experiment_by_name("pointmaze_medium")
     runs = client.search_runs([experiment.experiment_id])
     assert len(runs) == 1
     return client, runs[0]
@@ -76,7 +76,7 @@ def database(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(whole, tmp_path / "mlflow.db"))
 
 
-def start(database: Path, experiment: str = "pointmaze") -> Tracker:
+def start(database: Path, experiment: str = "pointmaze_medium") -> Tracker:
     run = database.with_name("run")
     run.mkdir(exist_ok=True)
     return mlflow_logger(f"sqlite:///{database}", experiment, str(run))
@@ -209,9 +209,9 @@ def test_what_has_been_deleted_is_one_line(database: Path) -> None:
         start(database)
     database.with_name("run").joinpath("mlflow_run_id").write_text("")  # cut by a kill
     assert start(database).version != tracker.version
-    client.delete_experiment(client.get_experiment_by_name("pointmaze").experiment_id)
+    client.delete_experiment(client.get_experiment_by_name("pointmaze_medium").experiment_id)
     with pytest.raises(
-        UserError, match=r"'pointmaze' has been deleted: choose another, logger.experiment=NAME, or bring"
+        UserError, match=r"'pointmaze_medium' has been deleted: choose another, logger.experiment=NAME, or bring"
     ):
         start(database)
 
@@ -252,7 +252,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
         type(self).rows += [(metric["key"], int(metric["step"])) for metric in body.get("metrics", [])]
         run = {"info": {"run_id": "r", "run_uuid": "r", "experiment_id": "1", "status": "RUNNING"}, "data": {}}
-        experiment = {"experiment_id": "1", "name": "pointmaze", "lifecycle_stage": "active"}
+        experiment = {"experiment_id": "1", "name": "pointmaze_medium", "lifecycle_stage": "active"}
         answer = json.dumps({"run": run, "experiment": experiment, "run_info": run["info"]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))

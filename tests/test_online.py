@@ -20,6 +20,7 @@ from deflow.loggers import read_metrics
 from deflow.online import Collector
 from deflow.pipeline import train
 from deflow.types import Batch, Lookahead, Spec
+from tests.agents.tester import Acting
 from tests.conftest import tiny_config
 from tests.test_pipeline import assert_equal_weights, weights
 
@@ -45,13 +46,11 @@ class Corridor(gymnasium.Env):
         return observation, float(self.steps), at_goal, self.steps == LENGTH, {"success": at_goal}
 
 
-class Policy:
+class Tenth(Acting):
     """Acts with a tenth of the observation, and a chunk of it."""
 
-    candidates, device = 1, torch.device("cpu")
-
     def __init__(self, horizon: int = 1, reads_returns: bool = False) -> None:
-        self.spec = Spec(1, horizon, horizon)
+        super().__init__(Spec(1, horizon, horizon))
         self.traits = Traits(reads_returns=reads_returns)
 
     def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -59,9 +58,8 @@ class Policy:
 
 
 def collect(steps: int, horizon: int = 1, num_envs: int = 1, rounds: int = 2 * LENGTH) -> Batch:
-    collector = Collector(
-        Corridor, Policy(horizon), num_envs, Lookahead(0.9, steps, horizon), lambda reward: reward - 1, seed=0
-    )
+    span = Lookahead(0.9, steps, horizon)
+    collector = Collector(Corridor, Tenth(horizon), num_envs, span, lambda reward: reward - 1, seed=0)
     batches = [collector.step() for _ in range(rounds)]
     return Batch(*(torch.cat(column) for column in list(zip(*batches, strict=True))[:6]))
 
@@ -121,7 +119,7 @@ def test_environments_side_by_side() -> None:
 
 
 def test_returns_are_those_of_the_data() -> None:
-    collector = Collector(Corridor, Policy(reads_returns=True), 1, Lookahead(0.9), lambda reward: reward - 1, seed=0)
+    collector = Collector(Corridor, Tenth(reads_returns=True), 1, Lookahead(0.9), lambda reward: reward - 1, seed=0)
     batches = [collector.step() for _ in range(LENGTH + GOAL + 2)]
     # An episode is given when it is over; what was cut by the time limit goes on with its last reward.
     sizes = [len(batch.rewards) for batch in batches]

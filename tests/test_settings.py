@@ -5,19 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from deflow.config import CONFIG_DIR, check
+from deflow.config import check, choices
 from deflow.errors import UserError
 from deflow.settings import COMMANDS, HYDRA_KEYS, OPTIMIZERS, check_component, check_settings, described
 from tests.conftest import compose_config
 
-CONFIGS = Path(CONFIG_DIR)
 GIVEN = {
     "train": (),
     "distill": ("ckpt=a.ckpt",),
@@ -30,27 +28,22 @@ GIVEN = {
 OWN = {"custom": "data.source.path=a.npz", "minari": "data.source.dataset_id=a"}
 
 
-def names(folder: str) -> list[str]:
-    root = CONFIGS / folder
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-
-
-def choices() -> Iterator[tuple[str, tuple[str, ...]]]:
+def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every command, every experiment, and every choice of every other group of a training run."""
     yield from GIVEN.items()
-    for experiment in names("experiment"):
+    for experiment in (*choices("experiment"), *(f"online/{name}" for name in choices("experiment/online"))):
         more = (OWN[experiment],) if experiment in OWN else ()
         yield "train", (f"experiment={experiment}", *more)
     for group in ("solver", "stages", "trainer", "logger"):
-        yield from (("train", (f"{group}={name}",)) for name in names(group))
-    yield from (("train", (f"agent={path.stem}", "stages=joint")) for path in (CONFIGS / "agent").glob("*.yaml"))
+        yield from (("train", (f"{group}={name}",)) for name in choices(group))
+    yield from (("train", (f"agent={name}", "stages=joint")) for name in choices("agent"))
     yield "train", ("agent.constraints=[{kind: action_norm, limit: 0.3}]", "agent/critic=flow")
     yield "train", ("experiment=custom", "data=hdf5", OWN["custom"])
     yield "train", ("agent.trust_region=auto", "trainer.precision=auto")
     yield "train", ("experiment=door-human-v1", "agent=fql")
 
 
-@pytest.mark.parametrize(("command", "overrides"), choices())
+@pytest.mark.parametrize(("command", "overrides"), commands())
 def test_every_setting_is_described(command: str, overrides: tuple[str, ...]) -> None:
     config = compose_config(*overrides, config_name=command)
     check_settings(config, command)
@@ -71,7 +64,7 @@ def composed(command: str, *groups: str) -> DictConfig:
 def changed(command: str, overrides: str) -> DictConfig:
     """The command's configuration with some overrides; only those of groups are worth composing it again."""
     words = [overrides] if "{" in overrides else overrides.split()
-    groups = [word for word in words if (CONFIGS / word.partition("=")[0]).is_dir()]
+    groups = [word for word in words if choices(word.partition("=")[0])]
     config = copy.deepcopy(composed(command, *(["stages=joint"] if command == "train" else []), *groups))
     OmegaConf.set_struct(config, False)
     for word in words:
@@ -97,7 +90,9 @@ def leaves(values: Any, key: str = "") -> Iterator[str]:
 
 
 def test_every_experiment_names_its_runs_after_itself() -> None:
-    assert {compose_config(f"experiment={name}").name for name in names("experiment")} == {*names("experiment")}
+    named = {name: compose_config(f"experiment={name}").name for name in choices("experiment")}
+    sizes = {"antmaze": "antmaze_large", "pointmaze": "pointmaze_medium"}
+    assert named == {name: name for name in named} | sizes
 
 
 SEED = "a whole number from 0 to 4294967295"

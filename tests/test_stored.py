@@ -13,7 +13,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from deflow.config import CONFIG_DIR, plain
+from deflow.config import choices, plain
 from deflow.errors import UserError
 from deflow.run_folder import CONFIG_FILE
 from deflow.stored import checked, load_config
@@ -23,7 +23,6 @@ from tests.conftest import CKPT, compose_config
 
 pytestmark = pytest.mark.usefixtures("short_episodes")
 
-CONFIGS = Path(CONFIG_DIR)
 MISSING = {"custom": "data.source.path=own.npz", "minari": "data.source.dataset_id=some/set-v0"}  # what one has to give
 
 
@@ -54,14 +53,12 @@ def put(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "choice",
     [
+        *(f"experiment={name}" for name in choices("experiment")),
+        *(f"experiment=online/{name}" for name in choices("experiment/online")),
         *(
-            f"experiment={path.relative_to(CONFIGS / 'experiment').with_suffix('')}"
-            for path in sorted((CONFIGS / "experiment").rglob("*.yaml"))
-        ),
-        *(
-            f"{group}={path.stem}"
+            f"{group}={name}"
             for group in ("agent", "agent/critic", "solver", "stages", "trainer", "logger")
-            for path in sorted((CONFIGS / group).glob("*.yaml"))
+            for name in choices(group)
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Offline reinforcement learning with flow policies; `deflow.train("antmaze", "seed=1")` trains one."""
+"""Offline reinforcement learning with flow policies: `deflow.train` trains one, `deflow.load` gives it to act with."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deflow.loading import load
     from deflow.notebook import train
+    from deflow.policy import Policy
 
-__all__ = ["train"]
+__all__ = ["Policy", "load", "train"]
 
 # Where the names above are, imported when they are asked for: torch takes seconds, which not every command needs.
-_HOMES = {"train": "deflow.notebook"}
+_HOMES = {"Policy": "deflow.policy", "load": "deflow.loading", "train": "deflow.notebook"}
 
 
 def __getattr__(name: str) -> Any:

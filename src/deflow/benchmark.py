@@ -45,6 +45,7 @@ from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import Collector, OnlineStream
+from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.seeding import torch_generator
 from deflow.timing import bfloat16_gain, in_turns, product_seconds, ratio, seconds_of_updates
@@ -90,7 +91,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         "compile": lambda: compilation(config, spec),
         "seeds": lambda: several_seeds(config, spec),
         "sampling": lambda: sampling(config, first),
-        "latency": lambda: {name: latency(agent) for name, agent in agents.items()},
+        "latency": lambda: {name: latency(Policy(agent)) for name, agent in agents.items()},
         "evaluation": lambda: evaluation(config),
         "online": lambda: online(config),
         "startup": lambda: startup(),
@@ -284,15 +285,15 @@ def evaluation(config: DictConfig) -> dict[str, float]:
     """Environment steps/s side by side and one by one with a batch of one, in the task's own environment."""
     name = ogbench.task_name(config.task.env, config.task.dataset, None)
     settings = config.evaluation
-    agent = make_agent(config, config.agents[0], ogbench.spec_of(ogbench.make_env(name)))
+    policy = Policy(make_agent(config, config.agents[0], ogbench.spec_of(ogbench.make_env(name))))
 
     def steps_per_second(num_envs: int, episodes: int) -> float:
         evaluator = Evaluator(
             lambda: ogbench.make_env(name, max_episode_steps=settings.steps), episodes, num_envs, config.seed
         )
-        evaluator.run(agent)  # makes the environments
+        evaluator.run(policy)  # makes the environments
         started = time.perf_counter()
-        played = evaluator.run(agent)
+        played = evaluator.run(policy)
         seconds = time.perf_counter() - started
         evaluator.close()
         return sum(episode.length for episode in played) / seconds

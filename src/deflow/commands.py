@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from deflow.config import entry_point, refuse_other_overrides
+from deflow.config import as_started, entry_point, refuse_other_overrides
 from deflow.imports import quick_imports
 
 
@@ -144,4 +144,4 @@ def _as_typed() -> Iterator[None]:
 
 def _again(command: str) -> str:
     """By what a run of this command goes on, with {} for its folder."""
-    return f"deflow {command} resume={{}}" if _Console.command else f"python {command}.py resume={{}}"
+    return as_started(f"python {command}.py resume={{}}")

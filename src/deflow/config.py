@@ -25,9 +25,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import deflow.tables  # noqa: F401 (registers them with Hydra)
 from deflow.cores import set_threads, spin_briefly, usable_cores
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
+from deflow.help import help_text
 from deflow.imports import quick_imports
 from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
 from deflow.settings import check_settings, unknown_setting
@@ -86,11 +88,23 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
             os.environ[PARENT] = str(os.getpid())  # for the processes that this one may start
             with _errors_in_one_line(config_name, sweep), listening():
                 sys.argv[1:] = [readable(argument) for argument in sys.argv[1:]]
-                composed()
+                if {"--help", "-h"} & {*sys.argv}:
+                    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+                    print(as_started(help_text(Path(CONFIG_DIR), config_name, overrides)))
+                else:
+                    composed()
 
         return command
 
     return decorate
+
+
+def as_started(text: str) -> str:
+    """`text` about scripts, `python train_expert.py`, as one about commands, `deflow train-expert`, if no script was."""
+    script = Path(sys.argv[0])
+    if script.suffix == ".py" and script.name != "__main__.py":
+        return text
+    return re.sub(r"python (\w+)\.py", lambda m: f"deflow {m[1].removesuffix('_data').replace('_', '-')}", text)
 
 
 class SettingsCheck(Callback):
@@ -179,10 +193,16 @@ def _parses(argument: str) -> bool:
 def _refuse_a_choice_without_name(argument: str) -> None:
     """A group takes a name, or several; what Hydra says to `logger=null` is not for users."""
     override = OverridesParser.create().parse_override(argument)
-    choices = Path(CONFIG_DIR) / override.key_or_group
-    if choices.is_dir() and not override.is_sweep_override() and not isinstance(override.value(), str | list):
-        names = ", ".join(sorted(path.stem for path in choices.glob("*.yaml")))
-        raise UserError(f"{argument} is no choice: {override.key_or_group}= takes one of {names}")
+    if override.is_sweep_override() or isinstance(override.value(), str | list):
+        return
+    if names := choices(override.key_or_group):
+        raise UserError(f"{argument} is no choice: {override.key_or_group}= takes one of {', '.join(names)}")
+
+
+def choices(group: str) -> list[str]:
+    """Names that a group of configurations takes, sorted; none if it is not a group."""
+    with initialize_config_dir(CONFIG_DIR, version_base=None):
+        return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
 def _as_group(match: re.Match[str]) -> str:
@@ -229,7 +249,7 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
         return str(unknown_setting(unknown[1], _known_settings(command, arguments, without=unknown[1])))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"unknown {group} '{name}': choose one of {', '.join(sorted(error.options))}"
+        return f"unknown {group} '{name}': choose one of {', '.join(choices(group) or sorted(error.options))}"
     while not str(error) and error.__cause__ is not None:  # Hydra's wrapper of a grammar error says nothing itself
         error = error.__cause__
     message = str(error).removeprefix("UserError raised while resolving interpolation: ").partition("\n    full_key")[0]
@@ -291,8 +311,8 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         UserError: for the first mistake.
     """
     if command == "train":
-        _refuse_a_task_alone(list(job.overrides.task))
         check(config)
+        _refuse_nothing_to_train_on(job.overrides.task)
     else:
         check_settings(config, command)
     if command in ("train", "distill"):
@@ -311,19 +331,13 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         check_file(Path(config.out), "out")
 
 
-def _refuse_a_task_alone(overrides: list[str]) -> None:
-    """Without an experiment, the default one's few updates and small networks would pass for the task's settings."""
-    chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
-    task = chosen.get("task")
-    if task is None or {"experiment", "resume"} & chosen.keys():
-        return
-    root = Path(CONFIG_DIR) / "experiment"
-    same = [path.stem for path in sorted(root.glob("*.yaml")) if f"/task: {task}\n" in path.read_text()]
-    instead = " or ".join(f"experiment={name}" for name in same[:3])
-    raise UserError(
-        f"task={task} alone would train with the quickstart's settings: choose {instead or 'an experiment'}, "
-        f"or keep them with experiment=quickstart task={task}"
-    )
+def _refuse_nothing_to_train_on(overrides: Iterable[str]) -> None:
+    """The task that train.yaml names only stands there until another is chosen."""
+    if not {"task", "experiment", "resume"} & {override.lstrip("+").partition("=")[0] for override in overrides}:
+        raise UserError(
+            "nothing to train on: choose task=NAME or experiment=NAME (--help shows them); "
+            "experiment=quickstart is the one that takes minutes"
+        )
 
 
 def check(config: DictConfig) -> None:

@@ -19,6 +19,7 @@ from deflow.errors import UserError
 from deflow.evaluating import play
 from deflow.evaluation.latency import latency
 from deflow.pipeline import train
+from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.run_folder import CHECKPOINTS
 from deflow.trust import trust_only
@@ -51,7 +52,8 @@ def distill(config: DictConfig, folder: Path, again: str = "python distill.py re
     settings = [trained["eval"][key] for key in ("episodes", "num_envs", "seed")]
     result: dict[str, Any] = {"ckpt": trained["ckpt"]}
     for name, agent in (("teacher", cast(Agent, one_step.teacher)), ("one_step", one_step)):
-        result[name] = (play(agent, source, *settings) if source.has_env else {}) | latency(agent)
+        policy = Policy(agent)
+        result[name] = (play(policy, source, *settings) if source.has_env else {}) | latency(policy)
     write_json(folder / "distillation.json", result)
     _print(result)
     return result
@@ -63,8 +65,8 @@ def _training_config(command: DictConfig) -> DictConfig:
     taught = load_checkpoint(Path(config["ckpt"]))["deflow"]["config"]
     teacher = taught["agent"] | config["teacher"] | {"_partial_": True}
     agent = config["agent"] | {"horizon": teacher.pop("horizon", 1), "teacher": teacher}
-    own = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")
-    changed = {key: config[key] for key in own} | {"agent": agent, "resume": None}
+    of_command = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")
+    changed = {key: config[key] for key in of_command} | {"agent": agent, "resume": None}
     stage = {"train": "all", "steps": config["updates"], "lr": config["lr"], "cosine_decay": True, "evaluate": True}
     return OmegaConf.create(taught | changed | {"stages": {"distillation": stage}})
 

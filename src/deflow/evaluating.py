@@ -9,7 +9,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from deflow import report
-from deflow.agents.base import Agent
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
 from deflow.cores import set_threads
@@ -18,9 +17,9 @@ from deflow.errors import UserError
 from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.evaluation.statistics import summarise
+from deflow.loading import ACTING
+from deflow.policy import Policy
 from deflow.trust import trust_only
-
-AT_TEST_TIME = ("best_of_n", "refine_steps")  # settings of agents that may be others than in training
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
@@ -36,25 +35,25 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     trained = checkpoint["deflow"]["config"]
     if config.task is not None:
         _check_task(path, plain(config.task), trained["task"])
-    chosen = {key: config[key] for key in AT_TEST_TIME if config[key] is not None}
-    agent = agent_of(checkpoint, **chosen)
+    chosen = {key: config[key] for key in ACTING if config[key] is not None}
+    policy = Policy(agent_of(checkpoint, **chosen))
     source: Source = instantiate(trained["data"]["source"])
     if not source.has_env:
         raise UserError(f"{path}: {source.task} has no environment to evaluate in")
     num_envs = trained["eval"]["num_envs"] if config.num_envs is None else config.num_envs
     result = {"checkpoint": str(path), "task": source.task, "seed": config.seed} | source.protocol()
-    result |= play(agent, source, config.episodes, num_envs, config.seed) | latency(agent)
+    result |= play(policy, source, config.episodes, num_envs, config.seed) | latency(policy)
     settings = trained["agent"] | chosen
-    result |= {key: settings[key] for key in AT_TEST_TIME if key in settings}
+    result |= {key: settings[key] for key in ACTING if key in settings}
     report.write_json(path.with_name("evaluation.json"), result)
     report.print_evaluation(result)
     return result
 
 
-def play(agent: Agent, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
+def play(policy: Policy, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
     """What `episodes` episodes of the policy in the source's environment came to."""
     evaluator = Evaluator(source.make_env, episodes, num_envs, seed)
-    played = evaluator.run(agent)
+    played = evaluator.run(policy)
     evaluator.close()
     return summarise(played, source.score)
 

@@ -20,6 +20,7 @@ from deflow.data.measures.iav import ActionVariance, intrinsic_action_variance
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluation.diversity import policy_samples
+from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.trust import trust_only
 
@@ -68,7 +69,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
 
 def _policy_variances(agent: Agent, config: DictConfig, states: torch.Tensor) -> dict[str, ActionVariance]:
     picks = torch.randperm(len(states), generator=torch.Generator().manual_seed(config.seed))
-    drawn = policy_samples(agent, states[picks[: config.iav.sample]], config.samples, config.seed)
+    drawn = policy_samples(Policy(agent), states[picks[: config.iav.sample]], config.samples, config.seed)
     return {name: ActionVariance.of_states(actions.var(axis=1, ddof=1), config.seed) for name, actions in drawn.items()}
 
 

@@ -21,7 +21,8 @@ from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import ACTION_BOUND, Transitions, returns_to_go
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
-from deflow.evaluation.rollout import Episode, Seat, decide, draw_noise, take_seat
+from deflow.evaluation.rollout import Episode, Seat, decide, take_seat
+from deflow.policy import Policy
 from deflow.seeding import fold_seed, torch_generator
 from deflow.types import Batch, Lookahead
 
@@ -76,13 +77,13 @@ class _Player:
 class Collector:
     """Plays the policy in environments side by side and gives finished transitions.
 
-    The policy explores by its own noise. The end of a task sets a transition's discount to 0; a time limit ends the
+    The policy explores in the agent's way. The end of a task sets a transition's discount to 0; a time limit ends the
     episode and leaves the discount. A transition is given when its next action is decided, or its episode is over; to
     an agent that reads returns always when its episode is over.
 
     Args:
         make_env: makes one environment.
-        agent: the policy, as it is at each step.
+        agent: plays, as it is at each step.
         num_envs: environments, each with an episode of its own.
         span: of each transition.
         label: what the data would call the environment's reward.
@@ -102,7 +103,7 @@ class Collector:
             raise UserError(f"the online stage needs at least one environment, got num_envs={num_envs}")
         self.num_envs = num_envs
         self._envs = [make_env() for _ in range(num_envs)]
-        self._agent, self._span = agent, span
+        self._agent, self._policy, self._span = agent, Policy(agent, explore=True), span
         self._label, self._seed = label, seed
         self._players: list[_Player] = []
         self.episodes = 0  # begun
@@ -113,7 +114,7 @@ class Collector:
         if not self._players:
             self._players = [_Player(self._next_seat(env)) for env in self._envs]
         deciding = [player for player in self._players if not player.seat.plan]
-        decide(self._agent, [player.seat for player in deciding])
+        decide(self._policy, [player.seat for player in deciding])
         for player in deciding:
             player.begin_window()
         finished = [transition for player in self._players for transition in self._step(player)]
@@ -141,7 +142,7 @@ class Collector:
         player = _Player(self._seat(env, state["episode"]))
         seat = player.seat
         for plan in state["plans"].numpy():
-            draw_noise(self._agent, seat)  # as the decision did
+            self._policy.draw_noise(seat.rng)  # as the decision did
             seat.plan.extend(plan)
             player.begin_window()
             while seat.plan and player.seat is seat and len(player.rewards) < state["steps"]:

@@ -94,9 +94,13 @@ class Paths(TypedDict):
 
 
 class Task(TypedDict):
+    name: NotRequired[str]  # runs from before the tables have none, nor updates
     env: NotRequired[str]
     dataset: NotRequired[str]
     discount: Discount
+    updates: NotRequired[Count]
+    task_id: NotRequired[TaskId]
+    generate_if_missing: NotRequired[bool]
     frames: NotRequired[Count]
     crop_probability: NotRequired[Probability]
     side_by_side: NotRequired[Count]
@@ -153,7 +157,6 @@ class Train(TypedDict):
     threads: Count | None
     paths: Paths
     task: Task
-    alpha_by_dataset: NotRequired[Mapping[str, Positive]]
     stages: Mapping[str, Stage]
     iav: IAV
     solver: Component
@@ -243,8 +246,7 @@ class Benchmark(TypedDict):
     profile: bool
     out: str
     task: Task
-    alpha_by_dataset: NotRequired[Mapping[str, Positive]]
-    iav: NotRequired[Mapping[str, Any]]  # what a tuned file says for training
+    iav: NotRequired[Mapping[str, Any]]  # what a tuned row says for training
     solver: Component
     agent: Component
 

@@ -17,8 +17,9 @@ from deflow.config import plain
 from deflow.distillation import distill
 from deflow.errors import UserError
 from deflow.evaluating import evaluate
+from deflow.policy import Policy
 from deflow.types import Spec
-from tests.agents.tester import check_agent
+from tests.agents.tester import check_agent, random_batch
 from tests.conftest import compose_config
 
 
@@ -39,14 +40,24 @@ def test_it_learns_the_teachers_map_from_noise_to_action() -> None:
     agent = make()
     optimizer = torch.optim.Adam(agent.actor.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    observations, z = torch.randn(64, 5, generator=generator), torch.randn(64, 1, 3, generator=generator)
-    target = agent.teacher.act(observations, z)
+    observations, z = torch.randn(64, 5, generator=generator), torch.randn(64, 3, generator=generator)
+    target = Policy(agent.teacher).actions(observations, z[:, None])
     for _ in range(300):
-        loss = (agent.actor(observations, z[:, 0]) - target).square().mean()
+        loss = (agent.actor(observations, z) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert (agent.act(observations, z) - target).square().mean() < 0.01 * target.var()
+
+
+def test_a_teacher_is_imitated_as_it_is_evaluated() -> None:
+    agent = make("agent=rlpd")
+    agent.train()
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    _, loss, _ = next(agent.losses(batch, noise))
+    expected = (agent.actor(batch.observations, noise.z) - agent.teacher.actor.mode(batch.observations)).square().mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_a_teacher_that_chooses_is_refused() -> None:

@@ -37,6 +37,7 @@ class NoWaiting(TorchDispatchMode):
         "agent=fawac",
         "agent=flow_bc",
         "agent=cal_ql",
+        "agent=rebrac",
     ],
 )
 def test_an_update_never_waits(overrides: str) -> None:
@@ -45,13 +46,14 @@ def test_an_update_never_waits(overrides: str) -> None:
     agent.begin_stage("test", "all", first_step=0)
     optimizer = agent.configure_optimizers()
     batch = random_batch(agent)
-    for _ in range(2):  # the first step makes the optimizer's state
+    for number in range(2):  # the first step makes the optimizer's state
         with NoWaiting():
+            agent.begin_update(number)
             noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
-            terms = list(agent.losses(batch, noise))
-            agent._watch_for_nan([(name, loss, metrics) for name, loss, metrics in terms])
+            losses = list(agent.losses(batch, noise))
+            agent._watch.see(losses, number)
             optimizer.zero_grad()
-            torch.stack([loss for _, loss, _ in terms]).sum().backward()
+            torch.stack([loss for _, loss, _ in losses]).sum().backward()
             agent.on_before_optimizer_step(optimizer)
             optimizer.step()
 

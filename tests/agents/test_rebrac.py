@@ -29,6 +29,19 @@ def test_shared_checks() -> None:
     check_agent(make())
 
 
+def test_the_papers_settings() -> None:
+    weights = {}
+    for task in ("antmaze_large", "cube_single", "puzzle_3x3", "visual_scene"):
+        agent = compose_config(f"task={task}", "agent=rebrac").agent
+        weights[task] = agent.actor_weight, agent.critic_weight
+    assert weights == {
+        "antmaze_large": (0.003, 0.01),
+        "cube_single": (1, 0),
+        "puzzle_3x3": (0.3, 0.01),
+        "visual_scene": (0.1, 0.01),
+    }
+
+
 def test_exploring_is_near_acting() -> None:
     agent, batch = make(), random_batch(make())
     z = torch.randn(16, 3)

@@ -68,13 +68,14 @@ def test_the_target_is_the_smallest_of_the_drawn_members() -> None:
     torch.testing.assert_close(loss.detach(), expected)
 
 
-def test_it_explores_in_training_and_takes_the_mode_in_evaluation() -> None:
+def test_it_explores_with_samples_and_acts_with_the_mode_whatever_it_is_doing() -> None:
     agent = make()
-    observations, z = torch.randn(4, 5), torch.randn(2, 4, 1, 3)
-    agent.train()
-    assert not torch.equal(agent.act(observations, z[0]), agent.act(observations, z[1]))
-    agent.eval()
-    assert torch.equal(agent.act(observations, z[0]), agent.act(observations, z[1]))
+    observations, z = torch.randn(4, 5), torch.randn(2, 4, 3)
+    mode, _ = agent.actor.sample(observations, torch.zeros(4, 3))
+    for mode_of_the_networks in (True, False):
+        agent.train(mode_of_the_networks)
+        assert torch.equal(agent.act(observations, z[0]), mode)
+        assert not torch.equal(agent.explore(observations, z[0]), agent.explore(observations, z[1]))
 
 
 def test_impossible_settings() -> None:

@@ -1,11 +1,27 @@
-"""What every agent must pass: shapes, bounds, determinism, and that each loss moves exactly its own parameters."""
+"""What every agent must pass: shapes, bounds, determinism, that each loss moves exactly its own parameters, and that
+what the report shows is there."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
-from deflow.agents.base import Agent
-from deflow.types import Batch
+import torch
+from torch import nn
+
+from deflow.agents.base import Agent, Loss
+from deflow.types import Batch, Spec
+
+
+class Acting(Agent):
+    """Of an agent only what acts: a test writes `act`."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec, {"part": nn.Linear(1, 1)}, partial(torch.optim.Adam, lr=1e-3), seed=0)
+
+    def losses(self, batch: Batch, noise: Any) -> Iterator[Loss]:
+        yield from ()
 
 
 def random_batch(agent: Agent, size: int = 16, seed: int = 0) -> Batch:
@@ -48,14 +64,28 @@ def check_agent(agent: Agent) -> None:
         _check_gradients(agent, {part})
 
     agent.zero_grad()
-    sum(loss for _, loss, _ in agent.losses(batch, noise)).backward()
+    losses = list(agent.losses(batch, noise))
+    sum(loss for _, loss, _ in losses).backward()
     _check_gradients(agent, set(parts))
+    _check_shown(agent, {f"{part}/{name}" for part, _, metrics in losses for name in metrics})
 
-    z = torch.randn(16, agent.candidates, agent.spec.action_dim)
-    actions = agent.act(batch.observations, z)
-    assert actions.shape == (16, agent.spec.action_dim)
-    assert actions.abs().max() <= 1
-    assert torch.equal(actions, agent.act(batch.observations, z))
+    z = agent.draw_act_noise(16, torch.Generator().manual_seed(0))
+    for decide in (agent.act, agent.explore):
+        actions = decide(batch.observations, z)
+        assert actions.shape == (16, agent.spec.action_dim)
+        assert actions.abs().max() <= 1
+        assert torch.equal(actions, decide(batch.observations, z))
+    proposals, values = agent.propose(batch.observations, z), agent.action_values(batch.observations, actions)
+    assert proposals is None or proposals.shape == actions.shape
+    assert values is None or values.shape == (16,)
+
+
+def _check_shown(agent: Agent, metrics: set[str]) -> None:
+    """Whether what the progress bar and the report show is among the metrics."""
+    assert set(agent.headline.values()) <= metrics
+    for panel in agent.panels():
+        unknown = {curve.partition("/")[2] for curve in panel.curves} - metrics
+        assert not unknown, f"the panel '{panel.title}' shows {unknown}, which no loss gives"
 
 
 def _check_gradients(agent: Agent, moved: set[str]) -> None:

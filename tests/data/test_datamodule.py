@@ -215,3 +215,12 @@ def test_a_damaged_key_is_no_key(transitions: Transitions, flow: BehaviorFlow, t
     path.with_suffix(".key").write_bytes(b"\xff\xfe")
     make()
     assert path.with_suffix(".key").read_bytes() == key
+
+
+def test_nothing_is_drawn_before_a_stage_begins(transitions: Transitions) -> None:
+    data = OfflineDataModule(None, batch_size=8, validation_batches=1, seed=0, discount=0.9)
+    data.transitions = transitions
+    with pytest.raises(UserError, match="no stage has begun: call begin_stage"):
+        data.train_dataloader()
+    data.begin_stage("joint", steps=3)
+    assert len(list(data.train_dataloader())) == 3

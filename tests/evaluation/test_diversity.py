@@ -11,18 +11,19 @@ from studies import bimodal
 
 from deflow.data.memory.transitions import Transitions
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions, modes
+from deflow.policy import Policy
 from deflow.types import Spec
+from tests.agents.tester import Acting
 
 RNG = np.random.default_rng(0)
 TWO_MODES = np.concatenate([np.full((30, 2), -0.6), np.full((30, 2), 0.6)]) + 0.05 * RNG.standard_normal((60, 2))
 
 
-class Fixed:
-    """A policy that draws from given actions."""
-
-    candidates, device, spec = 1, torch.device("cpu"), Spec(1, 2)
+class Fixed(Acting):
+    """Draws from given actions."""
 
     def __init__(self, actions: list[list[float]]) -> None:
+        super().__init__(Spec(1, 2))
         self.actions = torch.tensor(actions)
 
     def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -39,9 +40,9 @@ def test_modes() -> None:
 
 def test_diversity_of_known_policies() -> None:
     around = Neighbourhoods(torch.zeros(3, 1), np.stack([TWO_MODES] * 3))
-    both = diversity(Fixed([[-0.6, -0.6], [0.6, 0.6]]), around, samples=40, radius=0.6, seed=0)
-    one = diversity(Fixed([[0.6, 0.6]]), around, samples=40, radius=0.6, seed=0)
-    between = diversity(Fixed([[0.0, 0.0]]), around, samples=40, radius=0.5, seed=0)
+    both = diversity(Policy(Fixed([[-0.6, -0.6], [0.6, 0.6]])), around, samples=40, radius=0.6, seed=0)
+    one = diversity(Policy(Fixed([[0.6, 0.6]])), around, samples=40, radius=0.6, seed=0)
+    between = diversity(Policy(Fixed([[0.0, 0.0]])), around, samples=40, radius=0.5, seed=0)
     assert [result["modes"] for result in (both, one, between)] == [
         {"data": 2, "policy": 2},
         {"data": 2, "policy": 1},
@@ -77,9 +78,9 @@ def test_both_modes_are_kept_where_equal_and_the_better_taken_where_not(tmp_path
     for overrides, updates, lr in learners:
         agent = bimodal.train(overrides, updates, hidden=64, lr=lr)
         assert min(bimodal.shares(bimodal.actions_at(agent, bimodal.EQUAL))) > 0.25
-        agent.candidates = 8
         if overrides[0] == "agent=deflow":
+            agent.best_of_n = 8
             assert bimodal.shares(bimodal.actions_at(agent, bimodal.UNEQUAL))[1] > 0.8  # the rest is between the modes
     around = Neighbourhoods.of(bimodal.transitions(), 4, 32, horizon=1, seed=0)
-    draw_actions(agent, around, 8, tmp_path / "actions.png", seed=0)
+    draw_actions(Policy(agent), around, 8, tmp_path / "actions.png", seed=0)
     assert (tmp_path / "actions.png").stat().st_size > 10_000

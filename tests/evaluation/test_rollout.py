@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import bootstrap_interval, summarise
+from deflow.policy import Policy
 from deflow.types import Spec
+from tests.agents.tester import Acting
 from tests.conftest import compose_config
 
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
@@ -24,15 +25,15 @@ def make_env():
 
 
 @pytest.fixture
-def agent() -> Agent:
+def policy() -> Policy:
     torch.manual_seed(0)
     config = compose_config("experiment=pointmaze", "networks.hidden=[16,16]", "agent.best_of_n=2")
-    return build_agent(config.agent, ogbench.spec_of(make_env()))
+    return Policy(build_agent(config.agent, ogbench.spec_of(make_env())))
 
 
-def test_equals_the_sequential_loop(agent: Agent) -> None:
-    batched = Evaluator(make_env, episodes=7, num_envs=3, seed=5).run(agent)
-    one_by_one = Evaluator(make_env, episodes=7, num_envs=1, seed=5).run(agent)
+def test_equals_the_sequential_loop(policy: Policy) -> None:
+    batched = Evaluator(make_env, episodes=7, num_envs=3, seed=5).run(policy)
+    one_by_one = Evaluator(make_env, episodes=7, num_envs=1, seed=5).run(policy)
     assert [e.index for e in batched] == list(range(7))
     for a, b in zip(batched, one_by_one, strict=True):
         assert (a.success, a.length, a.episode_return) == (b.success, b.length, b.episode_return)
@@ -42,21 +43,14 @@ def test_equals_the_sequential_loop(agent: Agent) -> None:
 
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_chunks_are_executed_open_loop(num_envs: int) -> None:
-    class Counting:
+    decided = []
+
+    class Counting(Acting):
         """A policy whose chunks tell when they were decided."""
 
-        training, candidates, device, spec = False, 1, torch.device("cpu"), Spec(4, 6, horizon=3)
-        decided: list[int]
-
-        def __init__(self) -> None:
-            self.decided = []
-
-        def eval(self) -> None: ...
-        def train(self, mode: bool) -> None: ...
-
         def act(self, observations, z):
-            assert z.shape == (len(observations), 1, 6)
-            self.decided.append(len(observations))
+            assert z.shape == (len(observations), 6)
+            decided.append(len(observations))
             return torch.linspace(-1, 1, 6).expand(len(observations), 6)
 
     taken = []
@@ -66,23 +60,23 @@ def test_chunks_are_executed_open_loop(num_envs: int) -> None:
             taken.append(tuple(np.round(action, 1)))
             return self.env.step(action)
 
-    agent = Counting()
-    Evaluator(lambda: Recorder(make_env()), episodes=3, num_envs=num_envs, seed=0).run(agent)
-    assert sum(agent.decided) == 3 * 20  # 60 steps an episode
+    policy = Policy(Counting(Spec(4, 6, horizon=3)))
+    Evaluator(lambda: Recorder(make_env()), episodes=3, num_envs=num_envs, seed=0).run(policy)
+    assert sum(decided) == 3 * 20  # 60 steps an episode
     assert taken[::num_envs][:3] == [(-1.0, -0.6), (-0.2, 0.2), (0.6, 1.0)]
 
 
-def test_a_second_evaluation_repeats_the_first(agent: Agent) -> None:
+def test_a_second_evaluation_repeats_the_first(policy: Policy) -> None:
     evaluator = Evaluator(make_env, episodes=4, num_envs=2, seed=0)
-    assert evaluator.run(agent) == evaluator.run(agent)
+    assert evaluator.run(policy) == evaluator.run(policy)
 
 
-def test_the_seed_matters(agent: Agent) -> None:
-    paths = [Evaluator(make_env, 1, 1, seed).run(agent)[0].path for seed in (0, 1)]
+def test_the_seed_matters(policy: Policy) -> None:
+    paths = [Evaluator(make_env, 1, 1, seed).run(policy)[0].path for seed in (0, 1)]
     assert paths[0] != paths[1]
 
 
-def test_environments_of_different_lengths_give_every_episode_once(agent: Agent, monkeypatch) -> None:
+def test_environments_of_different_lengths_give_every_episode_once(policy: Policy, monkeypatch) -> None:
     lengths = iter([5, 60, 60, 5, 5, 5, 5])
     step = Evaluator._step
 
@@ -91,7 +85,7 @@ def test_environments_of_different_lengths_give_every_episode_once(agent: Agent,
         return step(seat, action) or seat.episode.length >= seat.limit
 
     monkeypatch.setattr(Evaluator, "_step", staticmethod(cut))
-    episodes = Evaluator(make_env, episodes=7, num_envs=3, seed=0).run(agent)
+    episodes = Evaluator(make_env, episodes=7, num_envs=3, seed=0).run(policy)
     assert [e.index for e in episodes] == list(range(7))
     assert sorted(e.length for e in episodes) == [5, 5, 5, 5, 5, 60, 60]
 

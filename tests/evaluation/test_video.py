@@ -12,6 +12,7 @@ from deflow.build import build_agent
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.evaluation.video import record_video
+from deflow.policy import Policy
 from tests.conftest import compose_config
 
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
@@ -22,9 +23,9 @@ def test_one_frame_a_state(tmp_path: Path) -> None:
         return ogbench.make_env(TASK, max_episode_steps=5, **kwargs)
 
     config = compose_config("experiment=pointmaze", "networks.hidden=[8]")
-    agent = build_agent(config.agent, ogbench.spec_of(make_env()))
+    policy = Policy(build_agent(config.agent, ogbench.spec_of(make_env())))
     try:
-        record_video(make_env, agent, tmp_path / "video.mp4", episodes=2, seed=0)
+        record_video(make_env, policy, tmp_path / "video.mp4", episodes=2, seed=0)
     except UserError as error:
         pytest.skip(str(error))
     frames = imageio.mimread(tmp_path / "video.mp4")

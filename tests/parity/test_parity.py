@@ -113,13 +113,13 @@ def test_gradients_agree(case: Case) -> None:
 def test_mixed_precision_agrees_to_its_own_accuracy(case: Case) -> None:
     reference, agent, batch, noise = case
     with torch.autocast("cpu", torch.bfloat16):
-        terms = list(agent.losses(batch, noise))
-    metrics = {part: values for part, _, values in terms}
+        losses = list(agent.losses(batch, noise))
+    metrics = {part: values for part, _, values in losses}
     for theirs, (part, key) in (COMMON | DIAGNOSTICS[type(agent)]).items():
         value = metrics[part][key]
         assert value.dtype == torch.float32, key
         torch.testing.assert_close(value, reference[f"expected/{theirs}"], rtol=BF16_RTOL, atol=BF16_RTOL, msg=theirs)
-    torch.stack([loss for _, loss, _ in terms]).sum().backward()
+    torch.stack([loss for _, loss, _ in losses]).sum().backward()
     expected = reference.of("grads", agent)
     for part in agent.parts:
         names = [name for name, p in agent.named_parameters() if name.startswith(f"{part}.") and p.requires_grad]

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
+from deflow.agents.watch import LossWatch
 from deflow.distributed import rank
-from deflow.errors import NonFiniteLossError, UserError
+from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
 from deflow.types import Batch, Metrics, Spec
@@ -57,8 +58,6 @@ class Agent(LightningModule, ABC):
         UserError: if `every` names what is no part.
     """
 
-    # Candidates that `act` scores for one action; `act` is given that many noise vectors a state.
-    candidates: int = 1
     traits = Traits()
     # What the progress bar shows: name -> metric of a part, as "actor/q"; the losses unless an algorithm knows better.
     headline: Mapping[str, str] = MappingProxyType({})
@@ -98,12 +97,29 @@ class Agent(LightningModule, ABC):
 
     @abstractmethod
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        """Actions in [-1, 1], shape (batch, action_dim).
+        """The best actions that the agent knows, in [-1, 1], shape (batch, action_dim); called by `Policy`.
 
         Args:
             observations: shape (batch, observation_dim).
-            z: standard normal noise, shape (batch, candidates, action_dim).
+            z: standard normal noise, shape (batch, *act_noise_shape).
         """
+
+    def explore(self, observations: Tensor, z: Tensor) -> Tensor:
+        """As `act`, but the actions from which to learn in the environment; the same ones, unless it needs others."""
+        return self.act(observations, z)
+
+    @property
+    def act_noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that one decision in one state takes: one vector, unless it needs more."""
+        return (self.spec.action_dim,)
+
+    def propose(self, observations: Tensor, z: Tensor) -> Tensor | None:
+        """What `act` improves on, from the same arguments and of the same shape; None if there is no such thing."""
+        return None
+
+    def action_values(self, observations: Tensor, actions: Tensor) -> Tensor | None:
+        """How good actions are, shape (batch,), higher is better; None for an agent without values."""
+        return None
 
     def panels(self) -> Sequence[Panel]:
         """What `report.png` shows of the training beside success: the losses, unless an algorithm knows better."""
@@ -165,7 +181,7 @@ class Agent(LightningModule, ABC):
             for parameter in parameters:
                 parameter.requires_grad_(part in train)
         self._latest: dict[str, Metrics] = {}  # of each part, when it was last due
-        self._bad_steps: dict[tuple[str, ...], Tensor] = {}  # see `_watch_for_nan`
+        self._watch = LossWatch()
         self.begin_update(None)
 
     def begin_update(self, step: int | None) -> None:
@@ -240,10 +256,10 @@ class Agent(LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.begin_update(self.global_step)
         losses = list(self.losses(batch, self.noise(batch, self._stage, "noise", rank(), self.global_step)))
-        self._watch_for_nan(losses)
+        self._watch.see(losses, self.global_step + 1)
         self._latest |= {part: metrics for part, _, metrics in losses}
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._check_finite()
+            self._watch.check(self._stage)
             self.log_dict(_named("train", self._latest) | {"step": float(self.run_step + 1)})
             self.log_dict(self._shown(), prog_bar=True, logger=False)
         return torch.stack([loss for _, loss, _ in losses]).sum()
@@ -266,7 +282,7 @@ class Agent(LightningModule, ABC):
             torch._foreach_lerp_(targets, onlines, tau)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_finite()
+        self._watch.check(self._stage)
         if self.has_rhythm:  # the next row of the log may need them
             checkpoint[LATEST] = {part: _on_cpu(metrics) for part, metrics in self._latest.items()}
 
@@ -278,6 +294,10 @@ class Agent(LightningModule, ABC):
     def noise(self, batch: Batch, *names: int | str) -> Any:
         """The random numbers that belong to the agent's seed and `names`."""
         return self.draw_noise(batch, torch_generator(self.device, self._seed, *names))
+
+    def draw_act_noise(self, states: int, generator: torch.Generator) -> Tensor:
+        """The noise of a decision in so many states, shape (states, *act_noise_shape), on the agent's device."""
+        return torch.randn((states, *self.act_noise_shape), generator=generator, device=self.device)
 
     def parameters_of(self, part: str) -> list[Tensor]:
         """What the optimizer steps for a part."""
@@ -295,26 +315,6 @@ class Agent(LightningModule, ABC):
         latest = _named("", self._latest)
         headline = self.headline or {part: f"{part}/loss" for part in self._active}
         return {name: latest[f"/{metric}"] for name, metric in headline.items() if f"/{metric}" in latest}
-
-    def _watch_for_nan(self, losses: Sequence[Loss]) -> None:
-        """Remember, without waiting for the device, the first step at which each part's loss was not finite."""
-        finite = torch.stack([loss.detach() for _, loss, _ in losses]).isfinite()
-        before = self._bad_steps.get(self._due)
-        if before is None:
-            before = torch.full(finite.shape, -1, device=finite.device)
-        self._bad_steps[self._due] = torch.where(finite | (before >= 0), before, self.global_step + 1)
-
-    def _check_finite(self) -> None:
-        """Raise `NonFiniteLossError` if a loss was NaN or infinite; called on the log interval and before saving."""
-        found = [
-            (step, part)
-            for parts, steps in self._bad_steps.items()
-            for part, step in zip(parts, steps.tolist(), strict=True)
-            if step >= 0
-        ]
-        if found:
-            step, part = min(found, key=lambda item: item[0])
-            raise NonFiniteLossError(f"the loss of '{part}' is not finite at update {step} of stage '{self._stage}'")
 
 
 def _named(prefix: str, metrics: Mapping[str, Metrics]) -> Metrics:

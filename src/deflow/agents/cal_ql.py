@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss, Traits
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.critic import Critic
 from deflow.modules.gaussian import GaussianActor
@@ -27,7 +28,7 @@ class ConservativeNoise(NamedTuple):
     uniform: Tensor  # actions in [-1, 1] of the gap, shape (samples, batch, action_dim)
 
 
-class CalQL(Agent):
+class CalQL(ActorCritic):
     r"""Calibrated Q-learning (arXiv 2303.05479): soft actor-critic with a calibrated conservative critic.
 
     .. math::
@@ -39,8 +40,7 @@ class CalQL(Agent):
     The :math:`a_j` are n uniform actions, n of the policy at s and n of the policy at s'; :math:`p` is the density each
     was drawn with, and :math:`\hat Q = \max(Q, G(s))` for those of the policy: where their value is below the return
     :math:`G` that the data earned from s, it is pushed down no further. The losses of the members are averaged, as
-    every critic's here. In training (and so in collection) actions are drawn from the policy, in evaluation its mode
-    is taken.
+    every critic's here. It acts with the policy's mode and explores with actions drawn from it.
 
     Args:
         spec: sizes of the task.
@@ -53,7 +53,6 @@ class CalQL(Agent):
         max_backup: take the best of n actions at s' in the target; otherwise one is drawn.
     """
 
-    critic: Critic
     actor: GaussianActor
     traits = Traits(reads_returns=True, trains_jointly=True)
 
@@ -91,9 +90,11 @@ class CalQL(Agent):
         if self.trains("actor"):
             yield "actor", *self.actor.loss(batch.observations, noise.z, self._smaller_value)
 
-    @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.actor.act(observations, z[:, 0])
+        return self.actor.mode(observations)
+
+    def explore(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.actor.sample(observations, z)[0]
 
     def panels(self) -> list[Panel]:
         gap = {"train/critic/gap": "other actions' values above the data's"}

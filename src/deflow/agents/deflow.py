@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -22,7 +23,7 @@ from deflow.ranges import Count, Limit, Seed
 from deflow.types import Batch, Spec
 
 
-class DeFlow(Agent):
+class DeFlow(ActorCritic):
     r"""DeFlow (arXiv 2601.10471).
 
     .. math::
@@ -56,7 +57,6 @@ class DeFlow(Agent):
     """
 
     behavior_flow: BehaviorFlow
-    critic: Critic
     refiner: Refiner
     headline = MappingProxyType(
         {"flow_loss": "behavior_flow/loss", "q": "refiner/q", "alpha": "refiner/trust_region/multiplier"}
@@ -81,9 +81,7 @@ class DeFlow(Agent):
             "refiner": refiner(spec, trust_region=trust_region, constraints=constraints),
         }
         super().__init__(spec, parts, optimizer, seed)
-        self.candidates = best_of_n
-        self.refine_steps = refine_steps
-        self.trust_region = trust_region
+        self.best_of_n, self.refine_steps, self.trust_region = best_of_n, refine_steps, trust_region
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
@@ -114,7 +112,13 @@ class DeFlow(Agent):
         )
         return base_actions, next_base_actions
 
-    @torch.no_grad()
+    @property
+    def act_noise_shape(self) -> tuple[int, ...]:
+        return (self.best_of_n, self.spec.action_dim)
+
+    def propose(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.behavior_flow.propose(observations, z[:, 0])
+
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         batch, candidates, action_dim = z.shape
         actions = self.behavior_flow.propose(observations, z.reshape(-1, action_dim))

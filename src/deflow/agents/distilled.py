@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -13,6 +13,7 @@ from deflow.agents.base import Agent, Loss
 from deflow.agents.noise import FlowNoise
 from deflow.errors import UserError
 from deflow.modules.one_step import OneStepActor
+from deflow.policy import Policy
 from deflow.ranges import Seed
 from deflow.types import Batch, Spec
 
@@ -34,7 +35,7 @@ class Distilled(Agent):
         seed: of every noise draw.
 
     Raises:
-        UserError: if the teacher chooses among several candidates, whose noise a one-step network does not see.
+        UserError: if the teacher's action takes more than one noise vector, which is all that a one-step network sees.
     """
 
     teacher: Agent
@@ -50,20 +51,21 @@ class Distilled(Agent):
     ) -> None:
         super().__init__(spec, {"actor": actor(spec)}, optimizer, seed)
         self.teacher = teacher(spec=spec).requires_grad_(False)
-        if self.teacher.candidates != 1:
+        self._noise_shape = self.teacher.act_noise_shape
+        if math.prod(self._noise_shape) != spec.action_dim:
             raise UserError(
-                f"the teacher takes the best of {self.teacher.candidates} candidates, which is not a function of one "
-                "noise: distil it with +teacher.best_of_n=1"
+                f"the teacher's action takes noise of shape {self._noise_shape}, a one-step policy one vector: "
+                "if it takes the best of several, distil it with +teacher.best_of_n=1"
             )
+        self._taught = Policy(self.teacher)
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
-        target = self.teacher.act(batch.observations, noise.z[:, None])
+        target = self._taught.actions(batch.observations, noise.z.unflatten(1, self._noise_shape))
         loss = (self.actor(batch.observations, noise.z) - target).square().mean()
         yield "actor", loss, {"loss": loss.detach()}
 
-    @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.actor.act(observations, z[:, 0])
+        return self.actor.act(observations, z)
 
     def start_from(self, checkpoint: Mapping[str, Any]) -> None:
         self.teacher.load_state_dict(checkpoint["state_dict"])

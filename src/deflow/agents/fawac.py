@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss, Traits
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -18,7 +19,7 @@ from deflow.ranges import Positive, Seed
 from deflow.types import Batch, Spec
 
 
-class FAWAC(Agent):
+class FAWAC(ActorCritic):
     r"""Flow advantage-weighted actor-critic, as a baseline of FQL (arXiv 2502.02538); AWAC: arXiv 2006.09359.
 
     .. math::
@@ -38,7 +39,6 @@ class FAWAC(Agent):
     """
 
     behavior_flow: BehaviorFlow
-    critic: Critic
     traits = Traits(trains_jointly=True)
 
     def __init__(
@@ -72,9 +72,8 @@ class FAWAC(Agent):
         if self.trains("critic"):
             yield "critic", *self.critic.loss(batch, next_actions, noise.levels)
 
-    @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.behavior_flow.propose(observations, z[:, 0])
+        return self.behavior_flow.propose(observations, z)
 
     def panels(self) -> list[Panel]:
         losses = [loss_panel("behavior_flow"), loss_panel("critic", log=True)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss, Traits
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.flow.ode import Gradient
@@ -19,7 +19,7 @@ from deflow.ranges import Positive, Seed
 from deflow.types import Batch, Spec
 
 
-class FBRAC(Agent):
+class FBRAC(ActorCritic):
     r"""Flow behaviour-regularised actor-critic, as a baseline of FQL (arXiv 2502.02538).
 
     .. math::
@@ -40,7 +40,6 @@ class FBRAC(Agent):
     """
 
     behavior_flow: BehaviorFlow
-    critic: Critic
     traits = Traits(trains_jointly=True, stackable=False)  # torchdiffeq writes into tensors that are not stacked
 
     def __init__(
@@ -75,9 +74,8 @@ class FBRAC(Agent):
             next_actions = self.behavior_flow.propose(batch.next_observations, noise.z_next)
             yield "critic", *self.critic.loss(batch, next_actions, noise.levels)
 
-    @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.behavior_flow.propose(observations, z[:, 0])
+        return self.behavior_flow.propose(observations, z)
 
     def panels(self) -> list[Panel]:
         return [loss_panel("behavior_flow"), loss_panel("critic", log=True), value_panel("behavior_flow")]

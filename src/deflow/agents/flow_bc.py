@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -42,6 +41,5 @@ class FlowBC(Agent):
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
 
-    @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.behavior_flow.propose(observations, z[:, 0])
+        return self.behavior_flow.propose(observations, z)

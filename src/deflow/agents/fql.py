@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -20,7 +21,7 @@ from deflow.ranges import Seed
 from deflow.types import Batch, Spec
 
 
-class FQL(Agent):
+class FQL(ActorCritic):
     r"""Flow Q-learning (arXiv 2502.02538).
 
     .. math::
@@ -40,7 +41,6 @@ class FQL(Agent):
     """
 
     behavior_flow: BehaviorFlow
-    critic: Critic
     actor: OneStepActor
     headline = MappingProxyType({"flow_loss": "behavior_flow/loss", "q": "actor/q", "distill": "actor/distillation"})
 
@@ -72,9 +72,11 @@ class FQL(Agent):
             proposals = self.behavior_flow.propose(batch.observations, noise.z)
             yield "actor", *self.actor.loss(batch.observations, noise.z, proposals, self.critic.frozen_values)
 
-    @torch.no_grad()
+    def propose(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.behavior_flow.propose(observations, z)
+
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.actor.act(observations, z[:, 0])
+        return self.actor.act(observations, z)
 
     def panels(self) -> list[Panel]:
         distillation = {"train/actor/distillation": "mean square"}

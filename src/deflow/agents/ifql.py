@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -19,7 +20,7 @@ from deflow.ranges import Count, Seed
 from deflow.types import Batch, Spec
 
 
-class IFQL(Agent):
+class IFQL(ActorCritic):
     r"""Implicit flow Q-learning: the flow counterpart of IDQL, as a baseline of FQL (arXiv 2502.02538).
 
     .. math::
@@ -39,7 +40,6 @@ class IFQL(Agent):
     """
 
     behavior_flow: BehaviorFlow
-    critic: Critic
     value: Value
 
     def __init__(
@@ -54,7 +54,7 @@ class IFQL(Agent):
     ) -> None:
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "value": value(spec)}
         super().__init__(spec, parts, optimizer, seed)
-        self.candidates = best_of_n
+        self.best_of_n = best_of_n
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
@@ -73,7 +73,13 @@ class IFQL(Agent):
                 target_values = self.critic.target_values(batch.observations, batch.actions)
             yield "value", *self.value.loss(batch.observations, target_values)
 
-    @torch.no_grad()
+    @property
+    def act_noise_shape(self) -> tuple[int, ...]:
+        return (self.best_of_n, self.spec.action_dim)
+
+    def propose(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.behavior_flow.propose(observations, z[:, 0])
+
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         batch, candidates, action_dim = z.shape
         actions = self.behavior_flow.propose(observations, z.reshape(-1, action_dim))

@@ -12,7 +12,8 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss, Traits
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.critic import Critic, value_scale
 from deflow.nets.encoder import make_encoder
@@ -69,7 +70,7 @@ class TanhActor(LightningModule):
             yield online, target, self.tau
 
 
-class ReBRAC(Agent):
+class ReBRAC(ActorCritic):
     r"""ReBRAC (arXiv 2305.09836): behaviour-regularised TD3 with a delayed policy.
 
     .. math::
@@ -97,7 +98,6 @@ class ReBRAC(Agent):
         every: rhythm of the parts.
     """
 
-    critic: Critic
     actor: TanhActor
     traits = Traits(trains_jointly=True)
     headline = MappingProxyType({"critic": "critic/loss", "q": "actor/q", "distance": "actor/distance"})
@@ -143,11 +143,9 @@ class ReBRAC(Agent):
     def moves_targets(self, part: str) -> bool:
         return self.trains("actor")
 
-    @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.actor(observations)
 
-    @torch.no_grad()
     def explore(self, observations: Tensor, z: Tensor) -> Tensor:
         return self._noisy(self.actor(observations), z)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss, Traits
+from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.base import Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.errors import UserError
 from deflow.modules.critic import Critic
@@ -26,7 +27,7 @@ class SoftNoise(NamedTuple):
     members: Tensor  # of the ensemble in the target, shape (target_members,)
 
 
-class RLPD(Agent):
+class RLPD(ActorCritic):
     r"""Online reinforcement learning with offline data (arXiv 2302.02948), for `stages=from_scratch`.
 
     .. math::
@@ -34,8 +35,8 @@ class RLPD(Agent):
         \min_\theta &\; E(Q_\theta(s, a) - y)^2 \\
         \max_\phi &\; E[\mathrm{mean}_k Q_k(s, a_\pi) - \alpha \log \pi(a_\pi \mid s)]
 
-    :math:`Z` is a random subset of the ensemble, drawn anew at every update; critics have layer normalisation. In
-    training (and so in collection) actions are drawn from the policy, in evaluation its mode is taken.
+    :math:`Z` is a random subset of the ensemble, drawn anew at every update; critics have layer normalisation. It
+    acts with the policy's mode and explores with actions drawn from it.
 
     Args:
         spec: sizes of the task.
@@ -50,7 +51,6 @@ class RLPD(Agent):
         UserError: if the subset is not within the ensemble.
     """
 
-    critic: Critic
     actor: GaussianActor
     traits = Traits(trains_jointly=True)
 
@@ -93,9 +93,11 @@ class RLPD(Agent):
         if self.trains("actor"):
             yield "actor", *self.actor.loss(batch.observations, noise.z, self.critic.frozen_values)
 
-    @torch.no_grad()
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        return self.actor.act(observations, z[:, 0])
+        return self.actor.mode(observations)
+
+    def explore(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.actor.sample(observations, z)[0]
 
     def panels(self) -> list[Panel]:
         soft = {"train/actor/entropy": "entropy", "train/actor/temperature": "temperature"}

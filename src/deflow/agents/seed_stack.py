@@ -122,10 +122,10 @@ def _like(columns: Columns, values: Sequence[Any]) -> Columns:
 def _stack_parameters(agents: Sequence[Agent]) -> dict[str, Tensor]:
     """All parameters stacked over the agents, whose own become views."""
     stacked = {}
-    own = [dict(agent.named_parameters()) for agent in agents]
-    for name, parameter in own[0].items():
-        stacked[name] = torch.stack([parameters[name].detach() for parameters in own])
-        for parameters, view in zip(own, stacked[name], strict=True):
+    of_each = [dict(agent.named_parameters()) for agent in agents]
+    for name, parameter in of_each[0].items():
+        stacked[name] = torch.stack([parameters[name].detach() for parameters in of_each])
+        for parameters, view in zip(of_each, stacked[name], strict=True):
             parameters[name].data = view
         stacked[name].requires_grad_(parameter.requires_grad)
     return stacked

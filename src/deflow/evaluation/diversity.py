@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.data.memory.transitions import Transitions
 from deflow.files import replacing
-from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.modules.critic import Critic
+from deflow.policy import Policy, evaluation_mode
 from deflow.seeding import fold_seed, torch_generator
 from deflow.types import Lookahead
 
@@ -63,47 +62,42 @@ class Neighbourhoods:
         return cls(batch.observations[chosen], batch.actions.numpy()[found])
 
 
-def policy_samples(agent: Agent, states: Tensor, samples: int, seed: int) -> dict[str, np.ndarray]:
+@torch.no_grad()
+def policy_samples(policy: Policy, states: Tensor, samples: int, seed: int) -> dict[str, np.ndarray]:
     """Actions drawn at each state, shape (states, samples, action_dim).
 
     Args:
-        agent: the policy.
+        policy: whose they are.
         states: shape (states, observation_dim).
         samples: actions at each state.
         seed: of the noise.
 
     Returns:
-        `policy` (the actions taken) and, if the agent has a behaviour flow, `proposal`, from the same noise.
+        `policy` (the actions taken) and, if the agent improves on a proposal, `proposal`, from the same noise.
     """
-    policies: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    if hasattr(agent, "behavior_flow"):
-        flow: BehaviorFlow = agent.behavior_flow  # type: ignore[assignment]
-        policies["proposal"] = lambda observations, z: flow.propose(observations, z[:, 0])
-    policies["policy"] = agent.act
-    return {name: _samples(agent, act, states, samples, seed) for name, act in policies.items()}
-
-
-@torch.no_grad()
-def _samples(
-    agent: Agent, act: Callable[[Tensor, Tensor], Tensor], states: Tensor, samples: int, seed: int
-) -> np.ndarray:
+    agent, drawn = policy.agent, []
     generator = torch_generator(agent.device, seed, "diversity")
-    drawn = []
-    for chunk in states.to(agent.device).split(256):
-        shape = (len(chunk) * samples, agent.candidates, agent.spec.action_dim)
-        z = torch.randn(shape, generator=generator, device=agent.device)
-        actions = act(chunk.repeat_interleave(samples, dim=0), z)
-        drawn.append(actions.reshape(len(chunk), samples, -1).float().cpu().numpy())
-    return np.concatenate(drawn)
+    with evaluation_mode(agent):
+        for some in states.to(agent.device).split(256):
+            z = agent.draw_act_noise(len(some) * samples, generator)
+            observations = some.repeat_interleave(samples, dim=0)
+            drawn.append((agent.propose(observations, z), policy.actions(observations, z)))
+    named = zip(("proposal", "policy"), zip(*drawn, strict=True), strict=True)
+    return {name: _by_state(actions, samples) for name, actions in named if actions[0] is not None}
 
 
-def diversity(agent: Agent, around: Neighbourhoods, samples: int, radius: float, seed: int) -> dict[str, Any]:
+def _by_state(actions: Sequence[Tensor], samples: int) -> np.ndarray:
+    """Shape (states, samples, action_dim)."""
+    return torch.cat(list(actions)).unflatten(0, (-1, samples)).float().cpu().numpy()
+
+
+def diversity(policy: Policy, around: Neighbourhoods, samples: int, radius: float, seed: int) -> dict[str, Any]:
     """The policy's actions beside the data's at the same states, averaged over states.
 
     Distances between actions are root mean squares over the dimensions, in action units.
 
     Args:
-        agent: the policy.
+        policy: to measure.
         around: states and the data's actions there.
         samples: actions drawn at each state, at least 2.
         radius: actions of the data that are further apart than this are of different modes, see `modes`.
@@ -113,7 +107,7 @@ def diversity(agent: Agent, around: Neighbourhoods, samples: int, radius: float,
         For the data, the policy and, if there is one, its proposal: `modes` covered, `variance` at a state, and
         `distance_to_data`, to the nearest of the data's actions (for the data's own: the nearest other one).
     """
-    drawn = {"data": around.actions} | policy_samples(agent, around.states, samples, seed)
+    drawn = {"data": around.actions} | policy_samples(policy, around.states, samples, seed)
     centres = [modes(actions, radius) for actions in around.actions]
     covered = {
         name: [_covered(points, of_state, radius) for points, of_state in zip(actions, centres, strict=True)]
@@ -161,28 +155,28 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(a[..., :, None, :] - b[..., None, :, :]).mean(axis=-1))
 
 
-def draw_actions(agent: Agent, around: Neighbourhoods, samples: int, path: Path, seed: int) -> None:
+def draw_actions(policy: Policy, around: Neighbourhoods, samples: int, path: Path, seed: int) -> None:
     """A picture for some states: the data's actions, the proposals and the actions taken, over the value.
 
     Each panel is the slice through the mean action along the two dimensions in which the data vary most there.
 
     Args:
-        agent: the policy; without a critic the background stays empty, with one action dimension there is no picture.
+        policy: to show; without values the background stays empty, with one action dimension there is no picture.
         around: states and the data's actions there.
         samples: actions drawn at each state.
         path: of the PNG.
         seed: of the noise.
     """
-    if agent.spec.action_dim < 2:
+    if policy.spec.action_dim < 2:
         return
     count = min(PICTURED, len(around.states))
-    drawn = policy_samples(agent, around.states[:count], samples, seed)
+    drawn = policy_samples(policy, around.states[:count], samples, seed)
     figure = Figure(figsize=(15, 9), layout="constrained")
     figure.suptitle("actions at single states, over Q (darker is higher)")
     axes = figure.subplots(2, PICTURED // 2).flat
     for state in range(count):
         here = {name: actions[state] for name, actions in drawn.items()}
-        _draw_state(axes[state], agent, around.states[state], around.actions[state], here)
+        _draw_state(axes[state], policy.agent, around.states[state], around.actions[state], here)
     axes[0].legend(loc="upper left", fontsize="small")
     for axis in axes[count:]:
         axis.set_axis_off()
@@ -194,9 +188,9 @@ def _draw_state(
     axis: Axes, agent: Agent, state: Tensor, data_actions: np.ndarray, drawn: dict[str, np.ndarray]
 ) -> None:
     x, y = np.argsort(data_actions.var(axis=0))[-2:][::-1]
-    if hasattr(agent, "critic"):
-        side = np.linspace(-1, 1, GRID, dtype=np.float32)
-        values = _values_on_grid(agent, state, drawn["policy"].mean(axis=0), (int(x), int(y)), side)
+    side = np.linspace(-1, 1, GRID, dtype=np.float32)
+    values = _values_on_grid(agent, state, drawn["policy"].mean(axis=0), (int(x), int(y)), side)
+    if values is not None:
         axis.contourf(side, side, values, levels=20, cmap="Greys", alpha=0.6)
     axis.scatter(data_actions[:, x], data_actions[:, y], s=40, c="tab:green", marker="x", label="data nearby")
     policy = drawn["policy"]
@@ -213,11 +207,11 @@ def _draw_state(
 @torch.no_grad()
 def _values_on_grid(
     agent: Agent, state: Tensor, centre: np.ndarray, dimensions: tuple[int, int], side: np.ndarray
-) -> np.ndarray:
-    """Mean values over the ensemble on the grid `side` x `side` (rows: the second dimension) through `centre`."""
-    critic: Critic = agent.critic  # type: ignore[assignment]
+) -> np.ndarray | None:
+    """The agent's values, if it has any, on the grid `side` x `side` (rows: the second dimension) through `centre`."""
     actions = np.tile(centre, (len(side) ** 2, 1)).astype(np.float32)
     actions[:, dimensions] = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     states = state.expand(len(actions), -1).to(agent.device)
-    values = critic.values(states, torch.from_numpy(actions).to(agent.device)).mean(0)
-    return values.float().cpu().numpy().reshape(len(side), len(side))
+    with evaluation_mode(agent):
+        values = agent.action_values(states, torch.from_numpy(actions).to(agent.device))
+    return None if values is None else values.float().cpu().numpy().reshape(len(side), len(side))

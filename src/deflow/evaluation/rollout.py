@@ -12,15 +12,13 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
-import torch
-from torch import Tensor
 
 from deflow import distributed
-from deflow.agents.base import Agent
 from deflow.cores import usable_cores
 from deflow.envs.ogbench import seeded_reset
 from deflow.errors import UserError
 from deflow.files import replacing
+from deflow.policy import Policy, evaluation_mode
 from deflow.seeding import fold_seed
 
 log = logging.getLogger(__name__)
@@ -78,24 +76,14 @@ def take_seat(env: gymnasium.Env, seed: int, index: int) -> Seat:
     return Seat(env, Episode(index), observation, np.random.default_rng(seed))
 
 
-def draw_noise(agent: Agent, seat: Seat) -> np.ndarray:
-    """The noise of the next decision, shape (candidates, action_dim)."""
-    return seat.rng.standard_normal((agent.candidates, agent.spec.action_dim), dtype=np.float32)
-
-
-@torch.no_grad()
-def decide(agent: Agent, seats: Sequence[Seat]) -> None:
+def decide(policy: Policy, seats: Sequence[Seat]) -> None:
     """Plan the next actions of those `seats` that have none left, with one call of the policy."""
     seats = [seat for seat in seats if not seat.plan]
     if not seats:
         return
-    z = np.stack([draw_noise(agent, seat) for seat in seats])
+    noise = np.stack([policy.draw_noise(seat.rng) for seat in seats])
     observations = np.stack([seat.observation for seat in seats])
-    if agent.spec.image is None:
-        observations = observations.astype(np.float32)
-    actions: Tensor = agent.act(torch.from_numpy(observations).to(agent.device), torch.from_numpy(z).to(agent.device))
-    plans = actions.float().cpu().numpy().reshape(len(seats), agent.spec.horizon, -1)
-    for seat, plan in zip(seats, plans, strict=True):
+    for seat, plan in zip(seats, policy.plan(observations, noise), strict=True):
         seat.plan.extend(plan)
 
 
@@ -122,10 +110,11 @@ class Evaluator:
         self.episodes, self.num_envs, self.seed = episodes, num_envs, seed
         self._envs: list[gymnasium.Env] = []
 
-    def run(self, agent: Agent) -> list[Episode]:
+    def run(self, policy: Policy) -> list[Episode]:
         """All episodes in order of their index, on every rank."""
         mine = range(distributed.rank(), self.episodes, distributed.world_size())
-        played = self._play(agent, mine)
+        with evaluation_mode(policy.agent):
+            played = self._play(policy, mine)
         everyone = [episode for episodes in distributed.gather_objects(played) for episode in episodes]
         return sorted(everyone, key=lambda episode: episode.index)
 
@@ -135,9 +124,7 @@ class Evaluator:
             env.close()
         self._envs = []
 
-    def _play(self, agent: Agent, indices: Sequence[int]) -> list[Episode]:
-        was_training = agent.training
-        agent.eval()
+    def _play(self, policy: Policy, indices: Sequence[int]) -> list[Episode]:
         waiting = iter(indices)
         while len(self._envs) < min(self.num_envs, len(indices)):
             self._envs.append(self._make_env())
@@ -146,16 +133,15 @@ class Evaluator:
         finished = []
         # Threads, not processes: the simulator lets go of Python's lock, and nothing has to be copied.
         # But a renderer belongs to the thread that made it: environments that show images stay in this one.
-        threads = usable_cores() if agent.spec.image is None else 1
+        threads = usable_cores() if policy.spec.image is None else 1
         with ThreadPoolExecutor(threads) as pool:
             while seats:
-                decide(agent, seats)
+                decide(policy, seats)
                 for seat, over in zip(tuple(seats), self._step_all(seats, pool, threads), strict=True):
                     if over:
                         finished.append(seat.episode)
                         seats.remove(seat)
                         seats.extend(take_seat(seat.env, self.seed, i) for i in [next(waiting, None)] if i is not None)
-        agent.train(was_training)
         return finished
 
     def _step_all(self, seats: Sequence[Seat], pool: ThreadPoolExecutor, threads: int) -> list[bool]:

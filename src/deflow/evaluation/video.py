@@ -11,21 +11,21 @@ import gymnasium
 import imageio.v2 as imageio
 import numpy as np
 
-from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Evaluator
 from deflow.files import replacing
+from deflow.policy import Policy
 
 FRAMES_PER_SECOND = 20
 SIZE = 256  # pixels; a multiple of 16, which the encoder would otherwise enforce by resizing
 
 
-def record_video(make_env: Callable[..., gymnasium.Env], agent: Agent, path: Path, episodes: int, seed: int) -> None:
+def record_video(make_env: Callable[..., gymnasium.Env], policy: Policy, path: Path, episodes: int, seed: int) -> None:
     """Write an mp4 of the first `episodes` episodes of the evaluation with the same seed, one after the other.
 
     Args:
         make_env: makes the environment, given Gymnasium's rendering arguments.
-        agent: the policy.
+        policy: to show.
         path: of the mp4 file.
         episodes: to show.
         seed: of the evaluation.
@@ -35,12 +35,12 @@ def record_video(make_env: Callable[..., gymnasium.Env], agent: Agent, path: Pat
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # manipulation environments declare no render modes, but have them
-        if agent.spec.image is None:
+        if policy.spec.image is None:
             camera = _Camera(make_env(render_mode="rgb_array", width=SIZE, height=SIZE), cheap=True)
         else:  # what the policy sees is what is rendered, and must stay as it is
             camera = _Camera(make_env(render_mode="rgb_array"), cheap=False)
     evaluator = Evaluator(lambda: camera, episodes, num_envs=1, seed=seed)
-    evaluator.run(agent)
+    evaluator.run(policy)
     evaluator.close()
     with replacing(path) as part:
         imageio.mimwrite(part, camera.frames, fps=FRAMES_PER_SECOND, macro_block_size=16)  # type: ignore[arg-type]

@@ -74,17 +74,17 @@ class GaussianActor(LightningModule):
             "temperature": self.temperature.detach(),
         }
 
-    def act(self, observations: Tensor, z: Tensor) -> Tensor:
-        """Actions in (-1, 1), shape (batch, action_dim): drawn in training, in evaluation the mode; see `sample`."""
-        return self.sample(observations, z if self.training else torch.zeros_like(z))[0]
+    def mode(self, observations: Tensor) -> Tensor:
+        """The mode before squashing, squashed: actions in (-1, 1), shape (batch, action_dim)."""
+        mean, _ = self.net(observations).chunk(2, dim=-1)
+        return mean.tanh()
 
     def sample(self, observations: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Actions in (-1, 1), shape (batch, action_dim), and their log densities, shape (batch,).
 
         Args:
             observations: shape (batch, observation_dim).
-            z: standard normal noise, shape (batch, action_dim), or several consecutive rows for each observation; zeros
-                give the mode before squashing.
+            z: standard normal noise, shape (batch, action_dim), or several consecutive rows for each observation.
         """
         mean, log_std = repeat_to(self.net(observations), len(z)).chunk(2, dim=-1)
         log_std = log_std.clamp(*LOG_STD_RANGE)

@@ -1,0 +1,129 @@
+"""Tables: a YAML file whose rows are configurations of Hydra, in the place of a file for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+
+class Tables(ConfigSource):
+    """The tables of a folder of configurations, to Hydra as if they were files; a file of the same name goes before.
+
+    `task.yaml` has a row for each task, NAME: the settings below `task`. It gives
+    - `task/NAME`, and `task/NAME/STAGES` for what the row changes under that choice of stages;
+    - `data/NAME`, the choice of the group data that the row names, so that `data: ${task}` is the task's own data;
+    - `experiment/NAME`, the same as `task=NAME`;
+    - `experiment/online/NAME`, if the row says what changes under `stages=offline_to_online`.
+
+    `tuned/AGENT.yaml` has a row for each task with what is tuned for that agent on it: `tuned/AGENT/NAME` and
+    `tuned/AGENT/NAME/STAGES`. Keys may be dotted. A row may have several names, separated by commas, and one whose name
+    begins with a dot is only there for others to refer to.
+    """
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        self.configs = _configs(Path(self.path))
+
+    @staticmethod
+    def scheme() -> str:
+        return "tables"
+
+    def available(self) -> bool:
+        return True
+
+    def is_config(self, config_path: str) -> bool:
+        return config_path in self.configs
+
+    def is_group(self, config_path: str) -> bool:
+        return any(path.startswith(f"{config_path}/") for path in self.configs)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if config_path == "data":  # that a task's name stands for its data is nothing to choose
+            return []
+        prefix = f"{config_path}/".removeprefix("/")
+        below = [path.removeprefix(prefix) for path in self.configs if path.startswith(prefix)]
+        groups = {name.partition("/")[0] for name in below if "/" in name}
+        configs = {name for name in below if "/" not in name}
+        found = {ObjectType.CONFIG: configs, ObjectType.GROUP: groups, None: configs | groups}
+        return sorted(found[results_filter])
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        package = None if config_path.startswith("data/") else "_global_"
+        config = _nested(self.configs[config_path])
+        return ConfigResult(self.provider, self.full_path(), config, {"package": package})
+
+
+class TablesBesideFiles(SearchPathPlugin):
+    """Hydra looks for a command's configurations in the tables of the folder where it looks for files."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        folders = [element.path for element in search_path.get_path() if element.provider == "main"]
+        for folder in folders:
+            search_path.append("tables", f"{Tables.scheme()}://{folder}")
+
+
+Plugins.instance().register(Tables)
+Plugins.instance().register(TablesBesideFiles)
+
+
+@cache
+def _configs(root: Path) -> dict[str, dict[str, Any]]:
+    """Path of each configuration -> its content, keys still dotted."""
+    configs: dict[str, dict[str, Any]] = {}
+    for name, row in read_table(root / "task.yaml"):
+        configs |= _of_task(name, row, _stages(root))
+    for table in (root / "tuned").glob("*.yaml"):
+        for name, row in read_table(table):
+            configs |= _with_stages(f"tuned/{table.stem}/{name}", row, _stages(root))
+    return configs
+
+
+def read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of each row; a row of several names comes once for each."""
+    if path.is_file():
+        rows: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        named = ((name.strip(), row) for names, row in rows.items() for name in names.split(","))
+        yield from ((name, row) for name, row in named if not name.startswith("."))
+
+
+def _of_task(name: str, row: dict[str, Any], stages: set[str]) -> dict[str, dict[str, Any]]:
+    chosen = {"defaults": [{"override /task": name}]}
+    row = {"name": name, **row}
+    configs: dict[str, dict[str, Any]] = {
+        f"data/{name}": {"defaults": [row.pop("data")]},
+        f"experiment/{name}": chosen,
+    }
+    if "offline_to_online" in row:
+        configs[f"experiment/online/{name}"] = {
+            "defaults": [*chosen["defaults"], {"override /stages": "offline_to_online"}],
+            "name": f"online/{name}",
+        }
+    for path, settings in _with_stages(f"task/{name}", row, stages).items():
+        configs[path] = {f"task.{key}": value for key, value in settings.items()}
+    return configs
+
+
+def _with_stages(path: str, row: dict[str, Any], stages: set[str]) -> dict[str, dict[str, Any]]:
+    """The row itself at `path`, and what it changes for a choice of stages at `path/STAGES`."""
+    always = {key: value for key, value in row.items() if key not in stages}
+    return {path: always} | {f"{path}/{key}": row[key] for key in row.keys() & stages}
+
+
+def _stages(root: Path) -> set[str]:
+    return {path.stem for path in (root / "stages").glob("*.yaml")}
+
+
+def _nested(content: dict[str, Any]) -> DictConfig:
+    config = OmegaConf.create()
+    for key, value in content.items():
+        OmegaConf.update(config, key, value)
+    return config

@@ -1,0 +1,75 @@
+"""Tables of configurations: what their rows say is known to the rest of the house."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from deflow.config import CONFIG_DIR, check, choices
+from deflow.errors import UserError
+from deflow.tables import read_table
+from tests.conftest import compose_config
+
+CONFIGS = Path(CONFIG_DIR)
+TUNED = sorted(path.stem for path in (CONFIGS / "tuned").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("table", ["task", *(f"tuned/{agent}" for agent in TUNED)])
+def test_a_table_has_one_row_for_a_task(table: str) -> None:
+    names = [name for name, _ in read_table(CONFIGS / f"{table}.yaml")]
+    assert len(names) == len(set(names))
+    assert {*names} <= {*choices("task")}
+    if table in ("task", "tuned/deflow", "tuned/fql"):  # those of the papers' tables
+        assert {*names, "custom"} == {*choices("task")}  # own data alone have nothing tuned
+
+
+@pytest.mark.parametrize("agent", TUNED)
+def test_every_number_of_a_table_is_a_setting(agent: str) -> None:
+    for task, row in read_table(CONFIGS / "tuned" / f"{agent}.yaml"):
+        for stages in ("joint", "offline_to_online"):
+            config = compose_config(f"task={task}", f"agent={agent}", f"stages={stages}")
+            check(config)
+            for key, value in {**row, **row.get(stages, {})}.items():
+                assert key == "offline_to_online" or value == at(config, key)
+
+
+def at(config: DictConfig, key: str) -> object:
+    node = config
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
+def test_a_key_of_a_table_that_is_no_setting_is_refused(tmp_path: Path) -> None:
+    for path in CONFIGS.rglob("*.yaml"):
+        copied = tmp_path / path.relative_to(CONFIGS)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_text(path.read_text().replace("agent.trust_region: 0.005", "agent.trust_regoin: 0.005"))
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        check(compose("train", ["task=scene"]))
+        with pytest.raises(UserError, match=r"no setting 'agent.trust_regoin': did you mean 'agent.trust_region'"):
+            check(compose("train", ["task=puzzle_3x3"]))
+
+
+def test_a_row_gives_way_to_the_experiment_and_to_the_command_line() -> None:
+    tuned = "agent.trust_region"
+    assert at(compose_config("task=puzzle_3x3"), tuned) == 0.005
+    assert at(compose_config("task=puzzle_3x3", "agent.trust_region=1"), tuned) == 1
+    assert compose_config("task=pen-human-v1", "updates=7").updates == 7
+    quickstart = compose_config("experiment=quickstart", "task=antmaze_large")
+    assert (quickstart.updates, quickstart.tau, quickstart.task.env) == (10_000, 0.02, "antmaze-large")
+    assert (compose_config("task=antmaze_large").tau, compose_config("task=visual_scene").updates) == (0.005, 500_000)
+
+
+def test_a_task_brings_its_own_data_unless_others_are_asked_for() -> None:
+    def source(*overrides: str) -> str:
+        return compose_config(*overrides).data.source._target_.rpartition(".")[2]
+
+    assert source("task=scene") == "OGBenchSource"
+    assert source("task=pen-human-v1") == "D4RLSource"
+    assert source("task=custom", "data.source.path=a.npz") == "CustomSource"
+    assert source("experiment=minari", "data.source.dataset_id=a") == "MinariSource"
+    assert source("task=pen-human-v1", "data=minari", "data.source.dataset_id=a") == "MinariSource"
