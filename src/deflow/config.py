@@ -100,7 +100,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
 
 
 def as_started(text: str) -> str:
-    """`text` about scripts, `python train_expert.py`, as one about commands, `deflow train-expert`, if no script was."""
+    """`text` about scripts, `python train_expert.py`, as it is, or about `deflow train-expert` if no script runs."""
     script = Path(sys.argv[0])
     if script.suffix == ".py" and script.name != "__main__.py":
         return text
