@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import deflow
-from deflow import commands
+from deflow import commands, invocation
 from deflow.agents.base import Agent
 from deflow.errors import UserError
 from tests.commands import HANGS, ROOT, TINY, tiny_overrides
@@ -75,6 +75,7 @@ def test_what_is_installed_trains(bin_folder: Path, point_data: Path, tmp_path: 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["deflow", *arguments])
+    monkeypatch.setattr(invocation, "_typed", "")  # put back after the test
     commands.console()
 
 

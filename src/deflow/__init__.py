@@ -1,4 +1,4 @@
-"""Offline reinforcement learning with flow policies: `deflow.train` trains one, `deflow.load` gives it to act with."""
+"""Offline reinforcement learning with flow policies: `deflow.train` makes a policy, `deflow.load` lets it act."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from deflow.config import as_started, entry_point, refuse_other_overrides
+from deflow.config import entry_point, refuse_other_overrides
 from deflow.imports import quick_imports
+from deflow.invocation import as_script_and_as_typed, started_by_console, typed_command
 
 
 @entry_point("train")
@@ -108,10 +109,6 @@ COMMANDS = {
 }
 
 
-class _Console:
-    command = ""  # that was typed behind `deflow`; empty if a script was started
-
-
 def console() -> None:
     """`deflow NAME [arguments]`: one of `COMMANDS`; without a name, or with --help, what there is."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -121,7 +118,7 @@ def console() -> None:
     if name not in COMMANDS:
         print(f"error: no command '{name}': choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    _Console.command = name
+    started_by_console(name)
     del sys.argv[1]  # Hydra reads what is left
     COMMANDS[name]()
 
@@ -135,13 +132,13 @@ def _listing() -> str:
 def _as_typed() -> Iterator[None]:
     """With the name of the command again: by `sys.argv` Lightning starts the other processes of a run."""
     arguments = sys.argv[1:]
-    sys.argv[1:1] = [_Console.command] if _Console.command else []
+    sys.argv[1:1] = [typed_command()] if typed_command() else []
     try:
         yield
     finally:
         sys.argv[1:] = arguments
 
 
-def _again(command: str) -> str:
+def _again(script: str) -> str:
     """By what a run of this command goes on, with {} for its folder."""
-    return as_started(f"python {command}.py resume={{}}")
+    return f"{as_script_and_as_typed(script)[1]} resume={{}}"

@@ -31,6 +31,7 @@ from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.help import help_text
 from deflow.imports import quick_imports
+from deflow.invocation import as_script_and_as_typed
 from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
 from deflow.settings import check_settings, unknown_setting
 from deflow.signals import Stopped, end_with_parent, listening
@@ -90,21 +91,14 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
                 sys.argv[1:] = [readable(argument) for argument in sys.argv[1:]]
                 if {"--help", "-h"} & {*sys.argv}:
                     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-                    print(as_started(help_text(Path(CONFIG_DIR), config_name, overrides)))
+                    text = help_text(Path(CONFIG_DIR), config_name, overrides)
+                    print(text.replace(*as_script_and_as_typed(config_name)))
                 else:
                     composed()
 
         return command
 
     return decorate
-
-
-def as_started(text: str) -> str:
-    """`text` about scripts, `python train_expert.py`, as it is, or about `deflow train-expert` if no script runs."""
-    script = Path(sys.argv[0])
-    if script.suffix == ".py" and script.name != "__main__.py":
-        return text
-    return re.sub(r"python (\w+)\.py", lambda m: f"deflow {m[1].removesuffix('_data').replace('_', '-')}", text)
 
 
 class SettingsCheck(Callback):
