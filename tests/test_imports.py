@@ -58,8 +58,8 @@ def test_the_packages_names_are_there_and_cost_nothing_until_they_are_used() -> 
     )
     assert set(deflow.__all__) <= set(dir(deflow))
     assert all(callable(getattr(deflow, name)) for name in deflow.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'laod'"):
-        deflow.laod  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        deflow.nonsense  # noqa: B018
 
 
 @pytest.mark.parametrize("file", ["report.py", "finishing.py", "training.py", "evaluation/diversity.py"])

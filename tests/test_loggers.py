@@ -140,7 +140,7 @@ def runs_of_seeds(uri: str) -> list:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("pointmaze")
+    experiment = client.get_experiment_by_name("pointmaze_medium")
     return sorted(client.search_runs([experiment.experiment_id]), key=lambda run: run.data.tags.get("seed", ""))
 
 

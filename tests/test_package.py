@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import deflow
-from deflow import commands
+from deflow import commands, invocation
 from deflow.agents.base import Agent
 from deflow.errors import UserError
 from tests.commands import HANGS, ROOT, TINY, tiny_overrides
@@ -67,14 +67,15 @@ def files(folder: str, pattern: str) -> list[Path]:
 def test_what_is_installed_trains(bin_folder: Path, point_data: Path, tmp_path: Path) -> None:
     settings = ("trainer=ddp_sim", "eval.every=6", "diversity.states=0")  # ddp_sim starts the command once more
     call((bin_folder / "deflow", "train", *tiny_overrides(point_data, tmp_path / "run", *settings)), cwd=tmp_path)
-    program = "import deflow; print(deflow.__file__, deflow.train('resume=run')['updates'])"
-    said = call((bin_folder / "python", "-c", program), cwd=tmp_path).split()
-    assert Path(said[-2]).is_relative_to(bin_folder.parent)
-    assert said[-1] == "6"
+    program = "import deflow; print(deflow.__file__, *deflow.load('run').act([0.0, 0.0]).shape)"
+    home, size = call((bin_folder / "python", "-c", program), cwd=tmp_path).split()
+    assert Path(home).is_relative_to(bin_folder.parent)
+    assert size == "2"
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["deflow", *arguments])
+    monkeypatch.setattr(invocation, "_typed", "")  # put back after the test
     commands.console()
 
 
@@ -85,6 +86,14 @@ def test_the_commands_are_listed(
     type_in(monkeypatch, *arguments)
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert listed == ["train", "evaluate", "generate", "inspect", "distill", "benchmark", "train-expert"]
+
+
+def test_help_speaks_of_the_command_that_was_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, "train", "--help")
+    assert "deflow train experiment=" in (shown := capsys.readouterr().out)
+    assert "train.py" not in shown
 
 
 def test_an_unknown_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +144,6 @@ def test_a_program_is_interrupted_and_goes_on(
     with pytest.raises(KeyboardInterrupt) as stopped:
         deflow.train("pointmaze", *settings)
     monkeypatch.setattr(Agent, "training_step", step)
-    (folder,) = (tmp_path / "pointmaze").iterdir()
+    (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
     assert str(stopped.value) == f'stopped by SIGINT: go on by deflow.train("resume={folder}")'
     assert deflow.train(f"resume={folder}")["updates"] == 6
