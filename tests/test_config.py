@@ -10,7 +10,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from deflow.config import SettingsCheck, _readable, check_command, entry_point
+from deflow.config import SettingsCheck, check_command, entry_point, readable
 from deflow.errors import UserError
 from tests.conftest import compose_config
 
@@ -35,13 +35,13 @@ from tests.conftest import compose_config
     ],
 )
 def test_the_command_line_is_read_as_it_is_meant(argument: str, read: str) -> None:
-    assert _readable(argument) == read
+    assert readable(argument) == read
 
 
 @pytest.mark.parametrize("argument", ["networks.hidden=[1,2", "agent.constraints={kind: a", "name='a"])
 def test_what_does_not_close_is_not_guessed(argument: str) -> None:
     with pytest.raises(UserError, match="close its brackets and quotes; as text it is"):
-        _readable(argument)
+        readable(argument)
 
 
 def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, main=lambda *_: None) -> int:
