@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol, cast
 
@@ -18,6 +19,8 @@ from deflow.errors import UserError
 from deflow.ranges import Count, Discount, Probability, Seed
 from deflow.seeding import torch_generator
 from deflow.types import Batch, Lookahead, stack
+
+log = logging.getLogger(__name__)
 
 
 class BatchStream(IterableDataset):
@@ -160,6 +163,7 @@ class OfflineDataModule(LightningDataModule):
         if self.transitions is not None:
             return
         self.transitions, self.validation = self.source.load()
+        self._check_chunks()
         if self.crop_probability and self.transitions.states.ndim != 4:
             raise UserError("data.crop_probability is for images: leave it at 0 for states")
         if self.batch_size > len(self.transitions):
@@ -167,12 +171,22 @@ class OfflineDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the data ({len(self.transitions)} transitions)"
             )
 
+    def _check_chunks(self) -> None:
+        """Validation trajectories may all be shorter than a chunk: then there is nothing to validate on."""
+        if self.validation is None:
+            return
+        try:
+            self.validation.chunk_starts(self.span.horizon)
+        except UserError:
+            log.warning("nothing is validated: agent.horizon=%d is longer than those trajectories", self.span.horizon)
+            self.validation = None
+
     def add_returns(self) -> None:
         """Let batches hold `returns`."""
         assert self.transitions is not None
-        assert self.validation is not None
         self.transitions = self.transitions.with_returns(self.span.discount)
-        self.validation = self.validation.with_returns(self.span.discount)
+        if self.validation is not None:
+            self.validation = self.validation.with_returns(self.span.discount)
 
     def begin_stage(
         self,
@@ -220,8 +234,10 @@ class OfflineDataModule(LightningDataModule):
         assert self.transitions is not None
         return self._stream(self.transitions, 0, steps, "sample")
 
-    def val_dataloader(self) -> DataLoader:
-        assert self.validation is not None
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Nothing, if the data have no validation split."""
+        if self.validation is None:
+            return []
         return DataLoader(self._stream(self.validation, 0, self.validation_batches, "validation"), batch_size=None)
 
     def _stream(

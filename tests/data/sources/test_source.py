@@ -13,6 +13,7 @@ import torch
 from hydra.utils import instantiate
 from minari.data_collector import EpisodeBuffer
 
+from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.custom import CustomSource
 from deflow.data.sources.d4rl import D4RLSource
 from deflow.data.sources.minari import MinariSource
@@ -92,14 +93,13 @@ def test_data_with_terminals_alone_are_split(tmp_path: Path) -> None:
 def test_split_takes_whole_trajectories() -> None:
     columns = own_columns(episodes=20)
     ends = columns["terminals"] | columns["timeouts"]
-    train_part, validation = split(compact(*columns_of(columns), ends, columns["next_observations"]), seed=0)
-    episodes = [
-        set((part["observations"][part["valids"] == 1][:, 0] // 10).tolist()) for part in (train_part, validation)
-    ]
+    arrays = compact(*columns_of(columns), ends, columns["next_observations"])
+    parts = split(Transitions.from_compact(arrays, "test"), seed=0, origin="test")
+    episodes = [set((part.states[part.starts][:, 0] // 10).tolist()) for part in parts]
     assert len(episodes[1]) == 2
     assert not episodes[0] & episodes[1]
     assert len(episodes[0] | episodes[1]) == 20
-    assert train_part["valids"][-1] == validation["valids"][-1] == 0
+    assert [len(part) for part in parts] == [18 * 5, 2 * 5]
 
 
 def test_own_npz_and_hdf5_agree(tmp_path: Path) -> None:
@@ -157,15 +157,11 @@ def test_a_file_of_the_wrong_kind_is_named_as_such(name: str, kind: str, tmp_pat
 
 def test_d4rl_antmaze(tmp_path: Path) -> None:
     path = write_d4rl(tmp_path / "file.hdf5", "antmaze")
-    train_part, validation = D4RLSource("antmaze-umaze-v2", str(path), "", None).arrays()
-    for arrays in (train_part, validation):
-        assert set(np.unique(arrays["rewards"])) == {-1.0, 0.0}
-        assert np.array_equal(arrays["masks"] == 0, arrays["rewards"] == 0)
-    # A terminal (the goal) does not end a trajectory there: 4 trajectories of 40 rows, of which 3 and 1.
-    ends = [np.flatnonzero((arrays["valids"] == 0) | (arrays["masks"] == 0)) for arrays in (train_part, validation)]
-    assert len(train_part["valids"]) + len(validation["valids"]) == 160
-    assert 119 in ends[0]
-    assert 39 in ends[1]
+    arrays, _ = D4RLSource("antmaze-umaze-v2", str(path), "", None).arrays()
+    assert set(np.unique(arrays["rewards"])) == {-1.0, 0.0}
+    assert np.array_equal(arrays["masks"] == 0, arrays["rewards"] == 0)
+    # A terminal (the goal) does not end a trajectory there: 4 trajectories of 40 rows.
+    assert np.flatnonzero(arrays["valids"] == 0).tolist() == [39, 79, 119, 159]
 
 
 def test_d4rl_of_another_family_is_refused(tmp_path: Path) -> None:
@@ -263,11 +259,10 @@ def minari_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_minari(minari_dataset: str) -> None:
     source = MinariSource(minari_dataset, download=False, reward_shift=-1.0)
-    train_part, validation = source.arrays()
-    dataset = minari.load_dataset(minari_dataset)
-    for arrays in (train_part, validation):
+    whole, _ = source.arrays()
+    for number, episode in enumerate(minari.load_dataset(minari_dataset)):
+        arrays = {name: column[7 * number : 7 * number + 7] for name, column in whole.items()}
         assert list(arrays["valids"]) == [1] * 6 + [0]
-        episode = next(e for e in dataset if np.allclose(e.observations[0], arrays["observations"][0]))
         assert np.allclose(arrays["observations"], episode.observations)
         assert np.allclose(arrays["rewards"][:6], episode.rewards - 1)
         assert np.allclose(arrays["actions"], np.append(episode.actions, episode.actions[-1:], axis=0))

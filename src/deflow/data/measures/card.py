@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from deflow.data.sources.source import Arrays
+from deflow.data.sources.columns import Arrays
 from deflow.files import replacing
 
 matplotlib.use("agg")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from deflow.data.caching import content_key
 from deflow.data.memory.transitions import Transitions
 from deflow.files import locked, replacing
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -100,7 +99,6 @@ def _compute(flow: BehaviorFlow, transitions: Transitions, count: int, seed: int
 
 
 def _key(flow: BehaviorFlow, transitions: Transitions, count: int, seed: int) -> str:
-    digest = hashlib.sha256(json.dumps([count, seed, str(flow.solver)]).encode())
-    for tensor in (transitions.states, *flow.state_dict().values()):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    settings = {"count": count, "seed": seed, "solver": str(flow.solver), "frames": transitions.frames}
+    weights = {name: weight.detach().cpu().numpy() for name, weight in flow.state_dict().items()}
+    return content_key(settings, {"states": transitions.states.numpy()} | weights)

@@ -53,7 +53,8 @@ class Transitions:
         """
         columns = {key: np.asarray(arrays[key], np.float32) for key in ("actions", "rewards", "masks")}
         states = np.asarray(arrays["observations"])
-        columns["observations"] = states if states.dtype == np.uint8 else states.astype(np.float32, copy=False)
+        is_image = states.dtype == np.uint8 and states.ndim > 2
+        columns["observations"] = states if is_image else states.astype(np.float32, copy=False)
         lengths = {key: len(column) for key, column in columns.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(f"{origin}: columns of different lengths ({lengths}); make or download the file again")
@@ -171,6 +172,13 @@ class Transitions:
             return self.actions.index_select(0, rows)
         last = self.last_rows.index_select(0, rows)
         return torch.cat([self.actions.index_select(0, (rows + k).minimum(last)) for k in range(horizon)], dim=-1)
+
+
+def as_arrays(transitions: Transitions) -> dict[str, np.ndarray]:
+    """The columns in compact layout, not copied."""
+    names = ("states", "actions", "rewards", "masks")
+    columns = {name.replace("states", "observations"): getattr(transitions, name).numpy() for name in names}
+    return columns | {"valids": transitions.has_successor.numpy()}
 
 
 def returns_to_go(

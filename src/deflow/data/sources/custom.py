@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow.data.memory.transitions import Transitions
-from deflow.data.sources.source import Arrays, Source, compact, split
+from deflow.data.memory.transitions import Transitions, as_arrays
+from deflow.data.sources.columns import Arrays, checked_columns
+from deflow.data.sources.shards import map_shards
+from deflow.data.sources.source import Source, compact, split
 from deflow.errors import UserError
 from deflow.ranges import Seed
 from deflow.types import Spec
@@ -22,6 +25,9 @@ from deflow.types import Spec
 HDF5_SUFFIXES = (".hdf5", ".h5")
 SUFFIXES = (".npz", *HDF5_SUFFIXES)
 REQUIRED = ("observations", "actions", "rewards")
+OPTIONAL = ("terminals", "timeouts", "next_observations")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,31 +68,44 @@ class CustomSource(Source):
     def _shards(self) -> list[Path]:
         if self._path.is_file():
             return [self._path]
-        return sorted(path for path in self._path.glob("*") if path.suffix in SUFFIXES)
+        return sorted(path for path in self._path.glob("*") if path.suffix.lower() in SUFFIXES)
 
-    def arrays(self) -> tuple[Arrays, Arrays]:
-        return self._arrays_of(self._shards[0])
+    def arrays(self) -> tuple[Arrays, None]:
+        if self._path.is_file():
+            return self._read(self._path), None
+        return as_arrays(self._mapped()), None
 
-    def load(self) -> tuple[Transitions, Transitions]:
+    def load(self) -> tuple[Transitions, Transitions | None]:
         if self._path.is_file():
             return super().load()
-        return self.load_shards(self._shards, self._arrays_of, self._path / "unpacked")
+        return split(self._mapped(), self.seed, self.name)
 
     def spec(self) -> Spec:
         self.prepare()
-        train, _ = self.arrays()
-        return Spec(train["observations"].shape[1], train["actions"].shape[1])
+        columns = self._read(self._shards[0])
+        return Spec(columns["observations"].shape[1], columns["actions"].shape[1])
 
-    def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:
+    def _mapped(self) -> Transitions:
+        """All files of the folder, mapped into memory."""
+        settings = {"keys": {ours: theirs for ours, theirs in self.keys.items() if theirs is not None}}
+
+        def load(path: Path) -> Transitions:
+            return Transitions.from_compact(self._read(path), str(path))
+
+        return map_shards(self._shards, load, self._path / "unpacked", settings)
+
+    def _read(self, path: Path) -> Arrays:
+        """One file in compact layout."""
         columns = read_columns(path, self.keys)
-        terminals = columns.get("terminals", np.zeros(len(columns["rewards"]), bool)).astype(bool)
-        timeouts = columns.get("timeouts", np.zeros_like(terminals)).astype(bool)
-        if not terminals.any() and not timeouts.any() and "next_observations" not in columns:
+        nowhere = np.zeros(len(columns["rewards"]), bool)
+        terminals, timeouts = columns.get("terminals", nowhere), columns.get("timeouts", nowhere)
+        # A file of a folder ends a trajectory; one that is all there is may hold many, and something must say which.
+        if self._path.is_file() and not (terminals | timeouts).any() and "next_observations" not in columns:
             raise UserError(
                 f"{path}: nothing says where trajectories end; name a column in data.source.keys "
                 "(terminals, timeouts or next_observations)"
             )
-        arrays = compact(
+        return compact(
             columns["observations"],
             columns["actions"],
             columns["rewards"],
@@ -94,7 +113,6 @@ class CustomSource(Source):
             terminals | timeouts,
             columns.get("next_observations"),
         )
-        return split(arrays, self.seed)
 
     @property
     def has_env(self) -> bool:
@@ -119,41 +137,47 @@ class CustomSource(Source):
 
 
 def read_columns(path: Path, keys: Mapping[str, str | None]) -> Arrays:
-    """The named columns of an `.npz` or HDF5 file, checked for equal length.
+    """The named columns of an `.npz` or HDF5 file, checked; columns that say where trajectories end and are not named
+    are said.
 
     Args:
         path: of the file.
         keys: our name -> the file's (with `/` for groups of HDF5), or None for a column the file does not have.
 
     Raises:
-        UserError: if the file is of another kind, broken or lacks a column.
+        UserError: if the file is of another kind, broken or lacks a column, or as `checked_columns` does.
     """
     wanted = {ours: theirs for ours, theirs in keys.items() if theirs is not None}
     missing = [key for key in REQUIRED if key not in wanted]
     if missing:
         raise UserError(f"data.source.keys must name {', '.join(missing)}")
-    columns = _read_hdf5(path, wanted) if path.suffix in HDF5_SUFFIXES else _read_npz(path, wanted)
-    lengths = {key: len(column) for key, column in columns.items()}
-    if len(set(lengths.values())) != 1:
-        raise UserError(f"{path}: columns of different lengths ({lengths})")
-    flat = [key for key in ("observations", "actions") if columns[key].ndim != 2]
-    if flat:
-        raise UserError(f"{path}: {', '.join(flat)} must have two axes (rows, size)")
-    return columns
+    columns, present = (_read_hdf5 if path.suffix.lower() in HDF5_SUFFIXES else _read_npz)(path, wanted)
+    unused = [name for name in OPTIONAL if name in present and name not in wanted.values()]
+    if unused:
+        named = " ".join(f"data.source.keys.{name}={name}" for name in unused)
+        log.warning("%s: its columns %s are not read; to read them: %s", path, ", ".join(unused), named)
+    return checked_columns(columns, str(path))
 
 
-def _read_npz(path: Path, wanted: Mapping[str, str]) -> Arrays:
+def _read_npz(path: Path, wanted: Mapping[str, str]) -> tuple[Arrays, list[str]]:
     try:
         with np.load(path) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise UserError(f"{path} is a single array, not an .npz of columns")
             _check_present(path, wanted, file.files)
-            return {ours: file[theirs] for ours, theirs in wanted.items()}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+            return {ours: file[theirs] for ours, theirs in wanted.items()}, file.files
+    except ValueError as error:
+        if not str(error).startswith("Object arrays"):
+            raise UserError(f"cannot read {path}: it is truncated or not an .npz file") from error
+        raise UserError(
+            f"{path} holds objects, such as episodes of different lengths: put them one after the other, one row a "
+            "transition, and say in terminals and timeouts where they end"
+        ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise UserError(f"cannot read {path}: it is truncated or not an .npz file") from error
 
 
-def _read_hdf5(path: Path, wanted: Mapping[str, str]) -> Arrays:
+def _read_hdf5(path: Path, wanted: Mapping[str, str]) -> tuple[Arrays, list[str]]:
     if importlib.util.find_spec("h5py") is None:
         raise UserError("HDF5 files need the package h5py: pip install 'deflow[d4rl]'")
     import h5py
@@ -163,7 +187,7 @@ def _read_hdf5(path: Path, wanted: Mapping[str, str]) -> Arrays:
             names: list[str] = []
             file.visit(names.append)
             _check_present(path, wanted, names)
-            return {ours: np.asarray(file[theirs]) for ours, theirs in wanted.items()}
+            return {ours: np.asarray(file[theirs]) for ours, theirs in wanted.items()}, names
     except OSError as error:
         raise UserError(f"cannot read {path}: it is truncated or not an HDF5 file") from error
 

@@ -11,9 +11,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from deflow.data.sources.columns import Arrays
 from deflow.data.sources.custom import read_columns
 from deflow.data.sources.download import download, identities, set_aside
-from deflow.data.sources.source import Arrays, Source, compact, split
+from deflow.data.sources.source import Source, compact
 from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
@@ -117,8 +118,8 @@ class D4RLSource(Source):
     def _locked(self) -> AbstractContextManager[None]:
         return locked(self._path.with_suffix(".lock"), f"the data set {self.dataset}")
 
-    def arrays(self) -> tuple[Arrays, Arrays]:
-        """Both splits; a downloaded file that is of no use is fetched again, once."""
+    def arrays(self) -> tuple[Arrays, None]:
+        """The whole set; a downloaded file that is of no use is fetched again, once."""
         seen = identities([self._path])
         try:
             return self._read()
@@ -131,7 +132,7 @@ class D4RLSource(Source):
                     self._fetch()
         return self._read()
 
-    def _read(self) -> tuple[Arrays, Arrays]:
+    def _read(self) -> tuple[Arrays, None]:
         columns = read_columns(self._path, KEYS)
         sizes = columns["observations"].shape[1], columns["actions"].shape[1]
         if sizes != SIZES[self._family]:
@@ -139,17 +140,15 @@ class D4RLSource(Source):
                 f"{self._path} is of another environment than {self.dataset}: (observation, action) sizes {sizes}, "
                 f"expected {SIZES[self._family]}"
             )
-        terminals, timeouts = columns["terminals"].astype(bool), columns["timeouts"].astype(bool)
-        return split(
-            compact(
-                columns["observations"],
-                columns["actions"],
-                columns["rewards"] - self._step_cost,
-                1.0 - terminals.astype(np.float32),
-                timeouts if self._is_maze else terminals | timeouts,
-            ),
-            self.seed,
+        terminals, timeouts = columns["terminals"], columns["timeouts"]
+        arrays = compact(
+            columns["observations"],
+            columns["actions"],
+            columns["rewards"] - self._step_cost,
+            1.0 - terminals.astype(np.float32),
+            timeouts if self._is_maze else terminals | timeouts,
         )
+        return arrays, None
 
     def spec(self) -> Spec:
         return Spec(*SIZES[self._family])

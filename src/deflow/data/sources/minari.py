@@ -11,7 +11,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow.data.sources.source import Arrays, Source, split
+from deflow.data.sources.columns import Arrays
+from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.ranges import Seed
 from deflow.trust import check_environment_spec
@@ -68,7 +69,7 @@ class MinariSource(Source):
                 raise UserError(f"cannot load Minari's data set {self.dataset_id}: {error}") from error
         return self._dataset
 
-    def arrays(self) -> tuple[Arrays, Arrays]:
+    def arrays(self) -> tuple[Arrays, None]:
         columns: dict[str, list[np.ndarray]] = {}
         for episode in self._load().iterate_episodes():
             length = len(episode.actions)
@@ -81,7 +82,7 @@ class MinariSource(Source):
             }
             for key, column in rows.items():
                 columns.setdefault(key, []).append(column)
-        return split({key: np.concatenate(parts) for key, parts in columns.items()}, self.seed)
+        return {key: np.concatenate(parts) for key, parts in columns.items()}, None
 
     def spec(self) -> Spec:
         episode = self._load()[0]

@@ -16,8 +16,10 @@ import numpy as np
 
 from deflow.data.generate.runner import generate_dataset, read_card
 from deflow.data.memory.transitions import Transitions
+from deflow.data.sources.columns import Arrays
 from deflow.data.sources.download import download, identities, set_aside
-from deflow.data.sources.source import Arrays, Source
+from deflow.data.sources.shards import map_shards
+from deflow.data.sources.source import Source
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
@@ -99,11 +101,18 @@ class OGBenchSource(Source):
     def arrays(self) -> tuple[Arrays, Arrays]:
         return self._arrays_of(_shards(self._found())[0])
 
-    def load(self) -> tuple[Transitions, Transitions]:
+    def load(self) -> tuple[Transitions, Transitions | None]:
+        """Of a folder of files the validation split is the first file's."""
         path = self._found()
         if path.is_file():
             return super().load()
-        return self.load_shards(_shards(path), self._arrays_of, path / "unpacked" / self.task)
+        _, validation = super().load()
+
+        def load(shard: Path) -> Transitions:
+            return Transitions.from_compact(self._arrays_of(shard)[0], str(shard), self.frames)
+
+        train = map_shards(_shards(path), load, path / "unpacked" / self.task, {"task": self.task})
+        return replace(train, frames=self.frames), validation
 
     def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:
         """Both splits; files that this source can have again, and that are of no use, are had again, once."""

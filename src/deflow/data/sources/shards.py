@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from rich.progress import track
 
 from deflow.data.memory.transitions import Transitions
+from deflow.errors import UserError
 from deflow.files import check_folder, locked, replacing
 
 log = logging.getLogger(__name__)
@@ -24,27 +25,31 @@ INDEX = "index.json"  # which shards the columns were made of, and their shapes;
 COLUMNS = tuple(field.name for field in fields(Transitions) if field.default is MISSING)
 
 
-def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path) -> Transitions:
+def map_shards(
+    shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path, settings: Mapping[str, Any]
+) -> Transitions:
     """The transitions of all `shards` as columns mapped into memory, of which only what is read is in memory.
 
     The columns lie in `folder` and take the size of the unpacked data on disk. They are made by the first process that
-    asks, one shard in memory at a time, and made again when they are damaged or a shard has been replaced, added or
-    removed.
+    asks, one shard in memory at a time, and made again when they are damaged, a shard has been replaced, added or
+    removed, or they were read with other settings.
 
     Args:
         shards: files, in order.
         load: reads one of them.
         folder: of the columns, made if missing.
+        settings: with which `load` reads them, in plain values.
+
+    Raises:
+        UserError: if the shards are not of one kind.
     """
     check_folder(folder, "data.source.path")
     with locked(folder / "lock", "the unpacked shards"):
-        index, now = _read_index(folder), _identities(shards)
-        if index is None or index["shards"] != now:
+        index, now, key = _read_index(folder), _identities(shards), json.loads(json.dumps(settings))
+        if index is None or index["shards"] != now or index.get("settings") != key:
             if index is not None:
-                changed = sorted({name for name, *_ in index["shards"]} ^ {name for name, *_ in now})
-                changed += [name for name, *identity in now if [name, *identity] not in index["shards"]]
-                log.warning("shards changed since they were unpacked (%s): unpacking anew", ", ".join(changed))
-            index = _unpack(shards, load, folder)
+                log.warning("%s: unpacking anew", _difference(index["shards"], now))
+            index = _unpack(shards, load, folder, key)
     columns = {}
     for name in COLUMNS:
         dtype, shape = index["columns"][name]
@@ -53,15 +58,28 @@ def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], fold
     return Transitions(**cast(Any, columns))
 
 
-def _unpack(shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path) -> dict[str, Any]:
+def _difference(before: Sequence[Any], now: Sequence[Any]) -> str:
+    changed = sorted({name for name, *_ in before} ^ {name for name, *_ in now})
+    changed += [name for name, *identity in now if [name, *identity] not in before and name not in changed]
+    if changed:
+        return f"shards changed since they were unpacked ({', '.join(changed)})"
+    return "shards were unpacked with other settings"
+
+
+def _unpack(
+    shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path, settings: dict[str, Any]
+) -> dict[str, Any]:
     (folder / INDEX).unlink(missing_ok=True)
     rows, shapes = 0, {name: 0 for name in COLUMNS}
+    first: dict[str, tuple[Any, ...]] = {}
     with ExitStack() as stack:
         # Renamed at the end: a process that has the old columns mapped keeps them.
         paths = {name: stack.enter_context(replacing(folder / f"{name}.bin")) for name in COLUMNS}
         files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
         for shard in track(shards, description=f"unpacking {len(shards)} shards"):
             part = load(shard)
+            kinds = {name: (str(getattr(part, name).dtype), *getattr(part, name).shape[1:]) for name in COLUMNS}
+            _check_alike(first := first or kinds, kinds, shard)
             for name, file in files.items():
                 column = getattr(part, name).numpy()
                 file.write((column + rows if name == "starts" else column).tobytes())
@@ -71,10 +89,16 @@ def _unpack(shards: Sequence[Path], load: Callable[[Path], Transitions], folder:
     for name in COLUMNS:
         column = getattr(part, name)
         columns[name] = [str(column.numpy().dtype), [shapes[name], *column.shape[1:]]]
-    index = {"shards": _identities(shards), "columns": columns}
+    index = {"shards": _identities(shards), "columns": columns, "settings": settings}
     with replacing(folder / INDEX) as part_of_index:
         part_of_index.write_text(json.dumps(index))
     return index
+
+
+def _check_alike(first: dict[str, tuple[Any, ...]], kinds: dict[str, tuple[Any, ...]], shard: Path) -> None:
+    for name, kind in kinds.items():
+        if kind != first[name]:
+            raise UserError(f"{shard}: its {name} are {kind}, those of the files before it {first[name]} (type, sizes)")
 
 
 def _identities(shards: Sequence[Path]) -> list[list[Any]]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 
 from deflow.data.memory.transitions import Transitions
-from deflow.data.sources.shards import map_shards
-from deflow.errors import UserError
+from deflow.data.sources.columns import Arrays
 from deflow.types import Spec
 
-Arrays = dict[str, np.ndarray]
+log = logging.getLogger(__name__)
 
-JUMP = 1e-6  # distance from a next observation to the row after it, above which a new trajectory has begun
+# Share of a dimension's standard deviation by which a next observation may be off the row after it: what rounding to
+# another precision does, and no step from one trajectory to another.
+ROUNDING = 1e-3
 VALIDATION_SHARE = 0.1  # of the trajectories, where a data set has no validation split of its own
 
 
@@ -30,6 +31,7 @@ class Source(ABC):
     """
 
     frames: int = 1  # images of an observation
+    seed: int = 0  # of the choice of validation trajectories, where the data come without a split
 
     @property
     @abstractmethod
@@ -46,8 +48,12 @@ class Source(ABC):
         """See to it that the files are on disk; `UserError` if they are not there and cannot be had."""
 
     @abstractmethod
-    def arrays(self) -> tuple[Arrays, Arrays]:
-        """The training and the validation split as they are in the files; `UserError` if a file is broken."""
+    def arrays(self) -> tuple[Arrays, Arrays | None]:
+        """The data as they are in the files, and the validation split if they come with one.
+
+        Raises:
+            UserError: if a file is broken, or holds what cannot be meant.
+        """
 
     @abstractmethod
     def spec(self) -> Spec:
@@ -82,30 +88,13 @@ class Source(ABC):
         """The normalised score of a return, in the units that `protocol()["score"]` names; None if there is none."""
         return None
 
-    def load(self) -> tuple[Transitions, Transitions]:
-        """Training and validation transitions, checked."""
-        return self._checked(self.arrays())
-
-    def load_shards(
-        self, shards: Sequence[Path], arrays: Callable[[Path], tuple[Arrays, Arrays]], folder: Path
-    ) -> tuple[Transitions, Transitions]:
-        """Training transitions of all shards, mapped into memory; those of the first for validation.
-
-        Args:
-            shards: files, in order.
-            arrays: both splits of one of them.
-            folder: of the unpacked columns.
-        """
-        _, validation = self._checked(arrays(shards[0]))
-        train = map_shards(shards, lambda shard: self._checked(arrays(shard))[0], folder)
-        return replace(train, frames=self.frames), validation
-
-    def _checked(self, arrays: tuple[Arrays, Arrays]) -> tuple[Transitions, Transitions]:
-        train, validation = arrays
-        return (
-            Transitions.from_compact(train, self.name, self.frames),
-            Transitions.from_compact(validation, f"{self.name} (val)", self.frames),
-        )
+    def load(self) -> tuple[Transitions, Transitions | None]:
+        """Training and validation transitions, checked; the latter None, which is said, of a single trajectory."""
+        train, validation = self.arrays()
+        whole = Transitions.from_compact(train, self.name, self.frames)
+        if validation is None:
+            return split(whole, self.seed, self.name)
+        return whole, Transitions.from_compact(validation, f"{self.name} (val)", self.frames)
 
 
 def compact(
@@ -124,8 +113,9 @@ def compact(
         rewards: shape (rows,).
         masks: whether to bootstrap; where it is 0 the successor does not matter. Shape (rows,).
         ends: whether a trajectory ends with the row, shape (rows,).
-        next_observations: as `observations`. If given, a row whose successor is not the next row ends a trajectory
-            too, and every end keeps its last state; without it, the last row of a trajectory is only a successor.
+        next_observations: as `observations`. If given, a row whose successor is not the next row (but for rounding)
+            ends a trajectory too, and every end keeps its last state; without it, a trajectory's last row is only a
+            successor.
 
     Returns:
         The columns. In the row of a last state that was added the action is the one before: what would have been
@@ -138,7 +128,7 @@ def compact(
     # to matter) only where the task ended; where a trajectory was cut, its last row is a successor and no more.
     followed = ends.copy()
     if next_observations is not None:
-        followed[:-1] |= np.linalg.norm(next_observations[:-1] - observations[1:], axis=1) > JUMP
+        followed[:-1] |= _jumps(next_observations[:-1], observations[1:])
     else:
         followed &= masks == 0
     place = np.arange(rows) + np.concatenate([[0], np.cumsum(followed)[:-1]])
@@ -161,20 +151,25 @@ def compact(
     }
 
 
-def split(arrays: Arrays, seed: int) -> tuple[Arrays, Arrays]:
-    """Split by trajectories, a tenth of them (at least one) for validation.
+def _jumps(next_observations: np.ndarray, rows_after: np.ndarray) -> np.ndarray:
+    """Whether the row after a transition is another state than its next observation, shape (rows,)."""
+    axes = tuple(range(1, rows_after.ndim))
+    after = rows_after.astype(np.float64)
+    return (np.abs(next_observations - after) > ROUNDING * after.std(0) + 1e-6).any(axes)
 
-    Raises:
-        UserError: if there are not two trajectories.
+
+def split(transitions: Transitions, seed: int, origin: str) -> tuple[Transitions, Transitions | None]:
+    """Set a tenth of the trajectories (at least one) apart for validation; both splits share the columns.
+
+    Returns:
+        The transitions of the others, and those set apart; None, which is said, if there is but one trajectory.
     """
-    ends = np.flatnonzero(arrays["valids"] == 0)
-    if len(ends) < 2:
-        raise UserError("the data hold a single trajectory: a validation split needs at least two")
-    number = np.searchsorted(ends, np.arange(ends[-1] + 1))  # of each row's trajectory
-    chosen = np.random.default_rng(seed).permutation(len(ends))[: max(1, round(VALIDATION_SHARE * len(ends)))]
-    held_out = np.isin(number, chosen)
-    rows = {key: column[: len(held_out)] for key, column in arrays.items()}
-    return (
-        {key: column[~held_out] for key, column in rows.items()},
-        {key: column[held_out] for key, column in rows.items()},
-    )
+    trajectories, number = transitions.first_rows[transitions.starts].unique(return_inverse=True)
+    count = len(trajectories)
+    if count < 2:
+        log.warning("%s holds a single trajectory: all of it is trained on, and nothing validated", origin)
+        return transitions, None
+    chosen = np.random.default_rng(seed).permutation(count)[: max(1, round(VALIDATION_SHARE * count))]
+    held_out = torch.isin(number, torch.from_numpy(chosen))
+    train, validation = (transitions.starts[rows] for rows in (~held_out, held_out))
+    return replace(transitions, starts=train), replace(transitions, starts=validation)
