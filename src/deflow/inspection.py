@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -46,7 +47,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     card.print_card(title, described)
 
     rule = plain(config.iav)
-    valid = arrays["valids"] > 0
+    valid = (arrays["valids"] > 0) & np.isfinite(arrays["observations"]).all(1) & np.isfinite(arrays["actions"]).all(1)
     keys = ("neighbours", "sample", "include_self", "standardise", "seed")
     variances = {
         "data": intrinsic_action_variance(

@@ -18,6 +18,8 @@ from deflow.checkpoints import load_weights
 from deflow.config import check, plain
 from deflow.cores import set_threads
 from deflow.data.datamodule import OfflineDataModule
+from deflow.data.measures import card
+from deflow.data.memory.transitions import as_arrays
 from deflow.data.sources.source import Source
 from deflow.description import describe
 from deflow.distributed import is_main_process
@@ -113,8 +115,12 @@ def _try_stages(config: DictConfig, source: Source) -> None:
 
 
 def _load_data(data: OfflineDataModule) -> None:
+    """Have the data in memory; what looks wrong with them is said before anything is trained on them."""
     data.prepare_data()
     data.setup()
+    assert data.transitions is not None
+    if is_main_process():
+        card.warn_of(as_arrays(data.transitions), data.source.name)
 
 
 def _make_evaluator(config: DictConfig, source: Source) -> Evaluator | None:

@@ -125,6 +125,8 @@ def _make_trainer(run: Run, stage: DictConfig, callbacks: list[Callback]) -> Tra
     if run.learner.has_rhythm and run.config.trainer.get("strategy") == "ddp":
         # A part that is not due has no gradient, for which the other processes would wait.
         make_trainer.keywords["strategy"] = "ddp_find_unused_parameters_true"
+    if run.data.validation is None:
+        make_trainer.keywords["limit_val_batches"] = 0
     return make_trainer(
         max_steps=stage.steps,
         logger=run.loggers,

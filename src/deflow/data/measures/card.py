@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import matplotlib
@@ -17,14 +20,18 @@ from deflow.files import replacing
 matplotlib.use("agg")
 
 SATURATED = 0.99  # an action component beyond this counts as saturated
-# Slow dimensions of the state (positions) move by less than this share of their standard deviation in 99% of the steps;
-# a step that exceeds this multiple of those 99% in half of the slow dimensions is a jump.
-SLOW, JUMP = 0.3, 1.5
+# Slow dimensions of the state (positions) move by less than this share of their standard deviation in usual steps, the
+# smallest 99%; a step that exceeds this multiple of them in half of the slow dimensions is a jump.
+SLOW, JUMP, USUAL = 0.3, 1.5, 0.99
+ENDS = 3  # for each trajectory so many of its steps may be jumps, and are not asked what is usual
 DRAWN_ROWS = 100_000
+LOOKED_AT = 50_000  # rows, at the start of a training
+
+log = logging.getLogger(__name__)
 
 
 def describe(arrays: Arrays) -> dict[str, Any]:
-    """Counts, ranges and faults of a split in compact layout (see `Source`), as plain values."""
+    """Counts, ranges (without NaN) and faults of data in compact layout (see `Source`), as plain values."""
     observations, actions = arrays["observations"], arrays["actions"]
     valid = np.asarray(arrays["valids"]) > 0
     valid[-1] = False
@@ -45,7 +52,7 @@ def describe(arrays: Arrays) -> dict[str, Any]:
         "rows_with_actions_outside": int((np.abs(taken) > 1 + 1e-6).any(1).sum()),
         "rows_not_finite": int((~finite).sum()),
         "repeated_transitions": _repeats(observations[valid], taken),
-        "jumps_inside_trajectories": _jumps(observations, valid),
+        "jumps_inside_trajectories": _jumps(observations, valid & finite & np.append(finite[1:], False), len(lengths)),
     }
     return card | {"warnings": warnings_of(card)}
 
@@ -86,8 +93,12 @@ def draw(arrays: Arrays, title: str, path: Path) -> None:
     figure = Figure(figsize=(16, 4), layout="constrained")
     figure.suptitle(title)
     coverage, histogram, reward, length = figure.subplots(1, 4)
-    coverage.hist2d(states[:, 0], states[:, 1], bins=80, norm="log", cmap="viridis")
-    coverage.set(title="states, first two dimensions", aspect="equal")
+    if states.shape[1] > 1:
+        coverage.hist2d(states[:, 0], states[:, 1], bins=80, norm="log", cmap="viridis")
+        coverage.set(title="states, first two dimensions", aspect="equal")
+    else:
+        coverage.hist(states[:, 0], bins=80)
+        coverage.set(title="states")
     histogram.violinplot(actions, showextrema=False, widths=0.9)
     histogram.set(title="actions by dimension", ylim=(-1.1, 1.1))
     reward.hist(np.nan_to_num(arrays["rewards"][rows]), bins=30, log=True)
@@ -121,6 +132,9 @@ def _shown(value: Any) -> str:
 
 
 def _range(values: np.ndarray) -> dict[str, float]:
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return {"min": math.nan, "mean": math.nan, "max": math.nan}
     return {"min": float(np.min(values)), "mean": float(np.mean(values)), "max": float(np.max(values))}
 
 
@@ -130,16 +144,33 @@ def _trajectory_lengths(valid: np.ndarray) -> np.ndarray:
     return np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
 
 
-def _jumps(observations: np.ndarray, valid: np.ndarray) -> int:
+def _jumps(observations: np.ndarray, valid: np.ndarray, trajectories: int) -> int:
     """Successors that lie implausibly far away, measured in those dimensions that else move little in a step."""
     rows = np.flatnonzero(valid)
+    if len(rows) == 0:
+        return 0
     steps = np.abs(observations[rows + 1] - observations[rows])
-    usual = np.nanquantile(steps, 0.99, axis=0)
-    slow = (usual > 0) & (usual < SLOW * np.nanstd(observations, axis=0))
+    asked = min(USUAL, max(0.5, 1 - ENDS * trajectories / len(rows)))
+    usual = np.quantile(steps, asked, axis=0) * _of_normal(USUAL) / _of_normal(asked)
+    slow = (usual > 0) & (usual < SLOW * observations[rows].std(0))
     return int((np.median(steps[:, slow] / usual[slow], axis=1) > JUMP).sum()) if slow.any() else 0
+
+
+def _of_normal(share: float) -> float:
+    """How many standard deviations this share of normally distributed steps stays below."""
+    return NormalDist().inv_cdf((1 + share) / 2)
 
 
 def _repeats(observations: np.ndarray, actions: np.ndarray) -> int:
     """Transitions that are in the data more than once, not counting their first time."""
     rows = np.ascontiguousarray(np.concatenate([observations, actions], axis=1, dtype=np.float32))
     return len(rows) - len(np.unique(rows.view(f"V{rows.itemsize * rows.shape[1]}")))  # a row as one value
+
+
+def warn_of(arrays: Arrays, origin: str) -> None:
+    """Log the known faults that the first rows of the data show, in a fraction of a second; nothing of images."""
+    if arrays["observations"].ndim > 2:
+        return
+    card = describe({name: np.array(column[:LOOKED_AT]) for name, column in arrays.items()})
+    for warning in card["warnings"]:
+        log.warning("%s: %s", origin, warning)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # Share of a dimension's standard deviation by which a next observation may be off the row after it: what rounding to
 # another precision does, and no step from one trajectory to another.
-ROUNDING = 1e-3
+ROUNDING = 1e-2
 VALIDATION_SHARE = 0.1  # of the trajectories, where a data set has no validation split of its own
 
 
