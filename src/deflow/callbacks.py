@@ -170,8 +170,10 @@ class OnlineProgress(Callback):
         replay.drawn, replay.drawn_new = 0, 0
         if collector.finished:
             episodes, collector.finished = collector.finished, []
-            means = {"success": "success", "return": "episode_return", "length": "length"}
-            metrics |= {f"online/{key}": mean(getattr(e, name) for e in episodes) for key, name in means.items()}
+            metrics |= {"online/return": mean(e.episode_return for e in episodes)}
+            metrics |= {"online/length": mean(e.length for e in episodes)}
+            successes = [e.success for e in episodes if e.success is not None]
+            metrics |= {"online/success": mean(successes)} if successes else {}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=pl_module.run_step)
 

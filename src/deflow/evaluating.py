@@ -52,7 +52,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 def play(policy: Policy, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
     """What `episodes` episodes of the policy in the source's environment came to."""
-    evaluator = Evaluator(source.make_env, episodes, num_envs, seed)
+    evaluator = Evaluator(source.make_env, episodes, num_envs, seed, source.success)
     played = evaluator.run(policy)
     evaluator.close()
     return summarise(played, source.score)

@@ -20,6 +20,7 @@ from deflow.data.augment import maybe_crop
 from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import ACTION_BOUND, Transitions, returns_to_go
 from deflow.data.sources.source import Source
+from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Seat, decide, take_seat
 from deflow.policy import Policy
@@ -88,6 +89,7 @@ class Collector:
         span: of each transition.
         label: what the data would call the environment's reward.
         seed: of resets and the policy's noise.
+        success: how success is read off the environment.
     """
 
     def __init__(
@@ -98,13 +100,14 @@ class Collector:
         span: Lookahead,
         label: Callable[[float], float],
         seed: int,
+        success: SuccessRule = SuccessRule(),  # noqa: B008 (a tuple)
     ) -> None:
         if num_envs < 1:
             raise UserError(f"the online stage needs at least one environment, got num_envs={num_envs}")
         self.num_envs = num_envs
         self._envs = [make_env() for _ in range(num_envs)]
         self._agent, self._policy, self._span = agent, Policy(agent, explore=True), span
-        self._label, self._seed = label, seed
+        self._label, self._seed, self._success = label, seed, success
         self._players: list[_Player] = []
         self.episodes = 0  # begun
         self.finished: list[Episode] = []  # since they were last asked for
@@ -176,12 +179,12 @@ class Collector:
             window.discount *= self._span.discount
             window.steps += 1
         self._end_windows(player, terminated, truncated)
+        seat.episode.success = self._success.after(seat.episode.success, info)
         if not (terminated or truncated):
             return [] if self._agent.traits.reads_returns else player.take()
         player.follow_with(np.tile(action, self._span.horizon))
         if self._agent.traits.reads_returns:
             self._add_returns(player, terminated)
-        seat.episode.success = float(info.get("success", 0.0))
         self.finished.append(seat.episode)
         player.seat, player.plans, player.rewards = self._next_seat(seat.env), [], []
         return player.take()
@@ -303,7 +306,7 @@ class OnlineStream(IterableDataset):
         capacity: int | None,
     ) -> OnlineStream:
         """The stream of a stage with `updates` updates; its new transitions are written into `folder`."""
-        collector = Collector(source.make_env, agent, num_envs, span, source.label, seed)
+        collector = Collector(source.make_env, agent, num_envs, span, source.label, seed, source.success)
         starts = data.chunk_starts(span.horizon)
 
         def make_replay(added: int) -> Replay:

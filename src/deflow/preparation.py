@@ -48,6 +48,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     data = instantiate(config.data)
     _try_stages(config, data.source)  # before the data, which may take an hour to come
     _load_data(data)
+    if is_main_process() and not resume:
+        data.source.meet_environment(data.source.spec())
     decide(config, data.transitions)
     agents, learner = build_agents(config, data.source)
     if learner.traits.reads_returns:
@@ -126,7 +128,7 @@ def _load_data(data: OfflineDataModule) -> None:
 def _make_evaluator(config: DictConfig, source: Source) -> Evaluator | None:
     if not source.has_env:
         return None
-    return Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed)
+    return Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed, source.success)
 
 
 def _write_config(config: DictConfig, folder: Path) -> None:

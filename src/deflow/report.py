@@ -6,7 +6,7 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def summarise_run(
     `eval/success` and friends come as `last`, `mean_of_last_three` (the papers' number on OGBench) and `best`
     (for curiosity only: it is selected by evaluation and never to be reported as the result).
     """
-    evaluations = [row for row in rows if "eval/success" in row]
+    evaluations = [row for row in rows if "eval/return" in row]
     summary: dict[str, Any] = {
         "task": task,
         "agent": _agent_name(config),
@@ -68,7 +68,8 @@ def summarise_run(
             }
     if config["seeds"] > 1 and evaluations:
         seeds = range(config["seed"], config["seed"] + config["seeds"])
-        summary["eval/success"]["last_of_seed"] = {seed: evaluations[-1][f"eval/success/seed_{seed}"] for seed in seeds}
+        measure = _measure(summary)
+        summary[measure]["last_of_seed"] = {seed: evaluations[-1][f"{measure}/seed_{seed}"] for seed in seeds}
     return summary | {
         "evaluations": len(evaluations),
         "eval_episodes": config["eval"]["episodes"],
@@ -81,6 +82,11 @@ def summarise_run(
         "iav": config["iav"]["result"],
         "versions": {name: version(name) for name in ("deflow", "torch", "lightning", "ogbench", "mujoco", "numpy")},
     }
+
+
+def _measure(found: Container[str]) -> str:
+    """By what evaluations are compared: success, or the return where success is not measured."""
+    return "eval/success" if "eval/success" in found else "eval/return"
 
 
 def _last_of_stages(evaluations: Sequence[Row], key: str, stages: Mapping[str, int]) -> dict[str, float]:
@@ -128,12 +134,16 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
             table.add_row(key, last, f"{low:.2f} to {high:.2f}", mean, best)
     console = Console()
     console.print(table if table.rows else table.title)  # nothing was evaluated
-    stages = summary.get("eval/success", {}).get("last_of_stage", {})
+    measure = _measure(summary)
+    name, result = measure.removeprefix("eval/"), summary.get(measure, {})
+    if table.rows and name != "success":
+        console.print("success: not measured, the environment does not say")
+    stages = result.get("last_of_stage", {})
     if len(stages) > 1:
-        console.print(f"success {' -> '.join(f'{success:.2f} ({name})' for name, success in stages.items())}")
-    of_seeds = summary.get("eval/success", {}).get("last_of_seed", {})
+        console.print(f"{name} {' -> '.join(f'{value:.2f} ({stage})' for stage, value in stages.items())}")
+    of_seeds = result.get("last_of_seed", {})
     if of_seeds:
-        console.print(f"success of each seed: {', '.join(f'{success:.2f}' for success in of_seeds.values())}")
+        console.print(f"{name} of each seed: {', '.join(f'{value:.2f}' for value in of_seeds.values())}")
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in summary["updates_per_second"].items())
     speeds += f" (each of {summary['seeds']} seeds)" if summary["seeds"] > 1 else ""
     data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
@@ -230,18 +240,18 @@ def _curves(axis: Axes, rows: Sequence[Row], panel: Panel) -> None:
 
 
 def _success(axis: Axes, rows: Sequence[Row]) -> None:
-    points = [
-        (row["step"], row["eval/success"], row["eval/success_low"], row["eval/success_high"])
-        for row in rows
-        if "eval/success" in row
-    ]
-    axis.set(title="success, 95% interval", ylim=(-0.02, 1.02))
+    key = _measure({key for row in rows for key in row})
+    points = [(row["step"], row[key], row[f"{key}_low"], row[f"{key}_high"]) for row in rows if key in row]
+    axis.set(title=f"{key.removeprefix('eval/')}, 95% interval")
+    if key == "eval/success":
+        axis.set(ylim=(-0.02, 1.02))
     if points:
         steps, success, low, high = (np.array(column) for column in zip(*points, strict=True))
         axis.errorbar(
             steps, success, (success - low, high - success), fmt="o-", capsize=3, color="tab:green", clip_on=False
         )
-    played = [(row["step"], row["online/success"]) for row in rows if "online/success" in row]
+    online = key.replace("eval/", "online/")
+    played = [(row["step"], row[online]) for row in rows if online in row]
     if played:
         axis.plot(*zip(*played, strict=True), ".", color="tab:gray", markersize=3, label="episodes learnt from, online")
         axis.legend(fontsize=8)

@@ -164,7 +164,7 @@ def _is_evaluated(run: Run, stage: DictConfig) -> bool:
 
 
 def _has_evaluation(run: Run, step: int) -> bool:
-    return any(row["step"] == step and "eval/success" in row for row in run.metrics.rows)
+    return any(row["step"] == step and "eval/return" in row for row in run.metrics.rows)
 
 
 def evaluate_run(run: Run, step: int) -> dict[str, float]:
@@ -177,12 +177,13 @@ def evaluate_run(run: Run, step: int) -> dict[str, float]:
     played = [run.evaluator.run(Policy(agent)) for agent in run.agents]
     run.episodes = [episode for episodes in played for episode in episodes]
     result = summarise(run.episodes, run.data.source.score)
+    measure = "success" if "success" in result else "return"
     if len(played) > 1:
         for seed, episodes in zip(run.data.seeds, played, strict=True):
-            result[f"success/seed_{seed}"] = summarise(episodes, run.data.source.score)["success"]
+            result[f"{measure}/seed_{seed}"] = summarise(episodes, run.data.source.score)[measure]
     if is_main_process():
         save_episodes(run.episodes, run.folder / EPISODES_FILE)
-        log.info("update %d: success %.2f over %d episodes", step, result["success"], len(run.episodes))
+        log.info("update %d: %s %.2f over %d episodes", step, measure, result[measure], len(run.episodes))
     return {f"eval/{key}": value for key, value in result.items()}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from deflow import distributed
 from deflow.cores import usable_cores
 from deflow.envs.ogbench import seeded_reset
+from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.policy import Policy, evaluation_mode
@@ -26,13 +27,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Episode:
-    """What an episode came to: `success` is `info["success"]` at its end (0 where there is none).
+    """What an episode came to.
 
-    `path` holds the agent's x, y in a maze.
+    `success` is None where the environment does not say, see `SuccessRule`; `path` holds the agent's x, y in a maze.
     """
 
     index: int
-    success: float = 0.0
+    success: float | None = None
     episode_return: float = 0.0
     length: int = 0
     path: list[tuple[float, float]] = field(default_factory=list)
@@ -100,13 +101,21 @@ class Evaluator:
         num_envs: environments stepped side by side, one batched policy call for all; None is one more than the cores
             that this process may use, so that none waits for another.
         seed: of resets and policy noise.
+        success: how success is read off the environment.
     """
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env], episodes: int, num_envs: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        make_env: Callable[[], gymnasium.Env],
+        episodes: int,
+        num_envs: int | None,
+        seed: int,
+        success: SuccessRule = SuccessRule(),  # noqa: B008 (a tuple)
+    ) -> None:
         num_envs = usable_cores() + 1 if num_envs is None else num_envs
         if episodes < 1 or num_envs < 1:
             raise UserError(f"episodes and num_envs must be at least 1, got {episodes} and {num_envs}")
-        self._make_env = make_env
+        self._make_env, self._success = make_env, success
         self.episodes, self.num_envs, self.seed = episodes, num_envs, seed
         self._envs: list[gymnasium.Env] = []
 
@@ -156,8 +165,7 @@ class Evaluator:
             return step(seats)
         return [over for group in pool.map(step, groups) for over in group]
 
-    @staticmethod
-    def _step(seat: Seat, action: np.ndarray) -> bool:
+    def _step(self, seat: Seat, action: np.ndarray) -> bool:
         """Step one environment; whether its episode is over."""
         episode, maze = seat.episode, seat.env.unwrapped
         if hasattr(maze, "get_xy"):
@@ -166,6 +174,5 @@ class Evaluator:
         seat.observation, reward, terminated, truncated, info = seat.env.step(action)
         episode.episode_return += float(reward)
         episode.length += 1
-        if terminated or truncated:
-            episode.success = float(info.get("success", 0.0))
+        episode.success = self._success.after(episode.success, info)
         return terminated or truncated

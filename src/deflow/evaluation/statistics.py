@@ -24,20 +24,22 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None] = lambda _: None) -> dict[str, float]:
     """Means of success, return and length with the ends of their 95% intervals (`success_low`, `success_high`, ...).
 
+    There is no success if an episode has none, and no score without one for every return.
+
     Args:
         episodes: at least one.
-        score: the normalised score of a return, or None where there is none; if there is, it is summarised too.
+        score: the normalised score of a return, or None where there is none.
     """
-    columns = {
+    columns: dict[str, list[float | None]] = {
         "success": [episode.success for episode in episodes],
         "return": [episode.episode_return for episode in episodes],
         "length": [float(episode.length) for episode in episodes],
+        "score": [score(episode.episode_return) for episode in episodes],
     }
-    scores = [score(episode.episode_return) for episode in episodes]
-    if None not in scores:
-        columns["score"] = [value for value in scores if value is not None]
+    measured = {name: [value for value in values if value is not None] for name, values in columns.items()}
+    measured = {name: values for name, values in measured.items() if len(values) == len(episodes)}
     summary: dict[str, float] = {"episodes": float(len(episodes))}
-    for name, values in columns.items():
+    for name, values in measured.items():
         low, high = bootstrap_interval(values)
         summary |= {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
     return summary

@@ -18,8 +18,9 @@ from deflow.data.memory.transitions import Transitions, as_arrays
 from deflow.data.sources.columns import Arrays, checked_columns
 from deflow.data.sources.shards import map_shards
 from deflow.data.sources.source import Source, compact, split
+from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
-from deflow.ranges import Seed
+from deflow.ranges import Count, Seed
 from deflow.types import Spec
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
@@ -40,12 +41,18 @@ class CustomSource(Source):
             task truly ended: do not bootstrap), `timeouts` (the trajectory was cut there) and `next_observations`
             may be null. Without `next_observations` a trajectory's last state has no successor and is dropped.
         env: gymnasium id of the environment for evaluation; null trains without evaluation.
+        max_episode_steps: after which an episode is cut; null leaves that to the environment.
+        success_key: what of `info` says whether an episode succeeded; null: `success` or `is_success`.
+        success_ever: whether success at any step counts, and not only at the last.
         seed: of the validation split, a tenth of the trajectories.
     """
 
     path: str
     keys: Mapping[str, str | None]
     env: str | None = None
+    max_episode_steps: Count | None = None
+    success_key: str | None = None
+    success_ever: bool = False
     seed: Seed = 0
 
     @property
@@ -115,12 +122,16 @@ class CustomSource(Source):
         )
 
     @property
+    def success(self) -> SuccessRule:  # type: ignore[override]
+        return SuccessRule(self.success_key, self.success_ever)
+
+    @property
     def has_env(self) -> bool:
         return self.env is not None
 
     def make_env(self, **kwargs: Any) -> gymnasium.Env:
         try:
-            return gymnasium.make(self.env or "", **kwargs)
+            return gymnasium.make(self.env or "", max_episode_steps=self.max_episode_steps, **kwargs)
         except Exception as error:  # what is registered under a name may raise anything
             raise UserError(f"data.source.env: cannot make {self.env}: {error}") from error
 

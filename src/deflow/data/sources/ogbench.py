@@ -159,6 +159,9 @@ class OGBenchSource(Source):
     def make_env(self, **kwargs: Any) -> gymnasium.Env:
         return ogbench.stack_frames(ogbench.make_env(self.task, **kwargs), self.frames)
 
+    def meet_environment(self, spec: Spec) -> None:
+        """Its sizes are the environment's own, and files of other sizes are refused."""
+
     def protocol(self) -> dict[str, Any]:
         return {"protocol": "OGBench single-task, no action chunking", "success_timing": self._of_env[1]}
 

@@ -13,6 +13,8 @@ import torch
 
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.columns import Arrays
+from deflow.envs.meeting import meet
+from deflow.envs.success import SuccessRule
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class Source(ABC):
     """
 
     frames: int = 1  # images of an observation
+    success = SuccessRule()  # how success is read off the environment
     seed: int = 0  # of the choice of validation trajectories, where the data come without a split
 
     @property
@@ -71,6 +74,18 @@ class Source(ABC):
     @abstractmethod
     def make_env(self, **kwargs: Any) -> gymnasium.Env:
         """The environment in which a policy is evaluated."""
+
+    def meet_environment(self, spec: Spec) -> None:
+        """Compare the environment with the data, see `meet`.
+
+        Args:
+            spec: of the data.
+
+        Raises:
+            UserError: if the one does not fit the other.
+        """
+        if self.has_env:
+            meet(self.make_env(), spec, self.success, self.task)
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
