@@ -42,6 +42,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         raise UserError(f"{path}: {source.task} has no environment to evaluate in")
     num_envs = trained["eval"]["num_envs"] if config.num_envs is None else config.num_envs
     result = {"checkpoint": str(path), "task": source.task, "seed": config.seed} | source.protocol()
+    result |= {"horizon": policy.spec.horizon, "n_step": trained["data"]["n_step"]}
     result |= play(policy, source, config.episodes, num_envs, config.seed) | latency(policy)
     settings = trained["agent"] | chosen
     result |= {key: settings[key] for key in ACTING if key in settings}

@@ -54,6 +54,7 @@ def summarise_run(
         "seed": config["seed"],
         "seeds": config["seeds"],
         "n_step": config["data"]["n_step"],
+        "horizon": config["agent"].get("horizon", 1),
         "stages": {name: stage["steps"] for name, stage in config["stages"].items()},
     }
     for key in EVALUATED:
@@ -148,7 +149,7 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     speeds += f" (each of {summary['seeds']} seeds)" if summary["seeds"] > 1 else ""
     data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
     timing = f", success timing '{summary['success_timing']}'" if "success_timing" in summary else ""
-    console.print(f"data: {summary['data']['name']} ({data}); {summary['protocol']}{timing}")
+    console.print(f"data: {summary['data']['name']} ({data}); {summary['protocol']}, {_chunking(summary)}{timing}")
     console.print(
         f"updates/s: {speeds}; {summary['seconds'] / 60:.1f} min; {summary['peak_memory_mib']:.0f} MiB at peak"
     )
@@ -157,6 +158,11 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     for name in ("report.png", "actions.png", "video.mp4"):
         if (folder / name).exists():
             console.print(f"{folder / name}", soft_wrap=True)
+
+
+def _chunking(result: Mapping[str, Any]) -> str:
+    horizon = result.get("horizon", 1)
+    return "no action chunking" if horizon == 1 else f"chunks of {horizon} actions"
 
 
 def _diversity_line(diversity: dict[str, Any]) -> str:

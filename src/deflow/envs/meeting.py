@@ -44,9 +44,9 @@ def meet(env: gymnasium.Env, spec: Spec, rule: SuccessRule, name: str) -> None:
         if not is_said or _limit(env) is None:
             is_said |= _play_on(env, rule, name)
         if not is_said:
-            keys = rule.key or " nor ".join(KNOWN)
+            keys = rule.key or " or ".join(KNOWN)
             log.warning(
-                "%s: success is not measured, its info has no %s (data.source.success_key names it)", name, keys
+                "%s: success is not measured, info has no %s; name another, data.source.success_key", name, keys
             )
     finally:
         env.close()

@@ -163,7 +163,7 @@ class OGBenchSource(Source):
         """Its sizes are the environment's own, and files of other sizes are refused."""
 
     def protocol(self) -> dict[str, Any]:
-        return {"protocol": "OGBench single-task, no action chunking", "success_timing": self._of_env[1]}
+        return {"protocol": "OGBench single-task", "success_timing": self._of_env[1]}
 
     @cached_property
     def _of_env(self) -> tuple[Spec, str]:
