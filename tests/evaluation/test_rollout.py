@@ -80,11 +80,11 @@ def test_environments_of_different_lengths_give_every_episode_once(policy: Polic
     lengths = iter([5, 60, 60, 5, 5, 5, 5])
     step = Evaluator._step
 
-    def cut(seat, action):  # each environment's episodes end after their own number of steps
+    def cut(self, seat, action):  # each environment's episodes end after their own number of steps
         seat.limit = getattr(seat, "limit", None) or next(lengths)
-        return step(seat, action) or seat.episode.length >= seat.limit
+        return step(self, seat, action) or seat.episode.length >= seat.limit
 
-    monkeypatch.setattr(Evaluator, "_step", staticmethod(cut))
+    monkeypatch.setattr(Evaluator, "_step", cut)
     episodes = Evaluator(make_env, episodes=7, num_envs=3, seed=0).run(policy)
     assert [e.index for e in episodes] == list(range(7))
     assert sorted(e.length for e in episodes) == [5, 5, 5, 5, 5, 60, 60]

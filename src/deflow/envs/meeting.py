@@ -46,7 +46,7 @@ def meet(env: gymnasium.Env, spec: Spec, rule: SuccessRule, name: str) -> None:
         if not is_said:
             keys = rule.key or " or ".join(KNOWN)
             log.warning(
-                "%s: success is not measured, info has no %s; name another, data.source.success_key", name, keys
+                "%s: success is not measured, info has no %s (see data.source.success_key)", name, keys
             )
     finally:
         env.close()
