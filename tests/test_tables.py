@@ -143,3 +143,12 @@ def test_flags_may_stand_between_overrides(
     assert "did you mean 'agent.horizon'?" in capsys.readouterr().err
     assert command("train", ["task=mymaze", flag, str(own / "nowhere"), "agent=mine"], monkeypatch) == 2
     assert capsys.readouterr().err == f"error: --config-dir: no folder {own / 'nowhere'}\n"
+
+
+@pytest.mark.parametrize("choice", ["null", "fql", "nonsense"])
+def test_what_is_tuned_is_not_chosen(
+    choice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("train", ["task=scene", f"tuned={choice}"], monkeypatch) == 2
+    assert "what is tuned follows agent= and task=" in capsys.readouterr().err
+    assert fresh("task=puzzle_3x3", "~tuned").agent.trust_region == 0.001

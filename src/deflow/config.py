@@ -187,6 +187,8 @@ def readable(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if argument.startswith("-") or not equals:
         return argument
+    if key == "tuned":
+        raise UserError(f"{argument} is no choice: what is tuned follows agent= and task=; ~tuned leaves it out")
     if _parses(argument):
         _refuse_a_choice_without_name(argument)
         return argument

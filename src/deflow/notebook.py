@@ -49,7 +49,7 @@ def train(experiment: str, *overrides: str, config_dir: str | Path | None = None
         with leaving_no_empty(folder):
             with quick_imports():
                 from deflow import pipeline
-            return pipeline.train(config, folder, 'deflow.train("resume={}")')
+            return pipeline.train(config, folder, _again(config.trust))
 
 
 def _checked(arguments: Sequence[str]) -> tuple[DictConfig, Path]:
@@ -64,6 +64,11 @@ def _checked(arguments: Sequence[str]) -> tuple[DictConfig, Path]:
     elif config.trainer.devices != 1:  # Lightning starts the others by a command line, and a notebook has none
         raise UserError("a run of several processes is started by a command: deflow train experiment=... trainer=ddp")
     return config, Path(job.run.dir)
+
+
+def _again(trust: Sequence[str]) -> str:
+    """By what a run goes on, with {} for its folder."""
+    return f'deflow.train("resume={{}}", "trust=[{",".join(trust)}]")' if trust else 'deflow.train("resume={}")'
 
 
 @contextmanager
