@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -267,11 +268,17 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
         return str(unknown_setting(unknown[1], _known_settings(command, arguments, without=unknown[1])))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"unknown {group} '{name}': choose one of {', '.join(choices(group) or sorted(error.options))}"
+        return _unknown_choice(group, name, choices(group) or sorted(error.options))
     while not str(error) and error.__cause__ is not None:  # Hydra's wrapper of a grammar error says nothing itself
         error = error.__cause__
     message = str(error).removeprefix("UserError raised while resolving interpolation: ").partition("\n    full_key")[0]
     return re.sub(r"\s+", " ", message).strip()
+
+
+def _unknown_choice(group: str, name: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
+    meant = f" (did you mean '{near[0]}'?)" if near else ""
+    return f"unknown {group} '{name}'{meant}: choose one of {', '.join(options)}"
 
 
 def _known_settings(command: str, arguments: Sequence[str], without: str) -> list[str]:
