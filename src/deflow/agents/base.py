@@ -85,7 +85,10 @@ class Agent(LightningModule, ABC):
     # What an algorithm writes.
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> Any:
-        """Every random number that one evaluation of the losses uses: those of a flow agent, unless it needs others."""
+        """Every random number that one evaluation of the losses uses: those of a flow agent, unless it needs others.
+
+        A named tuple of tensors, which several seeds' are stacked in; `()` for an agent that needs none.
+        """
         return FlowNoise.draw(batch, generator)
 
     @abstractmethod
