@@ -70,7 +70,8 @@ class CustomSource(Source):
     def load(self) -> tuple[Transitions, Transitions]:
         if self._path.is_file():
             return super().load()
-        return self.load_shards(self._shards, self._arrays_of, self._path / "unpacked")
+        reading = {"keys": dict(self.keys), "seed": self.seed}
+        return self.load_shards(self._shards, self._arrays_of, self._path / "unpacked", reading)
 
     def spec(self) -> Spec:
         self.prepare()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -20,31 +20,38 @@ from deflow.files import check_folder, locked, replacing
 
 log = logging.getLogger(__name__)
 
-INDEX = "index.json"  # which shards the columns were made of, and their shapes; written last
+INDEX = "index.json"  # which shards the columns were made of and how, and their shapes; written last
+FORMAT = 2  # of the columns; those of the first had no action in the row of a last state
 COLUMNS = tuple(field.name for field in fields(Transitions) if field.default is MISSING)
 
 
-def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path) -> Transitions:
+def map_shards(
+    shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path, reading: Mapping[str, Any]
+) -> Transitions:
     """The transitions of all `shards` as columns mapped into memory, of which only what is read is in memory.
 
     The columns lie in `folder` and take the size of the unpacked data on disk. They are made by the first process that
-    asks, one shard in memory at a time, and made again when they are damaged or a shard has been replaced, added or
-    removed.
+    asks, one shard in memory at a time, and made again when they are damaged, a shard has been replaced, added or
+    removed, or shards are read in another way.
 
     Args:
         shards: files, in order.
         load: reads one of them.
         folder: of the columns, made if missing.
+        reading: the settings of `load`, in plain values.
     """
+    way = {"format": FORMAT, **reading}
     check_folder(folder, "data.source.path")
     with locked(folder / "lock", "the unpacked shards"):
         index, now = _read_index(folder), _identities(shards)
-        if index is None or index["shards"] != now:
-            if index is not None:
+        if index is None or index["shards"] != now or index.get("way") != way:
+            if index is not None and index["shards"] == now:
+                log.warning("shards are read in another way than when they were unpacked: unpacking anew")
+            elif index is not None:
                 changed = sorted({name for name, *_ in index["shards"]} ^ {name for name, *_ in now})
                 changed += [name for name, *identity in now if [name, *identity] not in index["shards"]]
                 log.warning("shards changed since they were unpacked (%s): unpacking anew", ", ".join(changed))
-            index = _unpack(shards, load, folder)
+            index = _unpack(shards, load, folder, way)
     columns = {}
     for name in COLUMNS:
         dtype, shape = index["columns"][name]
@@ -53,7 +60,9 @@ def map_shards(shards: Sequence[Path], load: Callable[[Path], Transitions], fold
     return Transitions(**cast(Any, columns))
 
 
-def _unpack(shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path) -> dict[str, Any]:
+def _unpack(
+    shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path, way: Mapping[str, Any]
+) -> dict[str, Any]:
     (folder / INDEX).unlink(missing_ok=True)
     rows, shapes = 0, {name: 0 for name in COLUMNS}
     with ExitStack() as stack:
@@ -71,7 +80,7 @@ def _unpack(shards: Sequence[Path], load: Callable[[Path], Transitions], folder:
     for name in COLUMNS:
         column = getattr(part, name)
         columns[name] = [str(column.numpy().dtype), [shapes[name], *column.shape[1:]]]
-    index = {"shards": _identities(shards), "columns": columns}
+    index = {"shards": _identities(shards), "way": way, "columns": columns}
     with replacing(folder / INDEX) as part_of_index:
         part_of_index.write_text(json.dumps(index))
     return index

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium
@@ -87,7 +88,11 @@ class Source(ABC):
         return self._checked(self.arrays())
 
     def load_shards(
-        self, shards: Sequence[Path], arrays: Callable[[Path], tuple[Arrays, Arrays]], folder: Path
+        self,
+        shards: Sequence[Path],
+        arrays: Callable[[Path], tuple[Arrays, Arrays]],
+        folder: Path,
+        reading: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[Transitions, Transitions]:
         """Training transitions of all shards, mapped into memory; those of the first for validation.
 
@@ -95,9 +100,10 @@ class Source(ABC):
             shards: files, in order.
             arrays: both splits of one of them.
             folder: of the unpacked columns.
+            reading: what `arrays` depends on beside the file, in plain values.
         """
         _, validation = self._checked(arrays(shards[0]))
-        train = map_shards(shards, lambda shard: self._checked(arrays(shard))[0], folder)
+        train = map_shards(shards, lambda shard: self._checked(arrays(shard))[0], folder, reading)
         return replace(train, frames=self.frames), validation
 
     def _checked(self, arrays: tuple[Arrays, Arrays]) -> tuple[Transitions, Transitions]:
