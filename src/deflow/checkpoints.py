@@ -149,4 +149,5 @@ def _refuse_several(about: dict[str, Any]) -> None:
     seeds = about["config"].get("seeds", 1)  # older ones hold one and do not say so
     if seeds != 1:
         first = about["config"]["seed"]
-        raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as seed_{first}.ckpt")
+        beside = f"seed_{first}.ckpt, which are there once the stage is done"
+        raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as {beside}")

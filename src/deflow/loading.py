@@ -46,7 +46,7 @@ def load(
         raise UserError(f"load() does not know '{unknown[0]}': what can be changed is {' and '.join(ACTING)}")
     trust_only(trust)
     chosen = {name: value for name, value in settings.items() if value is not None}
-    agent = agent_of(load_checkpoint(newest_checkpoint(Path(path), run_seed)), **chosen)
+    agent = agent_of(load_checkpoint(newest_checkpoint(Path(path).expanduser(), run_seed)), **chosen)
     try:
         agent.to(device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it

@@ -32,7 +32,7 @@ class Policy:
     def __init__(self, agent: Agent, explore: bool = False, seed: int = 0) -> None:
         self.agent, self._explore = agent, explore
         self._plan: deque[np.ndarray] = deque()  # decided and not yet taken, each (rows, action_dim)
-        self.reset(seed)
+        self._begin_noise(seed)
 
     @property
     def spec(self) -> Spec:
@@ -46,15 +46,11 @@ class Policy:
             seed: if given, at least 0, the noise begins anew, so that the same observations lead to the same actions.
 
         Raises:
-            UserError: if the seed is below 0.
+            UserError: if the seed is not a whole number or below 0.
         """
         self._plan.clear()
-        if seed is None:
-            return
-        if seed < 0:
-            raise UserError(f"seed must be at least 0, got {seed}")
-        self._seed = seed
-        self._noise: list[np.random.Generator] = []  # of each row
+        if seed is not None:
+            self._begin_noise(seed)
 
     def act(self, observation: Any) -> np.ndarray:
         """The next action of the environment.
@@ -109,6 +105,12 @@ class Policy:
         with evaluation_mode(self.agent):
             return decide(observations, z)
 
+    def _begin_noise(self, seed: int) -> None:
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise UserError(f"seed must be a whole number of at least 0, got {seed}")
+        self._seed = int(seed)
+        self._noise: list[np.random.Generator] = []  # of each row
+
     def _rows(self, observation: Any) -> tuple[np.ndarray, bool]:
         """The observations, checked, and whether there is but one."""
         shape = self.spec.observation_shape
@@ -129,8 +131,10 @@ class Policy:
                 raise UserError(f"an observation is an image of uint8, got {observations.dtype}")
         elif observations.dtype.kind not in "biuf":
             raise UserError(f"an observation holds numbers, got {observations.dtype}")
-        elif not np.isfinite(observations.astype(np.float32)).all():
-            raise UserError("the observation holds NaN or infinity")
+        else:
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinity
+                if not np.isfinite(observations.astype(np.float32)).all():
+                    raise UserError("the observation holds NaN or infinity")
 
     def _generators(self, rows: int) -> list[np.random.Generator]:
         for row in range(len(self._noise), rows):

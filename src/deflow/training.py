@@ -134,6 +134,7 @@ def _make_trainer(run: Run, stage: DictConfig, callbacks: list[Callback]) -> Tra
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,  # Lightning's own way, see BetweenUpdates
         val_check_interval=min(run.config.validate_every, stage.steps),
+        log_every_n_steps=min(run.config.trainer.log_every_n_steps, stage.steps),
     )
 
 
