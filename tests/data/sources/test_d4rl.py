@@ -15,12 +15,13 @@ from tests.conftest import compose_config, write_d4rl
 
 def test_antmaze_is_labelled_as_in_the_papers(tmp_path: Path) -> None:
     path = write_d4rl(tmp_path / "file.hdf5", "antmaze")
-    train_part, _ = D4RLSource("antmaze-umaze-v2", str(path), "", None).arrays()
+    source = D4RLSource("antmaze-umaze-v2", str(path), "", None)
+    loaded, _ = source.load()
     with h5py.File(path) as file:
-        assert np.array_equal(train_part["rewards"], file["rewards"][:] - 1)  # tests/envs: and so is the environment
-        assert np.array_equal(train_part["masks"], 1 - file["terminals"][:])
+        assert np.array_equal(loaded.rewards, file["rewards"][:] - 1)  # tests/envs: and so is what is played
+        assert np.array_equal(loaded.masks, 1 - file["terminals"][:])
     # A terminal (the goal) does not end a trajectory there; time-outs do, and drop the row that has no successor.
-    assert list(np.flatnonzero(train_part["valids"] == 0)) == [39, 79, 119, 159]
+    assert list(np.flatnonzero(source.arrays()[0]["valids"] == 0)) == [39, 79, 119, 159]
 
 
 def test_adroits_terminals_end_trajectories(tmp_path: Path) -> None:
@@ -33,8 +34,7 @@ def test_adroits_terminals_end_trajectories(tmp_path: Path) -> None:
     assert list(np.flatnonzero(train_part["valids"] == 0)) == [20, 40, 80, 120, 160]
     assert list(np.flatnonzero((train_part["masks"] == 0) & (train_part["valids"] == 1))) == [19]
     assert np.array_equal(np.delete(train_part["rewards"], 20), rewards)
-    # As it is played: tests/envs has no shift of adroit's rewards either.
-    assert D4RLSource("pen-human-v1", None, "", None).label(-5.0) == -5.0
+    assert D4RLSource("pen-human-v1", None, "", None).label(-5.0) == -5.0  # what is played is not shifted either
 
 
 def test_all_is_trained_on_and_a_tenth_of_it_validated_on_whatever_the_runs_seed(tmp_path: Path) -> None:
