@@ -13,7 +13,7 @@ import numpy as np
 
 from deflow.data.sources.custom import read_columns
 from deflow.data.sources.download import download, identities, set_aside
-from deflow.data.sources.source import Arrays, Source, compact, split
+from deflow.data.sources.source import Arrays, Reward, Source, compact, split
 from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
@@ -144,7 +144,7 @@ class D4RLSource(Source):
             compact(
                 columns["observations"],
                 columns["actions"],
-                columns["rewards"] - self._step_cost,
+                columns["rewards"],
                 1.0 - terminals.astype(np.float32),
                 timeouts if self._is_maze else terminals | timeouts,
             ),
@@ -177,7 +177,7 @@ class D4RLSource(Source):
         )
         return AntMazeAsInD4RL(env, rows, start)
 
-    def label(self, reward: float) -> float:
+    def label(self, reward: Reward) -> Reward:
         return reward - self._step_cost
 
     def protocol(self) -> dict[str, Any]:

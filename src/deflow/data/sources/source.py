@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
@@ -17,6 +17,7 @@ from deflow.errors import UserError
 from deflow.types import Spec
 
 Arrays = dict[str, np.ndarray]
+Reward = TypeVar("Reward", float, np.ndarray)
 
 JUMP = 1e-6  # distance from a next observation to the row after it, above which a new trajectory has begun
 VALIDATION_SHARE = 0.1  # of the trajectories, where a data set has no validation split of its own
@@ -47,7 +48,10 @@ class Source(ABC):
 
     @abstractmethod
     def arrays(self) -> tuple[Arrays, Arrays]:
-        """The training and the validation split as they are in the files; `UserError` if a file is broken."""
+        """The training and the validation split as they are in the files; `UserError` if a file is broken.
+
+        Rewards are the environment's own: `load` labels them, see `label`.
+        """
 
     @abstractmethod
     def spec(self) -> Spec:
@@ -74,8 +78,8 @@ class Source(ABC):
         """The data set with the rewards of each task that it can be labelled with."""
         return {self.task: self}
 
-    def label(self, reward: float) -> float:
-        """What the data call the environment's reward."""
+    def label(self, reward: Reward) -> Reward:
+        """What an agent is told of a reward: of those of `arrays`, and of those that the environment gives online."""
         return reward
 
     def score(self, episode_return: float) -> float | None:
@@ -101,7 +105,7 @@ class Source(ABC):
         return replace(train, frames=self.frames), validation
 
     def _checked(self, arrays: tuple[Arrays, Arrays]) -> tuple[Transitions, Transitions]:
-        train, validation = arrays
+        train, validation = ({**part, "rewards": self.label(part["rewards"])} for part in arrays)
         return (
             Transitions.from_compact(train, self.name, self.frames),
             Transitions.from_compact(validation, f"{self.name} (val)", self.frames),
