@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gymnasium
 import h5py
-import minari
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from minari.data_collector import EpisodeBuffer
 
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.custom import CustomSource
-from deflow.data.sources.minari import MinariSource
 from deflow.data.sources.shards import COLUMNS
 from deflow.data.sources.source import compact, split
 from deflow.errors import UserError
 from deflow.pipeline import train
-from deflow.types import Spec
 from tests.conftest import compose_config, tiny_config
 
 KEYS = {key: key for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")}
@@ -152,78 +147,6 @@ def test_a_file_of_the_wrong_kind_is_named_as_such(name: str, kind: str, tmp_pat
     (tmp_path / name).write_text("not data")
     with pytest.raises(UserError, match=f"not an {kind} file"):
         CustomSource(str(tmp_path / name), KEYS).load()
-
-
-@pytest.fixture
-def minari_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Two episodes of a pendulum; the second ends its task."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    env = gymnasium.make("Pendulum-v1")
-    buffers = []
-    for episode in range(2):
-        observations = [env.reset(seed=episode)[0]]
-        actions, rewards = [], []
-        for _ in range(6):
-            actions.append(env.action_space.sample() / 2)  # half the torque limit of 2
-            observation, reward, *_ = env.step(actions[-1])
-            observations.append(observation)
-            rewards.append(reward)
-        buffers.append(
-            EpisodeBuffer(
-                id=episode,
-                observations=np.array(observations),
-                actions=np.array(actions),
-                rewards=np.array(rewards),
-                terminations=np.arange(6) == (5 if episode else 9),
-                truncations=np.arange(6) == (9 if episode else 5),
-            )
-        )
-    minari.create_dataset_from_buffers(
-        "test/pendulum-v0",
-        env=env,
-        buffer=buffers,
-        algorithm_name="random",
-        description="two short episodes",
-        requirements=[],
-        eval_env="Pendulum-v1",
-        author="tests",
-        author_email="tests@example.org",
-        code_permalink="none",
-        ref_min_score=-10.0,
-        ref_max_score=-1.0,
-    )
-    env.close()
-    return "test/pendulum-v0"
-
-
-def test_minari(minari_dataset: str) -> None:
-    source = MinariSource(minari_dataset, download=False, reward_shift=-1.0)
-    whole, _ = source.arrays()
-    for number, episode in enumerate(minari.load_dataset(minari_dataset)):
-        arrays = {name: column[7 * number : 7 * number + 7] for name, column in whole.items()}
-        assert list(arrays["valids"]) == [1] * 6 + [0]
-        assert np.allclose(arrays["observations"], episode.observations)
-        assert np.allclose(arrays["rewards"][:6], episode.rewards - 1)
-        assert np.allclose(arrays["actions"], np.append(episode.actions, episode.actions[-1:], axis=0))
-        assert arrays["masks"][5] == 1 - episode.terminations[5]
-    assert source.spec() == Spec(3, 1)
-    assert source.score(-1.0) == 100
-    env = source.make_env()
-    assert env.reset(seed=0)[0].shape == (3,)
-    env.close()
-    assert "not D4RL's" in source.protocol()["protocol"]
-
-
-def test_minari_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    with pytest.raises(UserError, match="cannot load Minari's data set nothing/here-v0"):
-        MinariSource("nothing/here-v0", download=False).prepare()
-
-
-def test_minari_trains_and_evaluates(minari_dataset: str, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "experiment=minari", f"data.source.dataset_id={minari_dataset}", "data.batch_size=4")
-    summary = train(config, tmp_path / "run")
-    assert summary["eval/score"]["last"] == pytest.approx(100 * (summary["eval/return"]["last"] + 10) / 9)
 
 
 def test_hdf5_is_a_choice_of_its_own() -> None:

@@ -97,7 +97,7 @@ class CustomSource(Source):
         settings = {"keys": {ours: theirs for ours, theirs in self.keys.items() if theirs is not None}}
 
         def load(path: Path) -> Transitions:
-            return Transitions.from_compact(self._read(path), str(path))
+            return self.transitions(self._read(path), str(path))
 
         return map_shards(self._shards, load, self._path / "unpacked", settings)
 

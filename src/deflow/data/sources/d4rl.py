@@ -17,7 +17,7 @@ from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.columns import Arrays
 from deflow.data.sources.custom import read_columns
 from deflow.data.sources.download import download, identities, set_aside
-from deflow.data.sources.source import Source, compact, split
+from deflow.data.sources.source import Reward, Source, compact, split
 from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
@@ -138,7 +138,7 @@ class D4RLSource(Source):
         arrays = compact(
             columns["observations"],
             columns["actions"],
-            columns["rewards"] - self._step_cost,
+            columns["rewards"],
             1.0 - terminals.astype(np.float32),
             timeouts if self._is_maze else terminals | timeouts,
         )
@@ -146,7 +146,7 @@ class D4RLSource(Source):
 
     def load(self) -> tuple[Transitions, Transitions | None]:
         """All is trained on, as in the papers; a tenth of the same trajectories validates."""
-        whole = Transitions.from_compact(self.arrays()[0], self.name)
+        whole = self.transitions(self.arrays()[0], self.name)
         return whole, split(whole, self.seed, self.name)[1]
 
     def spec(self) -> Spec:
@@ -165,7 +165,7 @@ class D4RLSource(Source):
 
         return Adroit(self._place, steps, **kwargs)
 
-    def label(self, reward: float) -> float:
+    def label(self, reward: Reward) -> Reward:
         return reward - self._step_cost
 
     def protocol(self) -> dict[str, Any]:
