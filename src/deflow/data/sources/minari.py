@@ -236,7 +236,7 @@ class MinariSource(Source):
     def score(self, episode_return: float) -> float | None:
         metadata = self._load().storage.metadata
         low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-        if low is None or high is None or not self.has_env or self._view.maze is not None:  # returns of another task
+        if low is None or high is None or self._view.maze is not None:  # returns of another task
             return None
         return 100.0 * (episode_return - low) / (high - low)
 
