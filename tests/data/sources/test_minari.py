@@ -112,9 +112,10 @@ def pendulum() -> str:
 
 def test_states(pendulum: str) -> None:
     states = source(pendulum)
-    for arrays in states.arrays():
+    whole, _ = states.arrays()
+    for number, theirs in enumerate(states._load()):
+        arrays = {name: column[7 * number : 7 * number + 7] for name, column in whole.items()}
         assert list(arrays["valids"]) == [1] * 6 + [0]
-        theirs = next(e for e in states._load() if np.allclose(e.observations[0], arrays["observations"][0]))
         assert np.allclose(arrays["observations"], theirs.observations)
         assert np.allclose(arrays["rewards"][:6], theirs.rewards)
         assert np.allclose(arrays["actions"], np.append(theirs.actions, theirs.actions[-1:], axis=0))
@@ -159,8 +160,7 @@ def test_dictionaries_are_flattened_in_the_order_of_their_space(space: str, goal
         for theirs in dictionaries._load()
         for step in range(STEPS + 1)
     ]
-    parts = np.concatenate([arrays["observations"] for arrays in dictionaries.arrays()])
-    assert sorted(parts.tolist()) == sorted(np.array(in_file).tolist())
+    assert sorted(dictionaries.arrays()[0]["observations"].tolist()) == sorted(np.array(in_file).tolist())
     env = dictionaries.make_env()
     shown, _ = env.reset(seed=5)
     assert np.array_equal(shown, flatten(stored, env.unwrapped.seen))

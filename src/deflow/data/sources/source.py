@@ -117,7 +117,7 @@ class Source(ABC):
 
     def transitions(self, arrays: Arrays, origin: str) -> Transitions:
         """Arrays as agents learn from them: checked, and their rewards labelled."""
-        labelled = {**arrays, "rewards": self.label(np.asarray(arrays["rewards"], np.float32))}
+        labelled = {**arrays, "rewards": self.label(np.asarray(arrays["rewards"]))}
         return Transitions.from_compact(labelled, origin, self.frames)
 
 
