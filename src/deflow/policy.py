@@ -15,6 +15,7 @@ from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.seeding import fold_seed
 from deflow.types import Spec
+from deflow.units import AS_THEY_ARE, Units
 
 
 class Policy:
@@ -27,10 +28,11 @@ class Policy:
         agent: whose policy it is, as it is at each call; it may go on training in between.
         explore: take the actions from which to learn in the environment instead of the best ones.
         seed: of the noise that `act` draws.
+        units: of the environment, see `Units`.
     """
 
-    def __init__(self, agent: Agent, explore: bool = False, seed: int = 0) -> None:
-        self.agent, self._explore = agent, explore
+    def __init__(self, agent: Agent, explore: bool = False, seed: int = 0, units: Units = AS_THEY_ARE) -> None:
+        self.agent, self.units, self._explore = agent, units, explore
         self._plan: deque[np.ndarray] = deque()  # decided and not yet taken, each (rows, action_dim)
         self._begin_noise(seed)
 
@@ -60,8 +62,8 @@ class Policy:
                 those of a vector environment. Numbers of any type for states, uint8 for images.
 
         Returns:
-            float32 in [-1, 1], shape (action_dim,), or (batch, action_dim). Each row has noise of its own, which does
-            not depend on how many rows there are; that of the first is the single observation's.
+            float32 in the environment's units, shape (action_dim,), or (batch, action_dim). Each row has noise of its
+            own, which does not depend on how many rows there are; that of the first is the single observation's.
 
         Raises:
             UserError: for another shape or type, for NaN or infinity, or if the number of observations changes in the
@@ -85,9 +87,9 @@ class Policy:
             noise: of each row, see `draw_noise`, shape (batch, *act_noise_shape).
         """
         dtype, device = np.float32 if self.spec.image is None else np.uint8, self.agent.device
-        observations = np.require(observations, dtype, ["C", "W"])  # as torch takes them
+        observations = np.require(self.units.observed(observations), dtype, ["C", "W"])  # as torch takes them
         actions = self.actions(torch.from_numpy(observations).to(device), torch.from_numpy(noise).to(device))
-        return actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1)
+        return self.units.executed(actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1))
 
     def draw_noise(self, rng: np.random.Generator) -> np.ndarray:
         """The noise of one decision in one state, shape `agent.act_noise_shape`."""

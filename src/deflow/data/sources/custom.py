@@ -7,12 +7,13 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
+from gymnasium.spaces import Box
 
 from deflow.data.memory.transitions import Transitions, as_arrays
 from deflow.data.sources.columns import Arrays, checked_columns
@@ -20,13 +21,17 @@ from deflow.data.sources.shards import map_shards
 from deflow.data.sources.source import Source, compact, split
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
-from deflow.ranges import Count, Seed
+from deflow.ranges import Count, Interval, Seed
 from deflow.types import Spec
+from deflow.units import Numbers, Units
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 SUFFIXES = (".npz", *HDF5_SUFFIXES)
 REQUIRED = ("observations", "actions", "rewards")
 OPTIONAL = ("terminals", "timeouts", "next_observations")
+
+ROUNDING = 1e-3  # of an action beyond the range
+SMALLEST_STD = 1e-6
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,9 @@ class CustomSource(Source):
         max_episode_steps: after which an episode is cut; null leaves that to the environment.
         success_key: what of `info` says whether an episode succeeded; null: `success` or `is_success`.
         success_ever: whether success at any step counts, and not only at the last.
+        action_range: [lowest, highest] action, which the policy decides as -1 and 1; null takes actions as they are, in
+            [-1, 1]; `auto`: the bounds of the environment's actions, or without one the data's if they go beyond 1.
+        standardise: whether networks see observations less the data's mean, over its standard deviation.
         seed: of the validation split, a tenth of the trajectories.
     """
 
@@ -53,6 +61,8 @@ class CustomSource(Source):
     max_episode_steps: Count | None = None
     success_key: str | None = None
     success_ever: bool = False
+    action_range: Literal["auto"] | Interval | None = "auto"
+    standardise: bool = False
     seed: Seed = 0
 
     @property
@@ -85,7 +95,32 @@ class CustomSource(Source):
     def load(self) -> tuple[Transitions, Transitions | None]:
         if self._path.is_file():
             return super().load()
-        return split(self._mapped(), self.seed, self.name)
+        return split(self.with_units(self._mapped()), self.seed, self.name)
+
+    def with_units(self, whole: Transitions) -> Transitions:
+        low, high = self._range(whole)
+        units = Units(low, high, *(_moments(whole) if self.standardise else (None, None)))
+        whole = replace(whole, units=units)
+        _warn_of_clipping(whole, self.name)
+        return whole
+
+    def _range(self, whole: Transitions) -> tuple[Numbers, Numbers] | tuple[None, None]:
+        """What the policy decides as -1 and as 1, a number a dimension; None, if these are -1 and 1."""
+        size = whole.actions.shape[1]
+        if self.action_range is None:
+            return None, None
+        if self.action_range != "auto":
+            return (float(self.action_range[0]),) * size, (float(self.action_range[1]),) * size
+        if self.has_env:
+            env = self.make_env()
+            space = env.action_space
+            env.close()
+            if isinstance(space, Box) and space.is_bounded():
+                return _unless_one(space.low.reshape(-1), space.high.reshape(-1))
+        taken = whole.actions[whole.starts]
+        if taken.abs().max() <= 1 + ROUNDING:
+            return None, None
+        return _unless_one(taken.amin(0).numpy(), taken.amax(0).numpy())
 
     def spec(self) -> Spec:
         self.prepare()
@@ -145,6 +180,31 @@ class CustomSource(Source):
             "bytes": sum(path.stat().st_size for path in self._shards),
             "generated": False,
         }
+
+
+def _unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | tuple[None, None]:
+    if (low == -1).all() and (high == 1).all():
+        return None, None
+    log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+def _moments(whole: Transitions) -> tuple[Numbers, Numbers]:
+    """Mean and standard deviation of the states, a number a dimension."""
+    states = whole.states[whole.starts].double()
+    return tuple(states.mean(0).tolist()), tuple(states.std(0).clamp(min=SMALLEST_STD).tolist())
+
+
+def _warn_of_clipping(whole: Transitions, origin: str) -> None:
+    decided = np.abs(whole.units.decided(whole.actions.numpy())) > 1 + ROUNDING
+    outside = int(decided.any(1).sum())
+    if outside:
+        log.warning(
+            "%s: %d rows have actions outside the range that a policy decides; they are clipped, "
+            "see data.source.action_range",
+            origin,
+            outside,
+        )
 
 
 def read_columns(path: Path, keys: Mapping[str, str | None]) -> Arrays:

@@ -110,10 +110,14 @@ class Source(ABC):
     def load(self) -> tuple[Transitions, Transitions | None]:
         """Training and validation transitions, checked; the latter None, which is said, of a single trajectory."""
         train, validation = self.arrays()
-        whole = self.transitions(train, self.name)
+        whole = self.with_units(self.transitions(train, self.name))
         if validation is None:
             return split(whole, self.seed, self.name)
-        return whole, self.transitions(validation, f"{self.name} (val)")
+        return whole, replace(self.transitions(validation, f"{self.name} (val)"), units=whole.units)
+
+    def with_units(self, whole: Transitions) -> Transitions:
+        """The whole set in its units, see `Units`; they are all in [-1, 1] but in data of one's own."""
+        return whole
 
     def transitions(self, arrays: Arrays, origin: str) -> Transitions:
         """Arrays as agents learn from them: checked, and their rewards labelled."""
