@@ -18,7 +18,7 @@ from gymnasium.spaces import Box
 from deflow.data.memory.transitions import Transitions, as_arrays
 from deflow.data.sources.columns import Arrays, checked_columns
 from deflow.data.sources.shards import map_shards
-from deflow.data.sources.source import Source, compact, split
+from deflow.data.sources.source import BEYOND, Source, compact, split
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.ranges import Count, Interval, Seed
@@ -30,7 +30,6 @@ SUFFIXES = (".npz", *HDF5_SUFFIXES)
 REQUIRED = ("observations", "actions", "rewards")
 OPTIONAL = ("terminals", "timeouts", "next_observations")
 
-ROUNDING = 1e-3  # of an action beyond the range
 SMALLEST_STD = 1e-6
 
 log = logging.getLogger(__name__)
@@ -101,8 +100,7 @@ class CustomSource(Source):
         low, high = self._range(whole)
         units = Units(low, high, *(_moments(whole) if self.standardise else (None, None)))
         whole = replace(whole, units=units)
-        _warn_of_clipping(whole, self.name)
-        return whole
+        return super().with_units(whole)
 
     def _range(self, whole: Transitions) -> tuple[Numbers, Numbers] | tuple[None, None]:
         """What the policy decides as -1 and as 1, a number a dimension; None, if these are -1 and 1."""
@@ -118,7 +116,7 @@ class CustomSource(Source):
             if isinstance(space, Box) and space.is_bounded():
                 return _unless_one(space.low.reshape(-1), space.high.reshape(-1))
         taken = whole.actions[whole.starts]
-        if taken.abs().max() <= 1 + ROUNDING:
+        if taken.abs().max() <= 1 + BEYOND:
             return None, None
         return _unless_one(taken.amin(0).numpy(), taken.amax(0).numpy())
 
@@ -193,18 +191,6 @@ def _moments(whole: Transitions) -> tuple[Numbers, Numbers]:
     """Mean and standard deviation of the states, a number a dimension."""
     states = whole.states[whole.starts].double()
     return tuple(states.mean(0).tolist()), tuple(states.std(0).clamp(min=SMALLEST_STD).tolist())
-
-
-def _warn_of_clipping(whole: Transitions, origin: str) -> None:
-    decided = np.abs(whole.units.decided(whole.actions.numpy())) > 1 + ROUNDING
-    outside = int(decided.any(1).sum())
-    if outside:
-        log.warning(
-            "%s: %d rows have actions outside the range that a policy decides; they are clipped, "
-            "see data.source.action_range",
-            origin,
-            outside,
-        )
 
 
 def read_columns(path: Path, keys: Mapping[str, str | None]) -> Arrays:
