@@ -1,4 +1,4 @@
-"""What the README and docs/data.md say is so: commands compose, overrides exist, the example agent passes the tester."""
+"""What the README and docs/data.md say is so: commands compose, overrides exist, the example agent passes its test."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ def test_episodes_are_trajectories(version: str, tmp_path: Path, caplog: pytest.
 def test_the_task_ends_where_an_episode_succeeded(
     optional: tuple[str, ...], successful: range, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arrays, _ = LeRobotSource(str(write(tmp_path / "set", *optional))).arrays()
+    source = LeRobotSource(str(write(tmp_path / "set", *optional)))
+    arrays, _ = source.arrays()
+    assert (source.protocol()["rewards"] == "next.reward") == ("next.reward" in optional)
     starts = arrays["valids"] > 0
     ends = starts & (arrays["masks"] == 0)
     assert (arrays["observations"][ends, 0] // 100).tolist() == list(successful)
