@@ -78,7 +78,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["experiment=nonsense"], "unknown experiment 'nonsense': choose one of antmaze, antmaze-large-diverse-v2, "),
         (["experiment=online/cube_single"], "unknown experiment/online 'cube_single': choose one of antmaze-large-"),
         (["task=scene/offline_to_onlin"], "unknown task/scene 'offline_to_onlin'"),
-        (["data=nonsense"], "unknown data 'nonsense': choose one of d4rl_hdf5, hdf5, minari, npz, ogbench"),
+        (["data=nonsense"], "unknown data 'nonsense': choose one of d4rl_hdf5, hdf5, lerobot, minari, npz, ogbench,"),
         (["data.source.path=[a"], "cannot read data.source.path=[a"),
         (["experiment=custom"], "Missing mandatory value: data.source.path"),
         (["experiment=antmaze-umaze-v2", "task.dataset=???"], "Missing mandatory value: task.dataset"),

@@ -1,4 +1,4 @@
-"""What the README says is so: its commands compose, its overrides exist, its example agent passes the shared tester."""
+"""What the README and docs/data.md say is so: commands compose, overrides exist, the example agent passes its test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tests.commands import ROOT
 from tests.conftest import compose_config
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", README, re.MULTILINE)
+DATA = (ROOT / "docs" / "data.md").read_text()
+COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", README + DATA, re.MULTILINE)
 
 
 def test_the_first_commands_are_make() -> None:
@@ -41,6 +42,10 @@ def test_commands_compose(script: str, arguments: str) -> None:
     assert (ROOT / f"{script}.py").exists()
     overrides = [argument for argument in arguments.split() if argument != "--help"]
     check_settings(compose_config(*overrides, config_name=script), script)
+
+
+def test_the_page_on_data_names_every_source() -> None:
+    assert set(re.findall(r"^\| `data=(\w+)`", DATA, re.MULTILINE)) == {*choices("data")}
 
 
 def test_swaps_exist() -> None:

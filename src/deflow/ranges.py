@@ -21,6 +21,7 @@ Discount = Annotated[float, Field(ge=0, lt=1)]
 Expectile = Annotated[float, Field(ge=0.5, lt=1)]  # of the upper half
 
 Widths = Annotated[Sequence[Count], Field(min_length=1)]  # of layers
+Names = Annotated[Sequence[str], Field(min_length=1)]
 Interval = Annotated[Sequence[float], Field(min_length=2, max_length=2)]  # lowest and highest
 Limit = Positive | Annotated[Sequence[Positive], Field(min_length=1)]  # one for all action dimensions, or one for each
 

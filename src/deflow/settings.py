@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -454,7 +454,8 @@ def _arguments(key: str, component: Mapping[str, Any]) -> dict[str, Any]:
     names = [parameter.name for parameter in parameters if parameter.name != "spec"]  # that is the task's
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         names += component  # it takes whatever is given
-    hints = _hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
+    is_plain_class = inspect.isclass(constructor) and not is_dataclass(constructor)
+    hints = _hints(constructor.__init__ if is_plain_class else constructor)  # fields may come from another module
     if target in OPTIMIZERS:
         hints = {name: type_ for name, type_ in hints.items() if _is_plain(type_)} | _hints(OptimizerArguments)
     return {name: hints.get(name) for name in names} | BESIDE.get(key, {})

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
 
 from deflow.data.memory.transitions import Transitions, as_arrays
 from deflow.data.sources.columns import Arrays, checked_columns
+from deflow.data.sources.hdf5 import opened
+from deflow.data.sources.own_data import OwnDataSource
 from deflow.data.sources.shards import map_shards
-from deflow.data.sources.source import BEYOND, Source, compact, split
-from deflow.envs.success import SuccessRule
+from deflow.data.sources.source import compact, split
 from deflow.errors import UserError
-from deflow.ranges import Count, Interval, Seed
 from deflow.types import Spec
-from deflow.units import Numbers, Units
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 SUFFIXES = (".npz", *HDF5_SUFFIXES)
 REQUIRED = ("observations", "actions", "rewards")
 OPTIONAL = ("terminals", "timeouts", "next_observations")
 
-SMALLEST_STD = 1e-6
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class CustomSource(Source):
+class CustomSource(OwnDataSource):
     """Transitions from a file of the user's.
 
     Args:
@@ -44,44 +38,17 @@ class CustomSource(Source):
         keys: name of each column in the file. `observations`, `actions` and `rewards` must be there; `terminals` (the
             task truly ended: do not bootstrap), `timeouts` (the trajectory was cut there) and `next_observations`
             may be null. Without `next_observations` a trajectory's last state has no successor and is dropped.
-        env: gymnasium id of the environment for evaluation; null trains without evaluation.
-        max_episode_steps: after which an episode is cut; null leaves that to the environment.
-        success_key: what of `info` says whether an episode succeeded; null: `success` or `is_success`.
-        success_ever: whether success at any step counts, and not only at the last.
-        action_range: [lowest, highest] action, which the policy decides as -1 and 1; null takes actions as they are, in
-            [-1, 1]; `auto`: the bounds of the environment's actions, or without one the data's if they go beyond 1.
-        standardise: whether networks see observations less the data's mean, over its standard deviation.
-        seed: of the validation split, a tenth of the trajectories.
+        env, max_episode_steps, success_key, success_ever, action_range, standardise, seed: see `OwnDataSource`.
     """
 
-    path: str
     keys: Mapping[str, str | None]
-    env: str | None = None
-    max_episode_steps: Count | None = None
-    success_key: str | None = None
-    success_ever: bool = False
-    action_range: Literal["auto"] | Interval | None = "auto"
-    standardise: bool = False
-    seed: Seed = 0
-
-    @property
-    def name(self) -> str:
-        return self._path.stem
-
-    @property
-    def task(self) -> str:
-        return self.env or self.name
-
-    @property
-    def _path(self) -> Path:
-        return Path(self.path).expanduser()
 
     def prepare(self) -> None:
-        if not self._shards:
+        if not self._files:
             raise UserError(f"data.source.path: no file {self._path}, or no {' or '.join(SUFFIXES)} files in it")
 
     @property
-    def _shards(self) -> list[Path]:
+    def _files(self) -> list[Path]:
         if self._path.is_file():
             return [self._path]
         return sorted(path for path in self._path.glob("*") if path.suffix.lower() in SUFFIXES)
@@ -96,33 +63,9 @@ class CustomSource(Source):
             return super().load()
         return split(self.with_units(self._mapped()), self.seed, self.name)
 
-    def with_units(self, whole: Transitions) -> Transitions:
-        low, high = self._range(whole)
-        units = Units(low, high, *(_moments(whole) if self.standardise else (None, None)))
-        whole = replace(whole, units=units)
-        return super().with_units(whole)
-
-    def _range(self, whole: Transitions) -> tuple[Numbers, Numbers] | tuple[None, None]:
-        """What the policy decides as -1 and as 1, a number a dimension; None, if these are -1 and 1."""
-        size = whole.actions.shape[1]
-        if self.action_range is None:
-            return None, None
-        if self.action_range != "auto":
-            return (float(self.action_range[0]),) * size, (float(self.action_range[1]),) * size
-        if self.has_env:
-            env = self.make_env()
-            space = env.action_space
-            env.close()
-            if isinstance(space, Box) and space.is_bounded():
-                return _unless_one(space.low.reshape(-1), space.high.reshape(-1))
-        taken = whole.actions[whole.starts]
-        if taken.abs().max() <= 1 + BEYOND:
-            return None, None
-        return _unless_one(taken.amin(0).numpy(), taken.amax(0).numpy())
-
     def spec(self) -> Spec:
         self.prepare()
-        columns = self._read(self._shards[0])
+        columns = self._read(self._files[0])
         return Spec(columns["observations"].shape[1], columns["actions"].shape[1])
 
     def _mapped(self) -> Transitions:
@@ -132,7 +75,7 @@ class CustomSource(Source):
         def load(path: Path) -> Transitions:
             return self.transitions(self._read(path), str(path))
 
-        return map_shards(self._shards, load, self._path / "unpacked", settings)
+        return map_shards(self._files, load, self._path / "unpacked", settings)
 
     def _read(self, path: Path) -> Arrays:
         """One file in compact layout."""
@@ -153,44 +96,6 @@ class CustomSource(Source):
             terminals | timeouts,
             columns.get("next_observations"),
         )
-
-    @property
-    def success(self) -> SuccessRule:  # type: ignore[override]
-        return SuccessRule(self.success_key, self.success_ever)
-
-    @property
-    def has_env(self) -> bool:
-        return self.env is not None
-
-    def make_env(self, **kwargs: Any) -> gymnasium.Env:
-        try:
-            return gymnasium.make(self.env or "", max_episode_steps=self.max_episode_steps, **kwargs)
-        except Exception as error:  # what is registered under a name may raise anything
-            raise UserError(f"data.source.env: cannot make {self.env}: {error}") from error
-
-    def protocol(self) -> dict[str, Any]:
-        return {"protocol": "the user's own data" + (f", evaluated in {self.env}" if self.env else "")}
-
-    def provenance(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "path": str(self._path),
-            "bytes": sum(path.stat().st_size for path in self._shards),
-            "generated": False,
-        }
-
-
-def _unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | tuple[None, None]:
-    if (low == -1).all() and (high == 1).all():
-        return None, None
-    log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
-    return tuple(low.tolist()), tuple(high.tolist())
-
-
-def _moments(whole: Transitions) -> tuple[Numbers, Numbers]:
-    """Mean and standard deviation of the states, a number a dimension."""
-    states = whole.states[whole.starts].double()
-    return tuple(states.mean(0).tolist()), tuple(states.std(0).clamp(min=SMALLEST_STD).tolist())
 
 
 def read_columns(path: Path, keys: Mapping[str, str | None]) -> Arrays:
@@ -235,18 +140,11 @@ def _read_npz(path: Path, wanted: Mapping[str, str]) -> tuple[Arrays, list[str]]
 
 
 def _read_hdf5(path: Path, wanted: Mapping[str, str]) -> tuple[Arrays, list[str]]:
-    if importlib.util.find_spec("h5py") is None:
-        raise UserError("HDF5 files need the package h5py: pip install 'deflow[d4rl]'")
-    import h5py
-
-    try:
-        with h5py.File(path) as file:
-            names: list[str] = []
-            file.visit(names.append)
-            _check_present(path, wanted, names)
-            return {ours: np.asarray(file[theirs]) for ours, theirs in wanted.items()}, names
-    except OSError as error:
-        raise UserError(f"cannot read {path}: it is truncated or not an HDF5 file") from error
+    with opened(path) as file:
+        names: list[str] = []
+        file.visit(names.append)
+        _check_present(path, wanted, names)
+        return {ours: np.asarray(file[theirs]) for ours, theirs in wanted.items()}, names
 
 
 def _check_present(path: Path, wanted: Mapping[str, str], present: list[str]) -> None:
