@@ -94,3 +94,10 @@ def test_a_run_from_scratch(point_data: Path, tmp_path: Path) -> None:
     summary = train(tiny_config(point_data, *overrides), tmp_path)
     assert summary["stages"] == {"online": 6}
     assert summary["agent"] == "RLPD"
+
+
+@pytest.mark.parametrize("name", ["rlpd", "cal_ql", "rebrac"])
+def test_a_critic_that_is_a_flow_is_refused(name: str) -> None:
+    overrides = (f"agent={name}", "agent/critic=flow", "agent.critic.value_range=[-1,0]", "networks.hidden=[8]")
+    with pytest.raises(UserError, match="needs an ensemble of critics: use agent/critic=ensemble"):
+        build_agent(compose_config("experiment=cube_single", *overrides).agent, Spec(5, 3))

@@ -85,6 +85,20 @@ def test_returns_end_with_the_task_and_go_on_where_a_trajectory_is_cut() -> None
     assert batch.returns.tolist() == [-1.0, 0.0, -4.0, -6.0]
 
 
+def test_returns_of_what_earned_rewards_are_what_the_data_hold(caplog: pytest.LogCaptureFixture) -> None:
+    arrays = {
+        "observations": np.zeros((6, 1)),
+        "actions": np.zeros((6, 1)),
+        "rewards": np.array([0, 1, 1, 0, -1, 0]),
+        "masks": np.ones(6),
+        "valids": np.array([1, 1, 1, 0, 1, 0]),
+    }
+    data = Transitions.from_compact(arrays, "test").with_returns(discount=0.5)
+    assert data.returns is not None
+    assert data.returns[data.starts].tolist() == [0.75, 1.5, 1.0, -2.0]  # the second costs -1 for ever
+    assert "returns of trajectories that were cut count what the data hold" in caplog.text
+
+
 def test_chunks_stay_inside_their_trajectory() -> None:
     # Trajectories of 7 transitions in 8 rows; the task ends at row 11.
     rows, length, discount, horizon = 40, 8, 0.9, 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from deflow.agents.base import Agent
+from deflow.errors import UserError
 from deflow.modules.critic import Critic
 
 
@@ -12,6 +13,11 @@ class ActorCritic(Agent):
     """An agent with a part `critic`, whose ensemble's mean is the value of an action."""
 
     critic: Critic
+
+    def require_ensemble(self) -> None:
+        """Raise `UserError` unless values are an ensemble's: these losses draw no noise for a critic that is a flow."""
+        if not isinstance(self.critic, Critic):
+            raise UserError(f"{type(self).__name__} needs an ensemble of critics: use agent/critic=ensemble")
 
     def action_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         return self.critic.values(observations, actions).mean(0)

@@ -68,6 +68,7 @@ class CalQL(ActorCritic):
         max_backup: bool = True,
     ) -> None:
         super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed)
+        self.require_ensemble()
         self.conservatism, self.samples, self.max_backup = conservatism, samples, max_backup
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> ConservativeNoise:

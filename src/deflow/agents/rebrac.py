@@ -116,6 +116,7 @@ class ReBRAC(ActorCritic):
         every: Mapping[str, Count] = MappingProxyType({"actor": 2}),
     ) -> None:
         super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed, every)
+        self.require_ensemble()
         self.actor_weight, self.critic_weight = actor_weight, critic_weight
         self.smoothing, self.noise_clip = noise, noise_clip
 

@@ -65,6 +65,7 @@ class RLPD(ActorCritic):
         entropy_backup: bool = True,
     ) -> None:
         super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed)
+        self.require_ensemble()
         self.target_members, self.entropy_backup = target_members, entropy_backup
         if not 1 <= target_members <= self.critic.online.members:
             raise UserError(

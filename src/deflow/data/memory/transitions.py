@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -122,7 +123,10 @@ class Transitions:
         """The same transitions with `returns`, for agents that read `Batch.returns`; see `returns_to_go`."""
         ends = ~self.has_successor.roll(-1)
         ends[-1] = True
-        returns = returns_to_go(self.rewards.tolist(), self.masks.tolist(), ends.tolist(), discount)
+        rewards = self.rewards.where(self.has_successor, 0.0)  # of a last state's row, which is of no trajectory
+        if rewards.max() > 0 and (self.masks[ends & self.has_successor] > 0).any():
+            log.warning("returns of trajectories that were cut count what the data hold: there are rewards above 0")
+        returns = returns_to_go(rewards.tolist(), self.masks.tolist(), ends.tolist(), discount)
         return replace(self, returns=torch.tensor(returns))
 
     def chunk_starts(self, horizon: int) -> Tensor:
@@ -195,8 +199,9 @@ def returns_to_go(
 ) -> list[float]:
     r"""The return from each row on, :math:`G_t = r_t + \gamma m_t G_{t+1}`.
 
-    A trajectory that was cut is taken to go on with its last reward for ever. Where every step costs the same until
-    the task is done that is exact, and it is what Cal-QL's released code does there.
+    A trajectory that was cut, and that only had costs (rewards up to 0), is taken to go on with its last one for ever:
+    where every step costs the same until the task is done that is exact, and it is what Cal-QL's released code does
+    there. Of any other nothing is known beyond its end, and counted as 0.
 
     Args:
         rewards: of each row.
@@ -205,9 +210,22 @@ def returns_to_go(
         discount: gamma.
     """
     returns, later = [], 0.0
-    for reward, mask, end in zip(reversed(rewards), reversed(masks), reversed(ends), strict=True):
+    costs = _only_costs(rewards, ends)
+    for reward, mask, end, is_cost in zip(*map(reversed, (rewards, masks, ends, costs)), strict=True):
         if end:
-            later = reward / (1.0 - discount)
+            later = reward / (1.0 - discount) if is_cost else 0.0
         later = reward + discount * mask * later
         returns.append(later)
     return returns[::-1]
+
+
+def _only_costs(rewards: Sequence[float], ends: Sequence[bool]) -> list[bool]:
+    """Whether no reward of a row's trajectory is above 0."""
+    found: list[bool] = []
+    length, highest = 0, -math.inf
+    for reward, end in zip(rewards, ends, strict=True):
+        length, highest = length + 1, max(highest, reward)
+        if end:
+            found += [highest <= 0] * length
+            length, highest = 0, -math.inf
+    return found + [highest <= 0] * length
