@@ -50,6 +50,9 @@ def _summarise(run: Run) -> dict[str, Any]:
     )
     if run.first_update_at is not None:
         summary["seconds_to_first_update"] = run.first_update_at - psutil.Process().create_time()
+    parts = {"train": run.data.transitions, "validation": run.data.validation}
+    summary["transitions"] = {name: 0 if part is None else len(part) for name, part in parts.items()}
+    summary["units"] = run.units._asdict()
     return summary | run.agents[0].facts()
 
 

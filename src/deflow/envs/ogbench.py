@@ -99,6 +99,25 @@ def load_arrays(name: str, path: str, env: gymnasium.Env) -> tuple[dict[str, np.
         )
 
 
+def share_in_free_cells(env: gymnasium.Env, observations: np.ndarray, looked_at: int = 1000) -> float | None:
+    """Share of the positions in some observations (x, y first) that are no wall of the maze; None outside of mazes.
+
+    Args:
+        env: the environment.
+        observations: shape (rows, observation_dim); images tell no position.
+        looked_at: rows, evenly spaced.
+    """
+    maze: Any = env.unwrapped
+    if not hasattr(maze, "xy_to_ij") or observations.ndim > 2:
+        return None
+    some = observations[np.linspace(0, len(observations) - 1, min(looked_at, len(observations))).astype(int)]
+    rows, columns = np.array([maze.xy_to_ij(xy) for xy in some[:, :2]]).T
+    height, width = maze.maze_map.shape
+    within = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    free = maze.maze_map[rows.clip(0, height - 1), columns.clip(0, width - 1)] == 0
+    return float((within & free).mean())
+
+
 def spec_of(env: gymnasium.Env) -> Spec:
     """Sizes of the environment's observations and actions."""
     shape, actions = env.observation_space.shape, env.action_space.shape

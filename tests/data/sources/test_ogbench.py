@@ -288,3 +288,13 @@ def test_a_renderer_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)  # its import fails
     with pytest.raises(UserError, match=r"MUJOCO_GL=osmesa does not work here .* egl, glfw or disabled"):
         envs.make_env("pointmaze-medium-navigate-v0")
+
+
+def test_another_maze_is_noticed(copied: Path) -> None:
+    columns = np.load(copied / "pointmaze-medium-navigate-v0.npz")
+    elsewhere = columns["observations"] + [0, 4]  # a cell further up
+    change(copied, observations=elsewhere, qpos=elsewhere)
+    with pytest.raises(
+        UserError, match=r"is of another maze than pointmaze-medium-navigate-singletask-v0: \d+% of its"
+    ):
+        source(copied).load()

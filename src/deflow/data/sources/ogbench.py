@@ -29,6 +29,7 @@ from deflow.types import Spec
 log = logging.getLogger(__name__)
 
 KEYS = ("observations", "actions", "terminals", "qpos", "qvel")
+MOSTLY_INSIDE = 0.95  # share of positions in a maze's free cells, below which the data are of another maze
 
 
 @dataclass
@@ -137,9 +138,15 @@ class OGBenchSource(Source):
         for file in _files(path):
             _check_file(file, env)
         try:
-            return ogbench.load_arrays(self.task, str(path), env)
+            arrays = ogbench.load_arrays(self.task, str(path), env)
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError, IndexError) as error:
             raise UserError(f"cannot read {path}: {error}; make or download it again") from error
+        inside = ogbench.share_in_free_cells(env, arrays[0]["observations"])
+        if inside is not None and inside < MOSTLY_INSIDE:
+            raise UserError(
+                f"{path} is of another maze than {self.task}: {1 - inside:.0%} of its positions are in walls"
+            )
+        return arrays
 
     def _can_be_had_again(self, path: Path) -> bool:
         if self.path is not None:
