@@ -111,7 +111,7 @@ def share_in_free_cells(env: gymnasium.Env, observations: np.ndarray, looked_at:
     if not hasattr(maze, "xy_to_ij") or observations.ndim > 2:
         return None
     some = observations[np.linspace(0, len(observations) - 1, min(looked_at, len(observations))).astype(int)]
-    rows, columns = np.array([maze.xy_to_ij(xy) for xy in some[:, :2]]).T
+    rows, columns = np.array([maze.xy_to_ij(xy) for xy in np.nan_to_num(some[:, :2])]).T
     height, width = maze.maze_map.shape
     within = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     free = maze.maze_map[rows.clip(0, height - 1), columns.clip(0, width - 1)] == 0

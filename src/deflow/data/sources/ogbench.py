@@ -143,9 +143,7 @@ class OGBenchSource(Source):
             raise UserError(f"cannot read {path}: {error}; make or download it again") from error
         inside = ogbench.share_in_free_cells(env, arrays[0]["observations"])
         if inside is not None and inside < MOSTLY_INSIDE:
-            raise UserError(
-                f"{path} is of another maze than {self.task}: {1 - inside:.0%} of its positions are in walls"
-            )
+            raise UserError(f"{path} is of another maze than {self.task}: {1 - inside:.0%} of its positions are walls")
         return arrays
 
     def _can_be_had_again(self, path: Path) -> bool:
