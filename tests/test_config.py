@@ -72,6 +72,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["+nonsense=5"], "no setting 'nonsense': choose among name, seed"),
         (["seed=abc"], "seed must be a whole number from 0 to 4294967295, got 'abc'"),
         (["seed=1"], "nothing to train on: choose task=NAME or experiment=NAME"),
+        (["task=scen"], "unknown task 'scen' (did you mean 'scene'?): choose one of antmaze-large-diverse-v2, "),
         (["task=nonsense"], "unknown task 'nonsense': choose one of antmaze-large-diverse-v2, "),
         (["task=null"], "task=null is no choice: task= takes one of antmaze-large-diverse-v2, "),
         (["experiment=nonsense"], "unknown experiment 'nonsense': choose one of antmaze, antmaze-large-diverse-v2, "),

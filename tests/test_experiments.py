@@ -96,7 +96,7 @@ def test_d4rl_experiments_run(experiment: str, tmp_path: Path) -> None:
     path = write_d4rl(tmp_path / f"{experiment}.hdf5", experiment.split("-")[0])
     overrides = (f"experiment={experiment}", f"data.source.path={path}", "updates=2", "eval.every=2", "eval.episodes=1")
     summary = train(tiny_config(tmp_path, *overrides), tmp_path / "run")
-    assert "not D4RL's simulator" in summary["protocol"]
+    assert "rebuilt on MuJoCo" in summary["protocol"]
     low, high = REFERENCE_RETURNS[experiment.split("-")[0]]
     score = 100 * (summary["eval/return"]["last"] - low) / (high - low)
     assert summary["eval/score"]["last"] == pytest.approx(score)

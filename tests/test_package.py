@@ -142,8 +142,8 @@ def test_a_program_is_interrupted_and_goes_on(
 
     monkeypatch.setattr(Agent, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        deflow.train("pointmaze", *settings)
+        deflow.train("pointmaze", *settings, "trust=[mylab]")
     monkeypatch.setattr(Agent, "training_step", step)
     (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
-    assert str(stopped.value) == f'stopped by SIGINT: go on by deflow.train("resume={folder}")'
+    assert str(stopped.value) == f'stopped by SIGINT: go on by deflow.train("resume={folder}", "trust=[mylab]")'
     assert deflow.train(f"resume={folder}")["updates"] == 6

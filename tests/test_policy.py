@@ -105,6 +105,7 @@ def test_a_chunk_is_used_up_and_forgotten_by_reset() -> None:
         ([[0, 0, 0, 0], [0]], "is an array of shape"),
         (np.array(list("abcd")), "holds numbers, got <U1"),
         ([0, 0, 0, np.nan], "NaN or infinity"),
+        ([0, 0, 0, 1e300], "NaN or infinity"),
     ],
 )
 def test_observations_of_another_kind(observation: Any, message: str) -> None:
@@ -236,7 +237,8 @@ def test_settings_that_are_none(finished_run: Callable[..., Path]) -> None:
         ({"critic": 1}, "does not know 'critic'"),
         ({"best_of_n": 0}, "best_of_n"),
         ({"device": "toaster"}, "cannot use device=toaster"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"seed": None}, "seed must be a whole number of at least 0"),
     ]
     for settings, message in refused:
         with pytest.raises(UserError, match=message) as error:

@@ -175,6 +175,8 @@ TRAIN = [
     ("agent=fql agent.actor.alpha=0", "agent.actor.alpha must be a number above 0, got 0"),
     ("agent=ifql agent.value.expectile=0.4", "agent.value.expectile must be a number of at least 0.5 and below 1"),
     ("agent=fbrac agent.gradient=none", "agent.gradient must be backprop or adjoint, got 'none'"),
+    ("agent=rebrac agent.every.actor=0", f"agent.every.actor must be {COUNT}, got 0"),
+    ("agent=rebrac agent.every=2", "agent.every must be a group of settings, got 2"),
     ("agent=rlpd agent.actor.temperature=0", "agent.actor.temperature must be a number above 0, got 0"),
     ("+agent.best_of_m=1", "no setting 'agent.best_of_m': did you mean 'agent.best_of_n'?"),
     ("+nonsense=1", "no setting 'nonsense': choose among name, seed"),

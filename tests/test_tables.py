@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from deflow.config import CONFIG_DIR, check, choices
+from deflow.config import CONFIG_DIR, check, choices, look_in_own_folder
 from deflow.errors import UserError
 from deflow.tables import read_table
 from tests.conftest import compose_config
+from tests.test_config import command
 
 CONFIGS = Path(CONFIG_DIR)
 TUNED = sorted(path.stem for path in (CONFIGS / "tuned").glob("*.yaml"))
@@ -73,3 +75,80 @@ def test_a_task_brings_its_own_data_unless_others_are_asked_for() -> None:
     assert source("task=custom", "data.source.path=a.npz") == "CustomSource"
     assert source("experiment=minari", "data.source.dataset_id=a") == "MinariSource"
     assert source("task=pen-human-v1", "data=minari", "data.source.dataset_id=a") == "MinariSource"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Path]:
+    """A folder of a user's own configurations, for as long as the test takes."""
+    files = {
+        "task": "mymaze: {data: ogbench, env: pointmaze-medium, dataset: navigate, discount: 0.9, updates: 3}",
+        "tuned/mine": "mymaze, scene: {agent.horizon: 3, offline_to_online: {agent.horizon: 4}}",
+        "tuned/fql": "scene: {agent.actor.alpha: 7}",
+        "agent/mine": (CONFIGS / "agent" / "flow_bc.yaml").read_text(),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    look_in_own_folder(tmp_path)
+    yield tmp_path
+    look_in_own_folder(None)
+
+
+def fresh(*overrides: str) -> DictConfig:
+    """As `compose_config`, which remembers what it composed."""
+    with initialize_config_dir(CONFIG_DIR, version_base=None):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.usefixtures("own")
+def test_a_folder_of_ones_own_has_tables_as_well() -> None:
+    mine = fresh("task=mymaze", "agent=mine")
+    assert (mine.updates, mine.task.name, mine.agent.horizon) == (3, "mymaze", 3)
+    assert fresh("experiment=mymaze", "agent=mine", "stages=offline_to_online").agent.horizon == 4
+    assert fresh("task=scene", "agent=mine").agent.horizon == 3
+    assert fresh("task=scene", "agent=fql").agent.actor.alpha == 7  # goes before the house's
+    assert fresh("task=cube_single", "agent=fql").agent.actor.alpha == 300
+    assert "mine" in choices("agent")
+    assert {"mymaze", "scene"} <= {*choices("task")}
+    look_in_own_folder(None)
+    assert "mymaze" not in choices("task")
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("mine: {env: scene}", "mine needs data, a choice of the group data"),
+        ("mine: 3", "must have rows such as NAME: {key: value}"),
+        ("- mine", "must have rows such as NAME: {key: value}"),
+        ("mine: {env: [}", "cannot be read: while parsing a flow node"),
+    ],
+)
+def test_a_table_that_is_none_is_one_line(table: str, says: str, own: Path) -> None:
+    (own / "task.yaml").write_text(table)
+    with pytest.raises(UserError) as raised:
+        fresh("task=scene")
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("flag", ["--config-dir", "-cd"])
+def test_flags_may_stand_between_overrides(
+    flag: str, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("train", ["task=mymaze", flag, str(own), "agent=mine", "--help"], monkeypatch) == 0
+    text = capsys.readouterr().out
+    assert "With task=mymaze agent=mine:" in text
+    assert "agent.horizon=3 " in text
+    assert command("train", ["task=mymaze", flag, str(own), "agent.horizom=1"], monkeypatch) == 2
+    assert "did you mean 'agent.horizon'?" in capsys.readouterr().err
+    assert command("train", ["task=mymaze", flag, str(own / "nowhere"), "agent=mine"], monkeypatch) == 2
+    assert capsys.readouterr().err == f"error: --config-dir: no folder {own / 'nowhere'}\n"
+
+
+@pytest.mark.parametrize("choice", ["null", "fql", "nonsense"])
+def test_what_is_tuned_is_not_chosen(
+    choice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("train", ["task=scene", f"tuned={choice}"], monkeypatch) == 2
+    assert "what is tuned follows agent= and task=" in capsys.readouterr().err
+    assert fresh("task=puzzle_3x3", "~tuned").agent.trust_region == 0.001

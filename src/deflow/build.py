@@ -60,7 +60,7 @@ def _decide_trust_region(config: DictConfig, transitions: Transitions) -> None:
     factor, per_dimension = rule.pop("factor"), rule.pop("per_dimension")
     rule.pop("result")
     rows = transitions.starts
-    variance = intrinsic_action_variance(transitions.states[rows].numpy(), transitions.actions[rows].numpy(), **rule)
+    variance = intrinsic_action_variance(transitions.states[rows].numpy(), transitions.decisions(rows).numpy(), **rule)
     horizon = config.agent.get("horizon", 1)  # every action of a chunk has the same limits
     measured = list(variance.per_dimension) * horizon if per_dimension else variance.mean
     delta = [factor * value for value in measured] if isinstance(measured, list) else factor * measured

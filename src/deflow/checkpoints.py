@@ -13,6 +13,7 @@ from deflow.build import build_agent
 from deflow.errors import UserError
 from deflow.stored import checked, modernised
 from deflow.types import Spec
+from deflow.units import Units
 
 FORMAT = 2  # of what this version writes; checkpoints that name none are of the first
 
@@ -91,7 +92,12 @@ def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
     return agent
 
 
-def load_weights(agent: Agent, path: Path, task: str) -> None:
+def units_of(checkpoint: dict[str, Any]) -> Units:
+    """The units in which a loaded checkpoint's agent was trained."""
+    return Units.of(checkpoint["deflow"].get("units"))
+
+
+def load_weights(agent: Agent, path: Path, task: str, units: Units) -> None:
     """Load the weights of a checkpoint of the same task and the same networks into `agent`.
 
     Raises:
@@ -102,6 +108,11 @@ def load_weights(agent: Agent, path: Path, task: str) -> None:
     of = checkpoint["deflow"]["task"]
     if of != task:
         raise UserError(f"{path} is a checkpoint of {of}, not of {task}")
+    if units_of(checkpoint) != units:
+        raise UserError(
+            f"{path} was trained on other units of actions or observations than these data have: give it the same, "
+            "data.source.action_range=[LOW,HIGH] and data.source.standardise=false"
+        )
     try:
         agent.start_from(checkpoint)
     except RuntimeError as error:
@@ -149,4 +160,5 @@ def _refuse_several(about: dict[str, Any]) -> None:
     seeds = about["config"].get("seeds", 1)  # older ones hold one and do not say so
     if seeds != 1:
         first = about["config"]["seed"]
-        raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as seed_{first}.ckpt")
+        beside = f"seed_{first}.ckpt, which are there once the stage is done"
+        raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as {beside}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def train(config: DictConfig, folder: Path) -> None:
     if config.resume is not None:
         refuse_other_overrides(HydraConfig.get().overrides.task)
     with _as_typed():
-        pipeline.train(config, folder, _again("train"))
+        pipeline.train(config, folder, _again("train", config.trust))
 
 
 @entry_point("evaluate")
@@ -72,7 +72,7 @@ def distill(config: DictConfig, folder: Path) -> None:
     if config.resume is not None:
         refuse_other_overrides(HydraConfig.get().overrides.task)
     with _as_typed():
-        distillation.distill(config, folder, _again("distill"))
+        distillation.distill(config, folder, _again("distill", config.trust))
 
 
 @entry_point("benchmark")
@@ -139,6 +139,7 @@ def _as_typed() -> Iterator[None]:
         sys.argv[1:] = arguments
 
 
-def _again(script: str) -> str:
+def _again(script: str, trust: Sequence[str]) -> str:
     """By what a run of this command goes on, with {} for its folder."""
-    return f"{as_script_and_as_typed(script)[1]} resume={{}}"
+    trusting = f" trust=[{','.join(trust)}]" if trust else ""  # of the command line alone, so typed once more
+    return f"{as_script_and_as_typed(script)[1]} resume={{}}{trusting}"

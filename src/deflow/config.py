@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
 import shutil
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -16,6 +18,7 @@ from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +28,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import deflow.tables  # noqa: F401 (registers them with Hydra)
 from deflow.cores import set_threads, spin_briefly, usable_cores
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
@@ -35,20 +37,12 @@ from deflow.invocation import as_script_and_as_typed
 from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
 from deflow.settings import check_settings, unknown_setting
 from deflow.signals import Stopped, end_with_parent, listening
+from deflow.tables import CONFIG_DIR, look_first_in
 
 log = logging.getLogger(__name__)
 
 OF_THE_USER = (UserError, HydraException, OmegaConfBaseException)
 PARENT = "DEFLOW_PARENT"  # variable with the number of the process that starts others
-
-
-def _config_dir() -> Path:
-    """The folder of the YAML files: in the installed package, or at the top of the repository."""
-    installed = Path(__file__).resolve().with_name("configs")
-    return installed if installed.is_dir() else installed.parents[2] / "configs"
-
-
-CONFIG_DIR = str(_config_dir())
 
 
 OmegaConf.register_new_resolver("run_folder", new_run_folder, use_cache=True, replace=True)
@@ -88,9 +82,12 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
                 end_with_parent(int(os.environ.get(PARENT, os.getppid())))
             os.environ[PARENT] = str(os.getpid())  # for the processes that this one may start
             with _errors_in_one_line(config_name, sweep), listening():
-                sys.argv[1:] = [readable(argument) for argument in sys.argv[1:]]
+                # Hydra by itself takes files from there and no tables, and they go last.
+                look_in_own_folder(_parsed(sys.argv[1:]).config_dir)
+                overrides = [readable(argument) for argument in overrides_of(sys.argv[1:])]
+                # Hydra's parser does not take a flag between two overrides.
+                sys.argv[1:] = [*overrides, *_flags_of(sys.argv[1:])]
                 if {"--help", "-h"} & {*sys.argv}:
-                    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
                     text = help_text(Path(CONFIG_DIR), config_name, overrides)
                     print(text.replace(*as_script_and_as_typed(config_name)))
                 else:
@@ -99,6 +96,32 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
         return command
 
     return decorate
+
+
+def overrides_of(arguments: Sequence[str]) -> list[str]:
+    """What of a command line is neither a flag of Hydra's nor the value of one."""
+    return list(_parsed(arguments).overrides)
+
+
+def _parsed(arguments: Sequence[str]) -> Namespace:
+    return get_args_parser().parse_known_intermixed_args(arguments)[0]
+
+
+def _flags_of(arguments: Sequence[str]) -> list[str]:
+    """The rest of it."""
+    overrides = overrides_of(arguments)
+    return [argument for argument in arguments if argument not in overrides]
+
+
+def look_in_own_folder(folder: str | Path | None) -> None:
+    """Let a folder of the user's own, with files and tables, go first in all that is composed from now on; None: none.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"--config-dir: no folder {folder}")
+    look_first_in(Path(folder).absolute() if folder is not None else None)
 
 
 class SettingsCheck(Callback):
@@ -165,6 +188,8 @@ def readable(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if argument.startswith("-") or not equals:
         return argument
+    if key == "tuned":
+        raise UserError(f"{argument} is no choice: what is tuned follows agent= and task=; ~tuned leaves it out")
     if _parses(argument):
         _refuse_a_choice_without_name(argument)
         return argument
@@ -201,7 +226,7 @@ def choices(group: str) -> list[str]:
 
 def _as_group(match: re.Match[str]) -> str:
     """`agent.critic=` as `agent/critic=`, if there is such a group."""
-    return f"agent/{match[1]}=" if (Path(CONFIG_DIR) / "agent" / match[1]).is_dir() else match[0]
+    return f"agent/{match[1]}=" if choices(f"agent/{match[1]}") else match[0]
 
 
 @contextmanager
@@ -243,16 +268,22 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
         return str(unknown_setting(unknown[1], _known_settings(command, arguments, without=unknown[1])))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"unknown {group} '{name}': choose one of {', '.join(choices(group) or sorted(error.options))}"
+        return _unknown_choice(group, name, choices(group) or sorted(error.options))
     while not str(error) and error.__cause__ is not None:  # Hydra's wrapper of a grammar error says nothing itself
         error = error.__cause__
     message = str(error).removeprefix("UserError raised while resolving interpolation: ").partition("\n    full_key")[0]
     return re.sub(r"\s+", " ", message).strip()
 
 
+def _unknown_choice(group: str, name: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
+    meant = f" (did you mean '{near[0]}'?)" if near else ""
+    return f"unknown {group} '{name}'{meant}: choose one of {', '.join(options)}"
+
+
 def _known_settings(command: str, arguments: Sequence[str], without: str) -> list[str]:
     """Dotted names of all that `arguments` could set, were it not for the override of `without`."""
-    kept = [o for o in arguments if not o.startswith("-") and re.split("[=@]", o.lstrip("+~"))[0] != without]
+    kept = [o for o in overrides_of(arguments) if re.split("[=@]", o.lstrip("+~"))[0] != without]
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONFIG_DIR, version_base=None):
         try:

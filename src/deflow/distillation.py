@@ -12,7 +12,7 @@ from rich.table import Table
 
 from deflow.agents.base import Agent
 from deflow.callbacks import FINAL
-from deflow.checkpoints import agent_of, load_checkpoint
+from deflow.checkpoints import agent_of, load_checkpoint, units_of
 from deflow.config import plain
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
@@ -52,7 +52,7 @@ def distill(config: DictConfig, folder: Path, again: str = "python distill.py re
     settings = [trained["eval"][key] for key in ("episodes", "num_envs", "seed")]
     result: dict[str, Any] = {"ckpt": trained["ckpt"]}
     for name, agent in (("teacher", cast(Agent, one_step.teacher)), ("one_step", one_step)):
-        policy = Policy(agent)
+        policy = Policy(agent, units=units_of(final))
         result[name] = (play(policy, source, *settings) if source.has_env else {}) | latency(policy)
     write_json(folder / "distillation.json", result)
     _print(result)

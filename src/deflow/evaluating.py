@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from deflow import report
-from deflow.checkpoints import agent_of, load_checkpoint
+from deflow.checkpoints import agent_of, load_checkpoint, units_of
 from deflow.config import plain
 from deflow.cores import set_threads
 from deflow.data.sources.source import Source
@@ -36,7 +36,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if config.task is not None:
         _check_task(path, plain(config.task), trained["task"])
     chosen = {key: config[key] for key in ACTING if config[key] is not None}
-    policy = Policy(agent_of(checkpoint, **chosen))
+    policy = Policy(agent_of(checkpoint, **chosen), units=units_of(checkpoint))
     source: Source = instantiate(trained["data"]["source"])
     if not source.has_env:
         raise UserError(f"{path}: {source.task} has no environment to evaluate in")

@@ -15,7 +15,6 @@ from deflow.distributed import is_main_process
 from deflow.errors import UserError
 from deflow.evaluation import video
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions
-from deflow.policy import Policy
 from deflow.run import Run
 from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
 
@@ -56,7 +55,7 @@ def _summarise(run: Run) -> dict[str, Any]:
 
 def _measure_diversity(run: Run) -> dict[str, Any]:
     """The policy's diversity beside the data's; draws `actions.png`."""
-    settings, policy, seed = run.config.diversity, Policy(run.agents[0]), run.config.seed
+    settings, policy, seed = run.config.diversity, run.policy(run.agents[0]), run.config.seed
     assert run.data.transitions is not None
     around = Neighbourhoods.of(run.data.transitions, settings.states, settings.neighbours, policy.spec.horizon, seed)
     draw_actions(policy, around, settings.samples, run.folder / "actions.png", seed)
@@ -72,7 +71,7 @@ def _record_video(run: Run) -> None:
     """The video is a courtesy: a machine that cannot render still has its result."""
     settings = run.config.video.episodes, run.config.eval.seed
     try:
-        video.record_video(run.data.source.make_env, Policy(run.agents[0]), run.folder / "video.mp4", *settings)
+        video.record_video(run.data.source.make_env, run.policy(run.agents[0]), run.folder / "video.mp4", *settings)
     except UserError as error:
         log.warning("%s", error)
 

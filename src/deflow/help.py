@@ -14,6 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deflow.tables import config_file
+
 WIDTH = 100  # columns of the screen
 SETTING = 34  # columns of `key=value`
 DEEPEST = 2  # names of a key that is shown
@@ -40,7 +42,7 @@ def help_text(configs: Path, command: str, overrides: Sequence[str]) -> str:
         chosen = {str(group): str(choice) for group, choice in config.hydra.runtime.choices.items()}
         if overrides:
             lines = [*_header(text)[:1], "", f"With {' '.join(overrides)}:", *_task(config), *_settings(text, config)]
-            lines += _agent(configs, chosen, config)
+            lines += _agent(chosen, config)
         else:
             lines = [*_header(text), *_groups(text, chosen), "", _title(config), *_settings(text, config)]
     return "\n".join([*lines, "", MORE])
@@ -111,10 +113,10 @@ def _task(config: DictConfig) -> Iterator[str]:
         yield from _wrapped("task", " ".join(f"{key}={_shown(_value(config.task, key))}" for key in config.task))
 
 
-def _agent(configs: Path, chosen: Mapping[str, str], config: DictConfig) -> Iterator[str]:
+def _agent(chosen: Mapping[str, str], config: DictConfig) -> Iterator[str]:
     """The settings in the files of the agent and of its components."""
     for group in sorted(group for group in chosen if group.partition("/")[0] == "agent" and "@" not in group):
-        path = configs / group / f"{chosen[group]}.yaml"
+        path = config_file(f"{group}/{chosen[group]}")
         if path.exists():
             yield from _settings(path.read_text(), config, f"{group.replace('/', '.')}.")
 

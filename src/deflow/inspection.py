@@ -37,6 +37,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     source: Source = instantiate(config.data.source)
     source.prepare()
     arrays, _ = source.arrays()
+    arrays["rewards"] = source.label(arrays["rewards"])  # as they are learned from
     if arrays["observations"].ndim > 2:
         raise UserError(f"{source.name} holds images, which are not inspected: look at the same data with states")
     described = card.describe(arrays)

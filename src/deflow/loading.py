@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from deflow.callbacks import FINAL, LAST
-from deflow.checkpoints import agent_of, load_checkpoint
+from deflow.checkpoints import agent_of, load_checkpoint, units_of
 from deflow.errors import UserError
 from deflow.policy import Policy
 from deflow.run_folder import CHECKPOINTS
@@ -46,13 +46,14 @@ def load(
         raise UserError(f"load() does not know '{unknown[0]}': what can be changed is {' and '.join(ACTING)}")
     trust_only(trust)
     chosen = {name: value for name, value in settings.items() if value is not None}
-    agent = agent_of(load_checkpoint(newest_checkpoint(Path(path), run_seed)), **chosen)
+    checkpoint = load_checkpoint(newest_checkpoint(Path(path).expanduser(), run_seed))
+    agent = agent_of(checkpoint, **chosen)
     try:
         agent.to(device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
         raise UserError(f"cannot use device={device}: {str(error).splitlines()[0]}") from error
     agent.freeze()
-    return Policy(agent, explore, seed)
+    return Policy(agent, explore, seed, units_of(checkpoint))
 
 
 def newest_checkpoint(path: Path, run_seed: int | None = None) -> Path:

@@ -10,14 +10,22 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from deflow.config import CONFIG_DIR, OF_THE_USER, check_command, one_line, readable, refuse_other_overrides
+from deflow.config import (
+    CONFIG_DIR,
+    OF_THE_USER,
+    check_command,
+    look_in_own_folder,
+    one_line,
+    readable,
+    refuse_other_overrides,
+)
 from deflow.errors import UserError
 from deflow.imports import quick_imports
 from deflow.run_folder import leaving_no_empty
 from deflow.signals import Stopped, listening
 
 
-def train(experiment: str, *overrides: str) -> dict[str, Any]:
+def train(experiment: str, *overrides: str, config_dir: str | Path | None = None) -> dict[str, Any]:
     """Train, evaluate and report a policy, as `deflow train experiment=... overrides...` does.
 
     `deflow.train("antmaze", "seed=1")` begins a run; `deflow.train("resume=FOLDER")` goes on with one.
@@ -25,6 +33,7 @@ def train(experiment: str, *overrides: str) -> dict[str, Any]:
     Args:
         experiment: name of an experiment; with a "=" in it, it is one more override.
         overrides: what the command takes behind it, such as "agent=fql".
+        config_dir: folder of configurations of your own, as the command's --config-dir.
 
     Returns:
         What `summary.json` holds.
@@ -35,11 +44,12 @@ def train(experiment: str, *overrides: str) -> dict[str, Any]:
     """
     arguments = [experiment if "=" in experiment else f"experiment={experiment}", *overrides]
     with _errors_as_exceptions(arguments), listening():
+        look_in_own_folder(config_dir)
         config, folder = _checked([readable(argument) for argument in arguments])
         with leaving_no_empty(folder):
             with quick_imports():
                 from deflow import pipeline
-            return pipeline.train(config, folder, 'deflow.train("resume={}")')
+            return pipeline.train(config, folder, _again(config.trust))
 
 
 def _checked(arguments: Sequence[str]) -> tuple[DictConfig, Path]:
@@ -54,6 +64,11 @@ def _checked(arguments: Sequence[str]) -> tuple[DictConfig, Path]:
     elif config.trainer.devices != 1:  # Lightning starts the others by a command line, and a notebook has none
         raise UserError("a run of several processes is started by a command: deflow train experiment=... trainer=ddp")
     return config, Path(job.run.dir)
+
+
+def _again(trust: Sequence[str]) -> str:
+    """By what a run goes on, with {} for its folder."""
+    return f'deflow.train("resume={{}}", "trust=[{",".join(trust)}]")' if trust else 'deflow.train("resume={}")'
 
 
 @contextmanager

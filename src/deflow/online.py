@@ -20,12 +20,13 @@ from deflow.data.augment import maybe_crop
 from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import ACTION_BOUND, Transitions, returns_to_go
 from deflow.data.sources.source import Source
-from deflow.envs.success import SuccessRule
+from deflow.envs.success import AT_THE_END, SuccessRule
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Seat, decide, take_seat
 from deflow.policy import Policy
 from deflow.seeding import fold_seed, torch_generator
 from deflow.types import Batch, Lookahead
+from deflow.units import AS_THEY_ARE, Units
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Collector:
         label: what the data would call the environment's reward.
         seed: of resets and the policy's noise.
         success: how success is read off the environment.
+        units: of the environment; transitions are in those of the networks.
     """
 
     def __init__(
@@ -100,13 +102,14 @@ class Collector:
         span: Lookahead,
         label: Callable[[float], float],
         seed: int,
-        success: SuccessRule = SuccessRule(),  # noqa: B008 (a tuple)
+        success: SuccessRule = AT_THE_END,
+        units: Units = AS_THEY_ARE,
     ) -> None:
         if num_envs < 1:
             raise UserError(f"the online stage needs at least one environment, got num_envs={num_envs}")
         self.num_envs = num_envs
         self._envs = [make_env() for _ in range(num_envs)]
-        self._agent, self._policy, self._span = agent, Policy(agent, explore=True), span
+        self._agent, self._policy, self._span = agent, Policy(agent, explore=True, units=units), span
         self._label, self._seed, self._success = label, seed, success
         self._players: list[_Player] = []
         self.episodes = 0  # begun
@@ -121,7 +124,7 @@ class Collector:
         for player in deciding:
             player.begin_window()
         finished = [transition for player in self._players for transition in self._step(player)]
-        return _batch(finished, self._agent)
+        return _batch(finished, self._agent, self._policy.units)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs: the counts, and of each episode under way its number and its decisions."""
@@ -220,17 +223,20 @@ def _under_way(player: _Player) -> dict[str, Any]:
     }
 
 
-def _batch(windows: list[_Window], agent: Agent) -> Batch:
+def _batch(windows: list[_Window], agent: Agent, units: Units) -> Batch:
     spec = agent.spec
 
     def rows(values: list[Any], *shape: int, dtype: type = np.float32) -> Tensor:
         return torch.from_numpy(np.array(values, dtype).reshape(-1, *shape))
 
     def seen(values: list[Any]) -> Tensor:
-        return rows(values, *spec.observation_shape, dtype=np.float32 if spec.image is None else np.uint8)
+        if spec.image is not None:
+            return rows(values, *spec.observation_shape, dtype=np.uint8)
+        return torch.from_numpy(units.observed(rows(values, *spec.observation_shape).numpy()))
 
     def taken(values: list[Any]) -> Tensor:
-        return rows(values, spec.action_dim).clamp(-ACTION_BOUND, ACTION_BOUND)
+        single = rows(values, spec.horizon, spec.action_dim // spec.horizon).numpy()
+        return torch.from_numpy(units.decided(single)).flatten(1).clamp(-ACTION_BOUND, ACTION_BOUND)
 
     return Batch(
         seen([window.observation for window in windows]),
@@ -306,7 +312,7 @@ class OnlineStream(IterableDataset):
         capacity: int | None,
     ) -> OnlineStream:
         """The stream of a stage with `updates` updates; its new transitions are written into `folder`."""
-        collector = Collector(source.make_env, agent, num_envs, span, source.label, seed, source.success)
+        collector = Collector(source.make_env, agent, num_envs, span, source.label, seed, source.success, data.units)
         starts = data.chunk_starts(span.horizon)
 
         def make_replay(added: int) -> Replay:

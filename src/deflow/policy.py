@@ -15,6 +15,7 @@ from deflow.agents.base import Agent
 from deflow.errors import UserError
 from deflow.seeding import fold_seed
 from deflow.types import Spec
+from deflow.units import AS_THEY_ARE, Units
 
 
 class Policy:
@@ -27,12 +28,13 @@ class Policy:
         agent: whose policy it is, as it is at each call; it may go on training in between.
         explore: take the actions from which to learn in the environment instead of the best ones.
         seed: of the noise that `act` draws.
+        units: of the environment, see `Units`.
     """
 
-    def __init__(self, agent: Agent, explore: bool = False, seed: int = 0) -> None:
-        self.agent, self._explore = agent, explore
+    def __init__(self, agent: Agent, explore: bool = False, seed: int = 0, units: Units = AS_THEY_ARE) -> None:
+        self.agent, self.units, self._explore = agent, units, explore
         self._plan: deque[np.ndarray] = deque()  # decided and not yet taken, each (rows, action_dim)
-        self.reset(seed)
+        self._begin_noise(seed)
 
     @property
     def spec(self) -> Spec:
@@ -46,15 +48,11 @@ class Policy:
             seed: if given, at least 0, the noise begins anew, so that the same observations lead to the same actions.
 
         Raises:
-            UserError: if the seed is below 0.
+            UserError: if the seed is not a whole number or below 0.
         """
         self._plan.clear()
-        if seed is None:
-            return
-        if seed < 0:
-            raise UserError(f"seed must be at least 0, got {seed}")
-        self._seed = seed
-        self._noise: list[np.random.Generator] = []  # of each row
+        if seed is not None:
+            self._begin_noise(seed)
 
     def act(self, observation: Any) -> np.ndarray:
         """The next action of the environment.
@@ -64,8 +62,8 @@ class Policy:
                 those of a vector environment. Numbers of any type for states, uint8 for images.
 
         Returns:
-            float32 in [-1, 1], shape (action_dim,), or (batch, action_dim). Each row has noise of its own, which does
-            not depend on how many rows there are; that of the first is the single observation's.
+            float32 in the environment's units, shape (action_dim,), or (batch, action_dim). Each row has noise of its
+            own, which does not depend on how many rows there are; that of the first is the single observation's.
 
         Raises:
             UserError: for another shape or type, for NaN or infinity, or if the number of observations changes in the
@@ -89,9 +87,9 @@ class Policy:
             noise: of each row, see `draw_noise`, shape (batch, *act_noise_shape).
         """
         dtype, device = np.float32 if self.spec.image is None else np.uint8, self.agent.device
-        observations = np.require(observations, dtype, ["C", "W"])  # as torch takes them
+        observations = np.require(self.units.observed(observations), dtype, ["C", "W"])  # as torch takes them
         actions = self.actions(torch.from_numpy(observations).to(device), torch.from_numpy(noise).to(device))
-        return actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1)
+        return self.units.executed(actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1))
 
     def draw_noise(self, rng: np.random.Generator) -> np.ndarray:
         """The noise of one decision in one state, shape `agent.act_noise_shape`."""
@@ -108,6 +106,12 @@ class Policy:
         decide = self.agent.explore if self._explore else self.agent.act
         with evaluation_mode(self.agent):
             return decide(observations, z)
+
+    def _begin_noise(self, seed: int) -> None:
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise UserError(f"seed must be a whole number of at least 0, got {seed}")
+        self._seed = int(seed)
+        self._noise: list[np.random.Generator] = []  # of each row
 
     def _rows(self, observation: Any) -> tuple[np.ndarray, bool]:
         """The observations, checked, and whether there is but one."""
@@ -129,8 +133,10 @@ class Policy:
                 raise UserError(f"an observation is an image of uint8, got {observations.dtype}")
         elif observations.dtype.kind not in "biuf":
             raise UserError(f"an observation holds numbers, got {observations.dtype}")
-        elif not np.isfinite(observations.astype(np.float32)).all():
-            raise UserError("the observation holds NaN or infinity")
+        else:
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinity
+                if not np.isfinite(observations.astype(np.float32)).all():
+                    raise UserError("the observation holds NaN or infinity")
 
     def _generators(self, rows: int) -> list[np.random.Generator]:
         for row in range(len(self._noise), rows):

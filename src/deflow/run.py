@@ -15,7 +15,9 @@ from deflow.config import plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.loggers import CsvMetrics
+from deflow.policy import Policy
 from deflow.tracking import Tracker
+from deflow.units import Units
 
 
 @dataclass
@@ -50,4 +52,15 @@ class Run:
     def described(self) -> dict[str, Any]:
         """What a checkpoint says of itself, in plain values."""
         of_task = {"task": self.data.source.task, "spec": list(self.agents[0].spec)}
-        return {"format": FORMAT, "config": plain(self.config), "seconds": self.seconds} | of_task
+        units = {key: value and list(value) for key, value in self.units._asdict().items()}
+        return {"format": FORMAT, "config": plain(self.config), "seconds": self.seconds, "units": units} | of_task
+
+    @property
+    def units(self) -> Units:
+        """Of the environment."""
+        assert self.data.transitions is not None
+        return self.data.transitions.units
+
+    def policy(self, agent: Agent) -> Policy:
+        """The evaluation policy of one of the agents."""
+        return Policy(agent, units=self.units)

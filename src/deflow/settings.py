@@ -354,7 +354,7 @@ def described(value: Any, type_: Any, key: str = "") -> Iterator[tuple[str, Any,
             elif name not in value:
                 raise UserError(f"the setting '{_dotted(key, name)}' is missing")
         yield from _each(value, types, key)
-    elif isinstance(value, Mapping) and get_origin(type_) is Mapping and _section(get_args(type_)[1]):
+    elif value and isinstance(value, Mapping) and get_origin(type_) is Mapping:
         for name, item in value.items():
             yield from described(item, get_args(type_)[1], _dotted(key, name))
     elif value and isinstance(value, list) and get_origin(type_) is Sequence and _section(get_args(type_)[0]):

@@ -13,6 +13,34 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from deflow.errors import UserError
+
+
+def _config_dir() -> Path:
+    """The folder of the YAML files: in the installed package, or at the top of the repository."""
+    installed = Path(__file__).resolve().with_name("configs")
+    return installed if installed.is_dir() else installed.parents[2] / "configs"
+
+
+CONFIG_DIR = str(_config_dir())
+
+_own: Path | None = None
+
+
+def look_first_in(folder: Path | None) -> None:
+    """Let a folder of the user's own, files and tables, go before the house's in whatever is composed from now on."""
+    global _own
+    _own = folder
+    _configs.cache_clear()  # a notebook's tables change between two runs
+
+
+def config_file(name: str) -> Path:
+    """The file of a configuration, such as `agent/fql`: the user's own, or the house's, which may not be there."""
+    own = _own / f"{name}.yaml" if _own is not None else None
+    return own if own is not None and own.is_file() else Path(CONFIG_DIR) / f"{name}.yaml"
 
 
 class Tables(ConfigSource):
@@ -63,12 +91,18 @@ class Tables(ConfigSource):
 
 
 class TablesBesideFiles(SearchPathPlugin):
-    """Hydra looks for a command's configurations in the tables of the folder where it looks for files."""
+    """Hydra looks for a command's configurations in the tables of the folder where it looks for files.
+
+    It looks first of all in the user's own folder, if there is one.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         folders = [element.path for element in search_path.get_path() if element.provider == "main"]
         for folder in folders:
             search_path.append("tables", f"{Tables.scheme()}://{folder}")
+        if folders and _own is not None:
+            for scheme in ("file", Tables.scheme()):
+                search_path.prepend("own", f"{scheme}://{_own}", anchor="main")
 
 
 Plugins.instance().register(Tables)
@@ -80,6 +114,8 @@ def _configs(root: Path) -> dict[str, dict[str, Any]]:
     """Path of each configuration -> its content, keys still dotted."""
     configs: dict[str, dict[str, Any]] = {}
     for name, row in read_table(root / "task.yaml"):
+        if "data" not in row:
+            raise UserError(f"{root / 'task.yaml'}: {name} needs data, a choice of the group data, such as data: npz")
         configs |= _of_task(name, row, _stages(root))
     for table in (root / "tuned").glob("*.yaml"):
         for name, row in read_table(table):
@@ -88,11 +124,21 @@ def _configs(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and content of each row; a row of several names comes once for each."""
-    if path.is_file():
+    """Name and content of each row; a row of several names comes once for each.
+
+    Raises:
+        UserError: if it is no table.
+    """
+    if not path.is_file():
+        return
+    try:
         rows: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        named = ((name.strip(), row) for names, row in rows.items() for name in names.split(","))
-        yield from ((name, row) for name, row in named if not name.startswith("."))
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise UserError(f"{path} must have rows such as NAME: {{key: value}}")
+    named = ((name.strip(), row) for names, row in rows.items() for name in str(names).split(","))
+    yield from ((name, row) for name, row in named if not name.startswith("."))
 
 
 def _of_task(name: str, row: dict[str, Any], stages: set[str]) -> dict[str, dict[str, Any]]:
@@ -119,7 +165,8 @@ def _with_stages(path: str, row: dict[str, Any], stages: set[str]) -> dict[str, 
 
 
 def _stages(root: Path) -> set[str]:
-    return {path.stem for path in (root / "stages").glob("*.yaml")}
+    """Choices of stages: the folder's, and the house's."""
+    return {path.stem for folder in (root, Path(CONFIG_DIR)) for path in (folder / "stages").glob("*.yaml")}
 
 
 def _nested(content: dict[str, Any]) -> DictConfig:

@@ -31,7 +31,6 @@ from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation.rollout import save_episodes
 from deflow.evaluation.statistics import summarise
 from deflow.online import OnlineStream
-from deflow.policy import Policy
 from deflow.resuming import stage_folder
 from deflow.run import Run
 from deflow.run_folder import EPISODES_FILE, REPLAY
@@ -134,6 +133,7 @@ def _make_trainer(run: Run, stage: DictConfig, callbacks: list[Callback]) -> Tra
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,  # Lightning's own way, see BetweenUpdates
         val_check_interval=min(run.config.validate_every, stage.steps),
+        log_every_n_steps=min(run.config.trainer.log_every_n_steps, stage.steps),
     )
 
 
@@ -174,7 +174,7 @@ def evaluate_run(run: Run, step: int) -> dict[str, float]:
         What the episodes came to, all and of each seed, as it is logged.
     """
     assert run.evaluator is not None
-    played = [run.evaluator.run(Policy(agent)) for agent in run.agents]
+    played = [run.evaluator.run(run.policy(agent)) for agent in run.agents]
     run.episodes = [episode for episodes in played for episode in episodes]
     result = summarise(run.episodes, run.data.source.score)
     measure = "success" if "success" in result else "return"

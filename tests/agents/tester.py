@@ -43,6 +43,7 @@ def check_agent(agent: Agent) -> None:
     parts = tuple(agent._trainable)
     batch = random_batch(agent)
     noise = agent.draw_noise(batch, torch.Generator().manual_seed(1))
+    assert isinstance(noise, tuple), "several seeds' noise is stacked, see `Agent.draw_noise`"
 
     for part in parts:  # alone, in a stage of its own
         agent.begin_stage("test", (part,), first_step=0)

@@ -85,7 +85,10 @@ class Agent(LightningModule, ABC):
     # What an algorithm writes.
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> Any:
-        """Every random number that one evaluation of the losses uses: those of a flow agent, unless it needs others."""
+        """Every random number that one evaluation of the losses uses: those of a flow agent, unless it needs others.
+
+        A named tuple of tensors, which several seeds' are stacked in; `()` for an agent that needs none.
+        """
         return FlowNoise.draw(batch, generator)
 
     @abstractmethod
@@ -170,7 +173,7 @@ class Agent(LightningModule, ABC):
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")
         rhythm = {part: self.every.get(part, 1) for part in train} if len(train) > 1 else {}
         if rhythm and min(rhythm.values()) > 1:
-            raise UserError(f"stage '{name}' has updates in which nothing trains: set agent.every.{train[0]}=1")
+            raise UserError(f"agent.every leaves updates in which nothing trains: set agent.every.{train[0]}=1")
         self._rhythm = rhythm
         self._stage, self._active, self._first_step = name, tuple(train), first_step
         self._lr, self._cosine_decay_steps = lr, cosine_decay_steps

@@ -45,9 +45,7 @@ def meet(env: gymnasium.Env, spec: Spec, rule: SuccessRule, name: str) -> None:
             is_said |= _play_on(env, rule, name)
         if not is_said:
             keys = rule.key or " or ".join(KNOWN)
-            log.warning(
-                "%s: success is not measured, info has no %s (see data.source.success_key)", name, keys
-            )
+            log.warning("%s: success is not measured, info has no %s (see data.source.success_key)", name, keys)
     finally:
         env.close()
 

@@ -28,3 +28,6 @@ class SuccessRule(NamedTuple):
         if self.ever and before is not None and now is not None:
             return max(before, now)
         return before if now is None else now
+
+
+AT_THE_END = SuccessRule()

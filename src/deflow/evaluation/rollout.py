@@ -16,7 +16,7 @@ import numpy as np
 from deflow import distributed
 from deflow.cores import usable_cores
 from deflow.envs.ogbench import seeded_reset
-from deflow.envs.success import SuccessRule
+from deflow.envs.success import AT_THE_END, SuccessRule
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.policy import Policy, evaluation_mode
@@ -110,7 +110,7 @@ class Evaluator:
         episodes: int,
         num_envs: int | None,
         seed: int,
-        success: SuccessRule = SuccessRule(),  # noqa: B008 (a tuple)
+        success: SuccessRule = AT_THE_END,
     ) -> None:
         num_envs = usable_cores() + 1 if num_envs is None else num_envs
         if episodes < 1 or num_envs < 1:

@@ -46,7 +46,7 @@ class Critic(LightningModule):
         encoder: settings of the image encoder, see `Impala`; not read for states.
         members: size of the ensemble.
         aggregate: `mean` or `min` over the ensemble, in the target only.
-        tau: share of the online weights that the targets take at every update, in (0, 1].
+        tau: share of the online weights that the targets take whenever they move, in (0, 1].
     """
 
     def __init__(

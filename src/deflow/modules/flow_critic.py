@@ -45,7 +45,7 @@ class FlowCritic(LightningModule):
         encoder: settings of the image encoder, see `Impala`; not read for states.
         members: size of the ensemble.
         aggregate: `mean` or `min` over the ensemble, in the target only.
-        tau: share of the online weights that the targets take at every update, in (0, 1].
+        tau: share of the online weights that the targets take whenever they move, in (0, 1].
         steps: Euler steps, at least 1.
         noise_width: width of the interval in which the flow starts, centred, as a share of the range, in (0, 1].
 

@@ -13,6 +13,7 @@ import torch
 from hydra.utils import instantiate
 
 from deflow.data.memory.transitions import Transitions
+from deflow.data.sources.custom import CustomSource
 from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.types import Lookahead
@@ -113,3 +114,21 @@ def test_a_run_on_shards(folder: Path, tmp_path: Path) -> None:
     summary = train(config, tmp_path / "run")
     assert summary["data"]["path"] == str(folder)
     assert summary["evaluations"] >= 1
+
+
+def test_columns_that_an_older_version_made_are_made_anew(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = load(folder).actions.clone()
+    change_index(folder, lambda index: index.pop("settings"))
+    column = next(folder.rglob("actions.bin"))
+    column.write_bytes(bytes(column.stat().st_size))
+    assert torch.equal(load(folder).actions, whole)
+    assert "unpacked with other settings" in caplog.text
+
+
+def test_another_column_of_ones_own_is_noticed(tmp_path: Path) -> None:
+    keys = {"observations": "o", "actions": "a", "rewards": "r", "terminals": "t"}
+    rows = {"o": np.random.default_rng(0).normal(size=(20, 2)), "a": np.zeros((20, 2)), "t": np.arange(20) % 5 == 4}
+    np.savez(tmp_path / "mine.npz", **rows, r=np.ones(20), other=np.full(20, 7.0))
+    for column, reward in (("r", 1.0), ("other", 7.0)):
+        train_part, _ = CustomSource(str(tmp_path), keys | {"rewards": column}).load()
+        assert train_part.rewards.max() == reward

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gymnasium
 import h5py
-import minari
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from minari.data_collector import EpisodeBuffer
 
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.custom import CustomSource
-from deflow.data.sources.d4rl import D4RLSource
-from deflow.data.sources.minari import MinariSource
 from deflow.data.sources.shards import COLUMNS
 from deflow.data.sources.source import compact, split
 from deflow.errors import UserError
 from deflow.pipeline import train
-from deflow.types import Spec
-from tests.conftest import compose_config, tiny_config, write_d4rl
+from tests.conftest import compose_config, tiny_config
 
 KEYS = {key: key for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")}
 
@@ -153,138 +147,6 @@ def test_a_file_of_the_wrong_kind_is_named_as_such(name: str, kind: str, tmp_pat
     (tmp_path / name).write_text("not data")
     with pytest.raises(UserError, match=f"not an {kind} file"):
         CustomSource(str(tmp_path / name), KEYS).load()
-
-
-def test_d4rl_antmaze(tmp_path: Path) -> None:
-    path = write_d4rl(tmp_path / "file.hdf5", "antmaze")
-    arrays, _ = D4RLSource("antmaze-umaze-v2", str(path), "", None).arrays()
-    assert set(np.unique(arrays["rewards"])) == {-1.0, 0.0}
-    assert np.array_equal(arrays["masks"] == 0, arrays["rewards"] == 0)
-    # A terminal (the goal) does not end a trajectory there: 4 trajectories of 40 rows.
-    assert np.flatnonzero(arrays["valids"] == 0).tolist() == [39, 79, 119, 159]
-
-
-def test_d4rl_of_another_family_is_refused(tmp_path: Path) -> None:
-    path = write_d4rl(tmp_path / "file.hdf5", "pen")
-    with pytest.raises(UserError, match="another environment than door-human-v1"):
-        D4RLSource("door-human-v1", str(path), "", None).arrays()
-    with pytest.raises(UserError, match="unknown D4RL data set"):
-        D4RLSource("kitchen-mixed-v0", str(path), "", None)
-    with pytest.raises(UserError, match=r"set data.source.path to pen-human-v1's \.hdf5"):
-        D4RLSource("pen-human-v1", None, str(tmp_path), None).prepare()
-
-
-def test_a_downloaded_d4rl_file_of_no_use_is_fetched_again_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fetch(url: str, path: Path, is_sound: object) -> None:
-        urls.append(url)
-        write_d4rl(path, "pen" if len(urls) == 1 else "door")
-
-    monkeypatch.setattr("deflow.data.sources.d4rl.download", fetch)
-    urls: list[str] = []
-    path = tmp_path / "pen-human-v1.hdf5"
-    path.write_bytes(b"\x89HDF\r\n\x1a\n, and then nothing")
-    source = D4RLSource("pen-human-v1", None, str(tmp_path), "http://somewhere/file")
-    assert source.arrays()[0]["observations"].shape[1] == 45
-    assert urls == ["http://somewhere/file"]
-    assert "renamed to pen-human-v1.hdf5.damaged" in caplog.text
-    path.write_bytes(b"nonsense again")
-    with pytest.raises(UserError, match="another environment"):
-        source.arrays()
-    own = path.with_name("own.hdf5")
-    own.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="truncated or not an HDF5 file"):  # the user's own stays where it is
-        D4RLSource("pen-human-v1", str(own), "", "http://somewhere/file").arrays()
-    assert len(urls) == 2
-
-
-@pytest.mark.parametrize(("maze", "goal"), [("umaze", (0, 8)), ("medium-play", (20, 20)), ("large-diverse", (32, 24))])
-def test_d4rl_mazes_have_d4rls_coordinates(maze: str, goal: tuple[float, float]) -> None:
-    # Cells are 4 apart and the start cell is the origin; both starts and goals are drawn within a quarter cell.
-    env = D4RLSource(f"antmaze-{maze}-v2", None, "", None).make_env()
-    observation, _ = env.reset(seed=0)
-    assert observation.shape == (29,)
-    assert np.abs(observation[:2]).max() <= 1.01
-    assert np.abs(env.unwrapped.goal - env._origin - goal).max() <= 1.01
-    env.close()
-
-
-def test_d4rl_scores() -> None:
-    assert D4RLSource("antmaze-umaze-v2", None, "", None).score(1.0) == 100
-    assert D4RLSource("pen-human-v1", None, "", None).score(96.262799) == pytest.approx(0)
-
-
-@pytest.fixture
-def minari_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Two episodes of a pendulum; the second ends its task."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    env = gymnasium.make("Pendulum-v1")
-    buffers = []
-    for episode in range(2):
-        observations = [env.reset(seed=episode)[0]]
-        actions, rewards = [], []
-        for _ in range(6):
-            actions.append(env.action_space.sample() / 2)  # half the torque limit of 2
-            observation, reward, *_ = env.step(actions[-1])
-            observations.append(observation)
-            rewards.append(reward)
-        buffers.append(
-            EpisodeBuffer(
-                id=episode,
-                observations=np.array(observations),
-                actions=np.array(actions),
-                rewards=np.array(rewards),
-                terminations=np.arange(6) == (5 if episode else 9),
-                truncations=np.arange(6) == (9 if episode else 5),
-            )
-        )
-    minari.create_dataset_from_buffers(
-        "test/pendulum-v0",
-        env=env,
-        buffer=buffers,
-        algorithm_name="random",
-        description="two short episodes",
-        requirements=[],
-        eval_env="Pendulum-v1",
-        author="tests",
-        author_email="tests@example.org",
-        code_permalink="none",
-        ref_min_score=-10.0,
-        ref_max_score=-1.0,
-    )
-    env.close()
-    return "test/pendulum-v0"
-
-
-def test_minari(minari_dataset: str) -> None:
-    source = MinariSource(minari_dataset, download=False, reward_shift=-1.0)
-    whole, _ = source.arrays()
-    for number, episode in enumerate(minari.load_dataset(minari_dataset)):
-        arrays = {name: column[7 * number : 7 * number + 7] for name, column in whole.items()}
-        assert list(arrays["valids"]) == [1] * 6 + [0]
-        assert np.allclose(arrays["observations"], episode.observations)
-        assert np.allclose(arrays["rewards"][:6], episode.rewards - 1)
-        assert np.allclose(arrays["actions"], np.append(episode.actions, episode.actions[-1:], axis=0))
-        assert arrays["masks"][5] == 1 - episode.terminations[5]
-    assert source.spec() == Spec(3, 1)
-    assert source.score(-1.0) == 100
-    env = source.make_env()
-    assert env.reset(seed=0)[0].shape == (3,)
-    env.close()
-    assert "not D4RL's" in source.protocol()["protocol"]
-
-
-def test_minari_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    with pytest.raises(UserError, match="cannot load Minari's data set nothing/here-v0"):
-        MinariSource("nothing/here-v0", download=False).prepare()
-
-
-def test_minari_trains_and_evaluates(minari_dataset: str, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "experiment=minari", f"data.source.dataset_id={minari_dataset}", "data.batch_size=4")
-    summary = train(config, tmp_path / "run")
-    assert summary["eval/score"]["last"] == pytest.approx(100 * (summary["eval/return"]["last"] + 10) / 9)
 
 
 def test_hdf5_is_a_choice_of_its_own() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deflow.errors import UserError
 from deflow.types import Batch, Lookahead
+from deflow.units import AS_THEY_ARE, Units
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,13 @@ class Transitions:
     """
 
     states: Tensor  # (rows, observation_dim), float32, or frames of uint8, (rows, height, width, channels)
-    actions: (
-        Tensor  # (rows, action_dim), float32; in the row of a trajectory's last state the one before, if none is known
-    )
+    actions: Tensor  # (rows, action_dim), float32, in the environment's units; at a last state the one before again
     rewards: Tensor  # (rows,), float32
     masks: Tensor  # (rows,), float32
     starts: Tensor  # (transitions,), int64: the rows that have a successor
     returns: Tensor | None = None  # (rows,), float32; see `with_returns`
     frames: int = 1  # images of an observation, the newest last
+    units: Units = AS_THEY_ARE  # in which `observations`, `decisions` and batches are, and the columns are not
 
     @classmethod
     def from_compact(cls, arrays: Mapping[str, Any], origin: str, frames: int = 1) -> Transitions:
@@ -67,12 +67,9 @@ class Transitions:
         starts = np.flatnonzero(np.asarray(arrays["valids"])[: len(columns["actions"]) - 1])
         if len(starts) == 0:
             raise UserError(f"{origin}: no transitions (every row ends a trajectory)")
-        outside = int((np.abs(columns["actions"]) > 1.0 + 1e-6).any(1).sum())
-        if outside:
-            log.warning("%s: %d rows have actions outside [-1, 1]; they are clipped", origin, outside)
         return cls(
             states=torch.from_numpy(columns["observations"]),
-            actions=torch.from_numpy(columns["actions"]).clamp(-ACTION_BOUND, ACTION_BOUND),
+            actions=torch.from_numpy(columns["actions"]),
             rewards=torch.from_numpy(columns["rewards"]),
             masks=torch.from_numpy(columns["masks"]),
             starts=torch.from_numpy(starts),
@@ -108,10 +105,18 @@ class Transitions:
         Shape (batch, observation_dim), or (batch, frames, height, width, channels).
         """
         if self.states.ndim == 2:
-            return self.states.index_select(0, rows)
+            states = self.states.index_select(0, rows)
+            return states if self.units.mean is None else torch.from_numpy(self.units.observed(states.numpy()))
         back = torch.arange(self.frames - 1, -1, -1)
         of_frames = torch.maximum(rows[:, None] - back, self.first_rows.index_select(0, rows)[:, None])
         return self.states.index_select(0, of_frames.flatten()).unflatten(0, of_frames.shape)
+
+    def decisions(self, rows: Tensor) -> Tensor:
+        """The actions of `rows` as a policy would have decided them, inside [-1, 1], shape (batch, action_dim)."""
+        actions = self.actions.index_select(0, rows)
+        if self.units.low is not None:
+            actions = torch.from_numpy(self.units.decided(actions.numpy()))
+        return actions.clamp(-ACTION_BOUND, ACTION_BOUND)
 
     def with_returns(self, discount: float) -> Transitions:
         """The same transitions with `returns`, for agents that read `Batch.returns`; see `returns_to_go`."""
@@ -169,16 +174,20 @@ class Transitions:
     def _chunks(self, rows: Tensor, horizon: int) -> Tensor:
         """The actions from `rows` on, (batch, horizon * action_dim); a trajectory's last one is repeated beyond it."""
         if horizon == 1:
-            return self.actions.index_select(0, rows)
+            return self.decisions(rows)
         last = self.last_rows.index_select(0, rows)
-        return torch.cat([self.actions.index_select(0, (rows + k).minimum(last)) for k in range(horizon)], dim=-1)
+        return torch.cat([self.decisions((rows + k).minimum(last)) for k in range(horizon)], dim=-1)
 
 
 def as_arrays(transitions: Transitions) -> dict[str, np.ndarray]:
-    """The columns in compact layout, not copied."""
-    names = ("states", "actions", "rewards", "masks")
-    columns = {name.replace("states", "observations"): getattr(transitions, name).numpy() for name in names}
-    return columns | {"valids": transitions.has_successor.numpy()}
+    """The columns in compact layout, actions in the units of decisions; not copied but for those."""
+    return {
+        "observations": transitions.states.numpy(),
+        "actions": transitions.units.decided(transitions.actions.numpy()),
+        "rewards": transitions.rewards.numpy(),
+        "masks": transitions.masks.numpy(),
+        "valids": transitions.has_successor.numpy(),
+    }
 
 
 def returns_to_go(

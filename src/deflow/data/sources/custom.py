@@ -37,7 +37,7 @@ class CustomSource(OwnDataSource):
         keys: name of each column in the file. `observations`, `actions` and `rewards` must be there; `terminals` (the
             task truly ended: do not bootstrap), `timeouts` (the trajectory was cut there) and `next_observations`
             may be null. Without `next_observations` a trajectory's last state has no successor and is dropped.
-        env, max_episode_steps, success_key, success_ever, seed: see `OwnDataSource`.
+        env, max_episode_steps, success_key, success_ever, action_range, standardise, seed: see `OwnDataSource`.
     """
 
     keys: Mapping[str, str | None]
@@ -60,7 +60,7 @@ class CustomSource(OwnDataSource):
     def load(self) -> tuple[Transitions, Transitions | None]:
         if self._path.is_file():
             return super().load()
-        return split(self._mapped(), self.seed, self.name)
+        return split(self.with_units(self._mapped()), self.seed, self.name)
 
     def spec(self) -> Spec:
         self.prepare()
@@ -72,7 +72,7 @@ class CustomSource(OwnDataSource):
         settings = {"keys": {ours: theirs for ours, theirs in self.keys.items() if theirs is not None}}
 
         def load(path: Path) -> Transitions:
-            return Transitions.from_compact(self._read(path), str(path))
+            return self.transitions(self._read(path), str(path))
 
         return map_shards(self._files, load, self._path / "unpacked", settings)
 

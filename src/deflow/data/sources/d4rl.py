@@ -1,20 +1,23 @@
-"""D4RL's original HDF5 files, read without D4RL, and environments that stand in for its own."""
+"""D4RL's original HDF5 files, read without D4RL, and D4RL's environments on today's simulator."""
 
 from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
+from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.columns import Arrays
 from deflow.data.sources.custom import read_columns
 from deflow.data.sources.download import download, identities, set_aside
-from deflow.data.sources.source import Source, compact
+from deflow.data.sources.source import Reward, Source, compact, split
 from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
@@ -35,40 +38,24 @@ REFERENCE_RETURNS = {
 # Sizes of (observations, actions), by which a file of another environment is noticed.
 SIZES = {"antmaze": (29, 8), "pen": (45, 24), "door": (39, 28), "hammer": (46, 26), "relocate": (39, 30)}
 
-# The mazes as D4RL lays them out, rows counted in the direction of y; r: start, g: goal of the evaluation.
-MAZES = {
-    "umaze": ["#####", "#r..#", "###.#", "#g..#", "#####"],
-    "medium": ["########", "#r.##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#.g#", "########"],
-    "large": [
-        "############",
-        "#r...#.....#",
-        "#.##.#.#.#.#",
-        "#......#...#",
-        "#.####.###.#",
-        "#..#.#.....#",
-        "##.#.#.#.###",
-        "#..#...#.g.#",
-        "############",
-    ],
-}
-ROBOTS = {"pen": "AdroitHandPen-v1", "door": "AdroitHandDoor-v1", "hammer": "AdroitHandHammer-v1"}
-ROBOTS |= {"relocate": "AdroitHandRelocate-v1"}
+# Steps after which an episode is cut, of each maze and robot.
+STEPS = {"umaze": 700, "medium": 1000, "large": 1000, "pen": 100, "door": 200, "hammer": 200, "relocate": 200}
 
 
 @dataclass
 class D4RLSource(Source):
     """A D4RL data set of the antmaze or adroit family, from its original `.hdf5` file.
 
-    As in the papers, antmaze rewards are reduced by 1, so that every step costs 1 until the goal, and a terminal there
-    does not end the trajectory. D4RL's own simulators do not run any more: policies are evaluated in
-    gymnasium-robotics' counterparts, with D4RL's mazes, starts and goals. Every result says so.
+    As in the papers, antmaze rewards are reduced by 1, so that every step costs 1 until the goal, a terminal there does
+    not end the trajectory, and all trajectories are trained on: the validation split is a tenth of the same ones.
+    Policies are evaluated in D4RL's environments, rebuilt on today's simulator: every result says so.
 
     Args:
         dataset: D4RL's name, such as `antmaze-medium-play-v2` or `pen-human-v1`.
         path: of the `.hdf5` file; null looks for (or downloads) it in `dir`.
         dir: folder of downloaded files.
         url: where the file is downloaded from; null does not download.
-        seed: of the validation split, a tenth of the trajectories.
+        seed: of the choice of the validation split.
     """
 
     dataset: str
@@ -81,6 +68,8 @@ class D4RLSource(Source):
         if self._family not in SIZES:
             raise UserError(f"unknown D4RL data set '{self.dataset}': the families are {', '.join(SIZES)}")
         self._is_maze = self._family == "antmaze"
+        if self._place not in STEPS:
+            raise UserError(f"unknown D4RL data set '{self.dataset}': the mazes are umaze, medium and large")
         self._step_cost = 1.0 if self._is_maze else 0.0
 
     @property
@@ -94,6 +83,11 @@ class D4RLSource(Source):
     @property
     def _family(self) -> str:
         return self.dataset.partition("-")[0]
+
+    @property
+    def _place(self) -> str:
+        """The maze or the robot."""
+        return [*self.dataset.split("-"), ""][1] if self._is_maze else self._family
 
     @property
     def _path(self) -> Path:
@@ -144,44 +138,40 @@ class D4RLSource(Source):
         arrays = compact(
             columns["observations"],
             columns["actions"],
-            columns["rewards"] - self._step_cost,
+            columns["rewards"],
             1.0 - terminals.astype(np.float32),
             timeouts if self._is_maze else terminals | timeouts,
         )
         return arrays, None
 
+    def load(self) -> tuple[Transitions, Transitions | None]:
+        """All is trained on, as in the papers; a tenth of the same trajectories validates."""
+        whole = self.transitions(self.arrays()[0], self.name)
+        return whole, split(whole, self.seed, self.name)[1]
+
     def spec(self) -> Spec:
         return Spec(*SIZES[self._family])
 
     def make_env(self, **kwargs: Any) -> gymnasium.Env:
-        if importlib.util.find_spec("gymnasium_robotics") is None:
-            raise UserError("D4RL's tasks need gymnasium-robotics: pip install 'deflow[d4rl]'")
         load_mujoco()
-        import gymnasium_robotics
+        steps = STEPS[self._place]
+        if self._is_maze:
+            maze = "deflow.envs.d4rl_antmaze:AntMaze"
+            spec = EnvSpec("AntMaze-v2", maze, max_episode_steps=steps, kwargs={"maze": self._place})
+            return gymnasium.make(spec, **kwargs)
+        if importlib.util.find_spec("gymnasium_robotics") is None:
+            raise UserError("D4RL's adroit tasks need gymnasium-robotics: pip install 'deflow[d4rl]'")
+        from deflow.envs.d4rl_adroit import Adroit
 
-        gymnasium.register_envs(gymnasium_robotics)
-        if not self._is_maze:
-            return gymnasium.make(ROBOTS[self._family], **kwargs)
-        rows = MAZES[self.dataset.split("-")[1]]
-        start = next((i, row.index("r")) for i, row in enumerate(rows) if "r" in row)
-        # gymnasium-robotics counts rows against the direction of y.
-        layout = [[{"#": 1, ".": 0}.get(cell, cell) for cell in row] for row in reversed(rows)]
-        env = gymnasium.make(
-            "AntMaze_UMaze-v5",
-            maze_map=layout,
-            include_cfrc_ext_in_observation=False,
-            continuing_task=False,
-            max_episode_steps=700 if "umaze" in self.dataset else 1000,
-            **kwargs,
-        )
-        return AntMazeAsInD4RL(env, rows, start)
+        return Adroit(self._place, steps, **kwargs)
 
-    def label(self, reward: float) -> float:
+    def label(self, reward: Reward) -> Reward:
         return reward - self._step_cost
 
     def protocol(self) -> dict[str, Any]:
         return {
-            "protocol": "D4RL data, evaluated in gymnasium-robotics (not D4RL's simulator)",
+            "protocol": f"D4RL data, and environment rebuilt on MuJoCo {version('mujoco')} (D4RL's was 2: contacts and "
+            "random draws differ); trained on all data, validated on a tenth of the same",
             "score": "100 at D4RL's expert return, 0 at its random one",
         }
 
@@ -191,17 +181,3 @@ class D4RLSource(Source):
 
     def provenance(self) -> dict[str, Any]:
         return {"name": self.name, "path": str(self._path), "bytes": self._path.stat().st_size, "generated": False}
-
-
-class AntMazeAsInD4RL(gymnasium.ObservationWrapper):
-    """gymnasium-robotics' AntMaze with D4RL's observation: x, y from the centre of the start cell, then the ant."""
-
-    def __init__(self, env: gymnasium.Env, rows: list[str], start: tuple[int, int]) -> None:
-        super().__init__(env)
-        scale = env.unwrapped.maze.maze_size_scaling  # type: ignore[attr-defined]
-        i, j = start
-        self._origin = scale * np.array([j + 0.5 - len(rows[0]) / 2, i + 0.5 - len(rows) / 2])
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (29,), np.float64)
-
-    def observation(self, observation: dict[str, np.ndarray]) -> np.ndarray:
-        return np.concatenate([observation["achieved_goal"] - self._origin, observation["observation"]])

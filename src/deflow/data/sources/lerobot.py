@@ -37,7 +37,7 @@ class LeRobotSource(OwnDataSource):
     Args:
         path: folder with `meta/info.json` and `data/chunk-*/*.parquet`.
         observation_keys: features of one axis, concatenated in this order.
-        env, max_episode_steps, success_key, success_ever, seed: see `OwnDataSource`.
+        env, max_episode_steps, success_key, success_ever, action_range, standardise, seed: see `OwnDataSource`.
     """
 
     observation_keys: Names = ("observation.state",)

@@ -109,7 +109,7 @@ class OGBenchSource(Source):
         _, validation = super().load()
 
         def load(shard: Path) -> Transitions:
-            return Transitions.from_compact(self._arrays_of(shard)[0], str(shard), self.frames)
+            return self.transitions(self._arrays_of(shard)[0], str(shard))
 
         train = map_shards(_shards(path), load, path / "unpacked" / self.task, {"task": self.task})
         return replace(train, frames=self.frames), validation

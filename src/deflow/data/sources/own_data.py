@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
 
+from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.source import Source
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
-from deflow.ranges import Count, Seed
+from deflow.ranges import Count, Interval, Seed
+from deflow.units import Numbers, Units
+
+ROUNDING = 1e-3  # of an action beyond the range
+SMALLEST_STD = 1e-6
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,6 +35,9 @@ class OwnDataSource(Source):
         max_episode_steps: after which an episode is cut; null leaves that to the environment.
         success_key: what of `info` says whether an episode succeeded; null: `success` or `is_success`.
         success_ever: whether success at any step counts, and not only at the last.
+        action_range: [lowest, highest] action, which the policy decides as -1 and 1; null takes actions as they are, in
+            [-1, 1]; `auto`: the bounds of the environment's actions, or without one the data's if they go beyond 1.
+        standardise: whether networks see observations less the data's mean, over its standard deviation.
         seed: of the validation split, a tenth of the trajectories, where the data have none of their own.
     """
 
@@ -34,6 +47,8 @@ class OwnDataSource(Source):
     max_episode_steps: Count | None = None
     success_key: str | None = None
     success_ever: bool = False
+    action_range: Literal["auto"] | Interval | None = "auto"
+    standardise: bool = False
     seed: Seed = 0
 
     @property
@@ -67,6 +82,31 @@ class OwnDataSource(Source):
         except Exception as error:  # what is registered under a name may raise anything
             raise UserError(f"data.source.env: cannot make {self.env}: {error}") from error
 
+    def with_units(self, whole: Transitions) -> Transitions:
+        low, high = self._range(whole)
+        units = Units(low, high, *(_moments(whole) if self.standardise else (None, None)))
+        whole = replace(whole, units=units)
+        _warn_of_clipping(whole, self.name)
+        return whole
+
+    def _range(self, whole: Transitions) -> tuple[Numbers, Numbers] | tuple[None, None]:
+        """What the policy decides as -1 and as 1, a number a dimension; None, if these are -1 and 1."""
+        size = whole.actions.shape[1]
+        if self.action_range is None:
+            return None, None
+        if self.action_range != "auto":
+            return (float(self.action_range[0]),) * size, (float(self.action_range[1]),) * size
+        if self.has_env:
+            env = self.make_env()
+            space = env.action_space
+            env.close()
+            if isinstance(space, Box) and space.is_bounded():
+                return _unless_one(space.low.reshape(-1), space.high.reshape(-1))
+        taken = whole.actions[whole.starts]
+        if taken.abs().max() <= 1 + ROUNDING:
+            return None, None
+        return _unless_one(*_apart(taken.amin(0).numpy(), taken.amax(0).numpy()))
+
     def protocol(self) -> dict[str, Any]:
         return {"protocol": "the user's own data" + (f", evaluated in {self.env}" if self.env else "")}
 
@@ -77,3 +117,34 @@ class OwnDataSource(Source):
             "bytes": sum(path.stat().st_size for path in self._files),
             "generated": False,
         }
+
+
+def _apart(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same, but for dimensions in which the action never changes: these are decided as 0."""
+    half = np.where(high > low, 0, 1)
+    return low - half, high + half
+
+
+def _unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | tuple[None, None]:
+    if (low == -1).all() and (high == 1).all():
+        return None, None
+    log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+def _moments(whole: Transitions) -> tuple[Numbers, Numbers]:
+    """Mean and standard deviation of the states, a number a dimension."""
+    states = whole.states[whole.starts].double()
+    return tuple(states.mean(0).tolist()), tuple(states.std(0).clamp(min=SMALLEST_STD).tolist())
+
+
+def _warn_of_clipping(whole: Transitions, origin: str) -> None:
+    decided = np.abs(whole.units.decided(whole.actions.numpy())) > 1 + ROUNDING
+    outside = int(decided.any(1).sum())
+    if outside:
+        log.warning(
+            "%s: %d rows have actions outside the range that a policy decides; they are clipped, "
+            "see data.source.action_range",
+            origin,
+            outside,
+        )

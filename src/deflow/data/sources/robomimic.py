@@ -36,7 +36,7 @@ class RobomimicSource(OwnDataSource):
     Args:
         path: of the `.hdf5` file.
         observation_keys: of `obs`, concatenated in this order; null: all that are no images, sorted.
-        env, max_episode_steps, success_key, success_ever, seed: see `OwnDataSource`.
+        env, max_episode_steps, success_key, success_ever, action_range, standardise, seed: see `OwnDataSource`.
     """
 
     observation_keys: Names | None = None

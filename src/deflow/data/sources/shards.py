@@ -21,7 +21,8 @@ from deflow.files import check_folder, locked, replacing
 
 log = logging.getLogger(__name__)
 
-INDEX = "index.json"  # which shards the columns were made of, and their shapes; written last
+INDEX = "index.json"  # which shards the columns were made of and how, and their shapes; written last
+FORMAT = 2  # of the columns; those of the first had no action in the row of a last state
 COLUMNS = tuple(field.name for field in fields(Transitions) if field.default is MISSING)
 
 
@@ -45,7 +46,11 @@ def map_shards(
     """
     check_folder(folder, "data.source.path")
     with locked(folder / "lock", "the unpacked shards"):
-        index, now, key = _read_index(folder), _identities(shards), json.loads(json.dumps(settings))
+        index, now, key = (
+            _read_index(folder),
+            _identities(shards),
+            json.loads(json.dumps({"format": FORMAT, **settings})),
+        )
         if index is None or index["shards"] != now or index.get("settings") != key:
             if index is not None:
                 log.warning("%s: unpacking anew", _difference(index["shards"], now))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
@@ -18,6 +18,8 @@ from deflow.envs.success import SuccessRule
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
+
+Reward = TypeVar("Reward", float, np.ndarray)
 
 # Share of a dimension's standard deviation by which a next observation may be off the row after it: what rounding to
 # another precision does, and no step from one trajectory to another.
@@ -53,6 +55,8 @@ class Source(ABC):
     @abstractmethod
     def arrays(self) -> tuple[Arrays, Arrays | None]:
         """The data as they are in the files, and the validation split if they come with one.
+
+        Rewards are the environment's own: `load` labels them, see `label`.
 
         Raises:
             UserError: if a file is broken, or holds what cannot be meant.
@@ -95,8 +99,8 @@ class Source(ABC):
         """The data set with the rewards of each task that it can be labelled with."""
         return {self.task: self}
 
-    def label(self, reward: float) -> float:
-        """What the data call the environment's reward."""
+    def label(self, reward: Reward) -> Reward:
+        """What an agent is told of a reward: of those of `arrays`, and of those that the environment gives online."""
         return reward
 
     def score(self, episode_return: float) -> float | None:
@@ -106,10 +110,19 @@ class Source(ABC):
     def load(self) -> tuple[Transitions, Transitions | None]:
         """Training and validation transitions, checked; the latter None, which is said, of a single trajectory."""
         train, validation = self.arrays()
-        whole = Transitions.from_compact(train, self.name, self.frames)
+        whole = self.with_units(self.transitions(train, self.name))
         if validation is None:
             return split(whole, self.seed, self.name)
-        return whole, Transitions.from_compact(validation, f"{self.name} (val)", self.frames)
+        return whole, replace(self.transitions(validation, f"{self.name} (val)"), units=whole.units)
+
+    def with_units(self, whole: Transitions) -> Transitions:
+        """The whole set in its units, see `Units`; they are all in [-1, 1] but in data of one's own."""
+        return whole
+
+    def transitions(self, arrays: Arrays, origin: str) -> Transitions:
+        """Arrays as agents learn from them: checked, and their rewards labelled."""
+        labelled = {**arrays, "rewards": self.label(np.asarray(arrays["rewards"]))}
+        return Transitions.from_compact(labelled, origin, self.frames)
 
 
 def compact(

@@ -1,0 +1,50 @@
+"""Units: what lies between the environment's numbers and the networks'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Numbers = tuple[float, ...]
+
+
+class Units(NamedTuple):
+    """Networks see `(observation - mean) / std` and decide actions in [-1, 1], which are those from `low` to `high`.
+
+    Each is one number a dimension; None leaves the numbers as they are. Images are never standardised.
+    """
+
+    low: Numbers | None = None
+    high: Numbers | None = None
+    mean: Numbers | None = None
+    std: Numbers | None = None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any] | None) -> Units:
+        """What `_asdict` gave, also after it went through a file; those of no change, if there is nothing."""
+        return cls(**{key: None if value is None else tuple(value) for key, value in (content or {}).items()})
+
+    def observed(self, observations: np.ndarray) -> np.ndarray:
+        """The environment's observations, shape (..., observation_dim), as the networks see them."""
+        if self.mean is None:
+            return observations
+        return ((observations - np.asarray(self.mean)) / np.asarray(self.std)).astype(np.float32)
+
+    def decided(self, actions: np.ndarray) -> np.ndarray:
+        """The environment's actions, shape (..., action_dim), as the networks decide them."""
+        if self.low is None:
+            return actions
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        return (2 * (actions - low) / (high - low) - 1).astype(np.float32)
+
+    def executed(self, actions: np.ndarray) -> np.ndarray:
+        """The networks' actions, shape (..., action_dim), as the environment takes them: the inverse of `decided`."""
+        if self.low is None:
+            return actions
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        return (low + (actions + 1) / 2 * (high - low)).astype(np.float32)
+
+
+AS_THEY_ARE = Units()
