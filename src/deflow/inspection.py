@@ -13,8 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from deflow.agents.base import Agent
-from deflow.checkpoints import agent_of, load_checkpoint
+from deflow.checkpoints import agent_of, load_checkpoint, units_of
 from deflow.config import plain
 from deflow.data.measures import card
 from deflow.data.measures.iav import ActionVariance, intrinsic_action_variance
@@ -33,7 +32,8 @@ def inspect(config: DictConfig) -> dict[str, Any]:
         UserError: if the data or the checkpoint cannot be read, or the data are images.
     """
     trust_only(config.trust)
-    agent = None if config.ckpt is None else agent_of(load_checkpoint(Path(config.ckpt)))  # before any work
+    checkpoint = None if config.ckpt is None else load_checkpoint(Path(config.ckpt))
+    policy = None if checkpoint is None else Policy(agent_of(checkpoint), units=units_of(checkpoint))  # before any work
     source: Source = instantiate(config.data.source)
     source.prepare()
     arrays, _ = source.arrays()
@@ -55,8 +55,8 @@ def inspect(config: DictConfig) -> dict[str, Any]:
             arrays["observations"][valid], arrays["actions"][valid], **{key: rule[key] for key in keys}
         )
     }
-    if agent is not None:
-        variances |= _policy_variances(agent, config, torch.from_numpy(arrays["observations"][valid]).float())
+    if policy is not None:
+        variances |= _policy_variances(policy, config, arrays["observations"][valid])
     _print_variances(variances, rule)
 
     out = Path(config.out).expanduser()
@@ -69,10 +69,13 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     return result
 
 
-def _policy_variances(agent: Agent, config: DictConfig, states: torch.Tensor) -> dict[str, ActionVariance]:
+def _policy_variances(policy: Policy, config: DictConfig, observations: np.ndarray) -> dict[str, ActionVariance]:
+    """In the environment's units, as the data's."""
+    states = torch.from_numpy(policy.units.observed(observations)).float()
     picks = torch.randperm(len(states), generator=torch.Generator().manual_seed(config.seed))
-    drawn = policy_samples(Policy(agent), states[picks[: config.iav.sample]], config.samples, config.seed)
-    return {name: ActionVariance.of_states(actions.var(axis=1, ddof=1), config.seed) for name, actions in drawn.items()}
+    drawn = policy_samples(policy, states[picks[: config.iav.sample]], config.samples, config.seed)
+    executed = {name: policy.units.executed(actions) for name, actions in drawn.items()}
+    return {name: ActionVariance.of_states(a.var(axis=1, ddof=1), config.seed) for name, a in executed.items()}
 
 
 def _print_variances(variances: dict[str, ActionVariance], rule: dict[str, Any]) -> None:

@@ -121,7 +121,7 @@ def test_states(pendulum: str) -> None:
         assert np.allclose(arrays["actions"], np.append(theirs.actions, theirs.actions[-1:], axis=0))
         assert arrays["masks"][5] == 1 - theirs.terminations[5]
     shifted = source(pendulum, reward_shift=-1.0)
-    assert torch.equal(shifted.load()[0].rewards, states.load()[0].rewards - 1)
+    torch.testing.assert_close(shifted.load()[0].rewards, states.load()[0].rewards - 1)
     assert shifted.label(0.5) == -0.5
     assert states.spec() == Spec(3, 1)
     assert states.score(-1.0) == 100

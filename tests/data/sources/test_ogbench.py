@@ -131,8 +131,8 @@ def test_actions_outside_are_clipped_with_a_warning(copied: Path, caplog: pytest
     actions[7] = 3.0
     change(copied, actions=actions)
     transitions, _ = source(copied).load()
-    assert transitions.actions.abs().max() <= ACTION_BOUND
-    assert "1 rows have actions outside [-1, 1]" in caplog.text
+    assert transitions.decisions(transitions.starts).abs().max() <= ACTION_BOUND
+    assert "1 rows have actions outside what a policy decides" in caplog.text
 
 
 def test_missing_says_what_to_do(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ SUFFIXES = (".npz", *HDF5_SUFFIXES)
 REQUIRED = ("observations", "actions", "rewards")
 OPTIONAL = ("terminals", "timeouts", "next_observations")
 
+
 log = logging.getLogger(__name__)
 
 

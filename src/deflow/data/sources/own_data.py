@@ -13,14 +13,13 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from deflow.data.memory.transitions import Transitions
-from deflow.data.sources.source import Source
+from deflow.data.sources.source import BEYOND, Source
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.ranges import Count, Interval, Seed
 from deflow.units import Numbers, Units
 
-ROUNDING = 1e-3  # of an action beyond the range
-SMALLEST_STD = 1e-6
+SMALLEST_STD = 1e-6  # of an observation's dimension that hardly changes
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +85,7 @@ class OwnDataSource(Source):
         low, high = self._range(whole)
         units = Units(low, high, *(_moments(whole) if self.standardise else (None, None)))
         whole = replace(whole, units=units)
-        _warn_of_clipping(whole, self.name)
-        return whole
+        return super().with_units(whole)
 
     def _range(self, whole: Transitions) -> tuple[Numbers, Numbers] | tuple[None, None]:
         """What the policy decides as -1 and as 1, a number a dimension; None, if these are -1 and 1."""
@@ -103,7 +101,7 @@ class OwnDataSource(Source):
             if isinstance(space, Box) and space.is_bounded():
                 return _unless_one(space.low.reshape(-1), space.high.reshape(-1))
         taken = whole.actions[whole.starts]
-        if taken.abs().max() <= 1 + ROUNDING:
+        if taken.abs().max() <= 1 + BEYOND:
             return None, None
         return _unless_one(*_apart(taken.amin(0).numpy(), taken.amax(0).numpy()))
 
@@ -136,15 +134,3 @@ def _moments(whole: Transitions) -> tuple[Numbers, Numbers]:
     """Mean and standard deviation of the states, a number a dimension."""
     states = whole.states[whole.starts].double()
     return tuple(states.mean(0).tolist()), tuple(states.std(0).clamp(min=SMALLEST_STD).tolist())
-
-
-def _warn_of_clipping(whole: Transitions, origin: str) -> None:
-    decided = np.abs(whole.units.decided(whole.actions.numpy())) > 1 + ROUNDING
-    outside = int(decided.any(1).sum())
-    if outside:
-        log.warning(
-            "%s: %d rows have actions outside the range that a policy decides; they are clipped, "
-            "see data.source.action_range",
-            origin,
-            outside,
-        )

@@ -24,6 +24,7 @@ Reward = TypeVar("Reward", float, np.ndarray)
 # Share of a dimension's standard deviation by which a next observation may be off the row after it: what rounding to
 # another precision does, and no step from one trajectory to another.
 ROUNDING = 1e-2
+BEYOND = 1e-3  # by which an action may be outside its range without a word
 VALIDATION_SHARE = 0.1  # of the trajectories, where a data set has no validation split of its own
 
 
@@ -116,7 +117,11 @@ class Source(ABC):
         return whole, replace(self.transitions(validation, f"{self.name} (val)"), units=whole.units)
 
     def with_units(self, whole: Transitions) -> Transitions:
-        """The whole set in its units, see `Units`; they are all in [-1, 1] but in data of one's own."""
+        """The whole set in its units, see `Units`: as it is, but in data of one's own; what will be clipped is said."""
+        decided = np.abs(whole.units.decided(whole.actions.numpy())) > 1 + BEYOND
+        outside = int(decided.any(1).sum())
+        if outside:
+            log.warning("%s: %d rows have actions outside what a policy decides; they are clipped", self.name, outside)
         return whole
 
     def transitions(self, arrays: Arrays, origin: str) -> Transitions:
