@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,18 @@ import gymnasium
 import gymnasium_robotics
 import h5py
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hydra.utils import instantiate
+from pyarrow import parquet
 
 from deflow.data.sources.custom import CustomSource
 from deflow.data.sources.d4rl import D4RLSource
+from deflow.data.sources.lerobot import LeRobotSource
 from deflow.data.sources.minari import MinariSource
 from deflow.data.sources.ogbench import OGBenchSource
+from deflow.data.sources.robomimic import RobomimicSource
 from deflow.data.sources.source import Source
 from deflow.evaluation.rollout import take_seat
 from deflow.online import Collector
@@ -176,6 +181,42 @@ def test_own_data(kind: str, tmp_path: Path) -> None:
         for name, some in (("a", episodes[:3]), ("b", episodes[3:])):
             np.savez(path / name, **columns_of(some))
     assert_as_collected(source, collected)
+
+
+def test_robomimic(tmp_path: Path) -> None:
+    source = RobomimicSource(str(tmp_path / "low_dim.hdf5"), observation_keys=["place"], env="DeflowLine-v0")
+    collected, lengths = collect(source, Spec(3, 2))
+    with h5py.File(tmp_path / "low_dim.hdf5", "w") as file:
+        for number, e in enumerate(play_again(source.make_env(), collected["actions"], lengths)):
+            columns = {"actions": e.actions, "rewards": e.rewards, "dones": np.array(e.terminals, int)}
+            columns |= {"obs/place": e.observations[:-1], "next_obs/place": e.observations[1:]}
+            for name, column in columns.items():
+                file[f"data/demo_{number}/{name}"] = column
+    assert_as_collected(source, collected)
+
+
+def test_lerobot(tmp_path: Path) -> None:
+    source = LeRobotSource(str(tmp_path), env="DeflowLine-v0")
+    collected, lengths = collect(source, Spec(3, 2))
+    episodes = play_again(source.make_env(), collected["actions"], lengths)
+    columns = {
+        "observation.state": [list(o) for e in episodes for o in e.observations[:-1]],
+        "action": [list(action) for e in episodes for action in e.actions],
+        "next.reward": [reward for e in episodes for reward in e.rewards],
+        "next.done": [done for e in episodes for done in e.terminals],
+        "episode_index": [number for number, n in enumerate(lengths) for _ in range(n)],
+        "frame_index": [step for n in lengths for step in range(n)],
+    }
+    sizes = {"observation.state": 3, "action": 2}
+    features = {name: {"dtype": "float32", "shape": [sizes.get(name, 1)]} for name in columns}
+    for folder in ("data/chunk-000", "meta"):
+        (tmp_path / folder).mkdir(parents=True)
+    parquet.write_table(pyarrow.table(columns), tmp_path / "data" / "chunk-000" / "file-000.parquet")
+    (tmp_path / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0", "features": features}))
+    found = in_the_data(source)
+    assert as_set(found) < as_set(collected)  # without next observations the last row of a cut episode is a successor
+    assert len(found["rewards"]) == len(collected["rewards"]) - (EPISODES - (found["discounts"] == 0).sum())
+    assert 0 in found["discounts"]
 
 
 def meet(monkeypatch: pytest.MonkeyPatch, kind: type[Source], bring_together: Callable[[Any], None]) -> None:

@@ -155,6 +155,16 @@ def test_what_cannot_be_meant_is_named(name: str, column: pyarrow.Array | None, 
         LeRobotSource(str(folder), observation_keys=["observation.force"]).arrays()
 
 
+def test_actions_in_degrees_are_scaled(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", version="v2.1")
+    rewrite(folder, "action", fixed(np.stack([90.0 * np.arange(LENGTH), np.full(LENGTH, 0.5)], 1)))
+    train_part, _ = LeRobotSource(str(folder)).load()
+    assert train_part.units[:2] == ((0.0, -0.5), (360.0, 1.5))
+    decided = train_part.units.decided(train_part.actions.numpy())
+    assert np.isfinite(decided).all()
+    assert np.abs(decided).max() == 1
+
+
 def test_what_is_missing_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

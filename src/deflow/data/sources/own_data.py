@@ -103,7 +103,7 @@ class OwnDataSource(Source):
         taken = whole.actions[whole.starts]
         if taken.abs().max() <= 1 + BEYOND:
             return None, None
-        return _unless_one(taken.amin(0).numpy(), taken.amax(0).numpy())
+        return _unless_one(*_apart(taken.amin(0).numpy(), taken.amax(0).numpy()))
 
     def protocol(self) -> dict[str, Any]:
         return {"protocol": "the user's own data" + (f", evaluated in {self.env}" if self.env else "")}
@@ -115,6 +115,12 @@ class OwnDataSource(Source):
             "bytes": sum(path.stat().st_size for path in self._files),
             "generated": False,
         }
+
+
+def _apart(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same, but for dimensions in which the action never changes: these are decided as 0."""
+    half = np.where(high > low, 0, 1)
+    return low - half, high + half
 
 
 def _unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | tuple[None, None]:
