@@ -101,7 +101,9 @@ def test_the_encoder_pools_as_the_original(height: int, width: int) -> None:
     windows = padded.unfold(2, 3, 2).unfold(3, 3, 2).amax((-1, -2))
     assert windows.shape[2:] == (*out,)
     assert torch.equal(encoder.stacks[0](images[:, 0].permute(0, 3, 1, 2) / 255.0), windows)
-    assert encoder(images).shape == (2, 5)
+    features = F.gelu(encoder.linear(windows.relu().flatten(1)))
+    assert features.shape == (2, 5)
+    torch.testing.assert_close(encoder(images), features)
 
 
 def test_the_papers_encoder() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from deflow.errors import UserError
 from tests.commands import ROOT
 
 
@@ -32,3 +37,37 @@ def test_products_in_float32_are_those_of_bfloat16_hardware() -> None:
     with Float32Products():
         product = a @ b
     assert torch.equal(product, a @ b)  # others are left alone
+
+
+@pytest.fixture
+def mutations(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The study of mutations, as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    return importlib.import_module("mutations")
+
+
+def test_a_mutation_is_killed_or_survives(mutations: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sign.py").write_text("def sign(x):\n    return -1 if x < 0 else 1\n")
+    (tmp_path / "test_sign.py").write_text("from sign import sign\n\n\ndef test_of_two():\n    assert sign(2) == 1\n")
+    two = mutations.Mutation("of two", "sign.py", "x < 0", "x > 0", ["test_sign.py::test_of_two"])
+    zero = mutations.Mutation("of zero", "sign.py", "x < 0", "x <= 0", ["test_sign.py"])
+    for name, status, row in (
+        ("two", 0, "| of two | sign.py | killed |"),
+        ("zero", 1, "| of zero | sign.py | SURVIVED |"),
+    ):
+        assert mutations.main([name], [two, zero], tmp_path) == status
+        assert capsys.readouterr().out.splitlines()[2:] == [row]
+    assert "x < 0" in (tmp_path / "sign.py").read_text()  # only a copy was changed
+    nowhere = mutations.Mutation("of none", "sign.py", "x == 0", "", ["test_sign.py"])
+    with pytest.raises(UserError, match=r"'of none': sign.py has 'x == 0' 0 times and not once"):
+        mutations.main([], [nowhere], tmp_path)
+    with pytest.raises(UserError, match="no mutation's name holds three"):
+        mutations.main(["three"], [two, zero], tmp_path)
+
+
+def test_every_mutation_finds_its_line_and_its_tests(mutations: Any) -> None:
+    for mutation in mutations.MUTATIONS:
+        assert mutations.mutated(ROOT, mutation) != (ROOT / mutation.file).read_text()
+        for test in mutation.tests:
+            file, _, name = test.partition("[")[0].partition("::")
+            assert f"def {name}(" in (ROOT / file).read_text() or not name, test

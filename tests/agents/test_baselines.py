@@ -14,7 +14,7 @@ from deflow.errors import UserError
 from deflow.evaluating import evaluate
 from deflow.pipeline import train
 from deflow.types import Spec
-from tests.agents.tester import check_agent, random_batch
+from tests.agents.tester import check_agent, loss_of, random_batch, squared_targets
 from tests.conftest import compose_config, tiny_config
 
 BASELINES = ["flow_bc", "ifql", "fawac", "fbrac"]
@@ -80,6 +80,31 @@ def test_fawac_weighs_by_the_advantage() -> None:
         expected = (3.0 * (values[0] - values[1])).exp().clamp(max=100.0).mean()
     metrics = {part: metric for part, _, metric in agent.losses(batch, noise)}
     torch.testing.assert_close(metrics["behavior_flow"]["weight"], expected)
+
+
+@pytest.mark.parametrize("agent", ["fawac", "fbrac", "ifql"])
+def test_the_target_is_of_the_next_state_and_the_policys_action_there(agent: str) -> None:
+    made = make(agent)
+    batch = random_batch(made)
+    noise = made.draw_noise(batch, torch.Generator().manual_seed(0))
+    made.behavior_flow.propose = lambda s, z: z
+    made.critic.target_values = lambda s, a: (s[:, 0] + a[:, 0]).expand(2, -1)
+    expected = batch.next_observations[:, 0]
+    if agent == "ifql":
+        made.value.forward = lambda s: s[:, 0]
+    else:
+        expected = expected + noise.z_next[:, 0]
+    targets = batch.rewards + batch.discounts * expected
+    torch.testing.assert_close(squared_targets(made, batch, noise), targets.square().mean())
+
+
+@pytest.mark.parametrize(("normalize_q", "value_loss"), [("true", -1.0), ("false", -2.0)])
+def test_fbracs_policy_climbs_the_value(normalize_q: str, value_loss: float) -> None:
+    agent = make("fbrac", f"agent.normalize_q={normalize_q}")
+    batch = random_batch(agent)
+    agent.critic.frozen_values = lambda s, a: torch.tensor([[1.0], [3.0]]).expand(2, len(a))
+    _, loss, metrics = loss_of(agent, "behavior_flow", batch, agent.noise(batch))
+    torch.testing.assert_close(loss.detach(), agent.alpha * metrics["loss"] + value_loss)
 
 
 def flow_gradient(agent: Agent, gradient: str) -> torch.Tensor:

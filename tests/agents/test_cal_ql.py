@@ -13,7 +13,7 @@ from deflow.agents.cal_ql import CalQL
 from deflow.build import build_agent
 from deflow.errors import UserError
 from deflow.types import Spec
-from tests.agents.tester import check_agent, random_batch
+from tests.agents.tester import check_agent, loss_of, random_batch
 from tests.conftest import compose_config
 
 
@@ -70,6 +70,17 @@ def test_values_above_the_return_are_pushed_down_and_those_below_are_not() -> No
     torch.testing.assert_close(low.detach(), ((1000.0 - logs).logsumexp(0) + 4.0).mean())
     bias = agent.critic.online.layers[-1].bias.grad
     assert float(bias.sum()) == pytest.approx(-1.0)  # what is left raises the value of the data's action
+
+
+def test_the_actor_climbs_the_smaller_value() -> None:
+    agent = make()
+    batch = random_batch(agent)
+    agent.critic.frozen_values = lambda s, a: torch.tensor([[1.0], [3.0]]).expand(2, len(a))
+    _, loss, metrics = loss_of(agent, "actor", batch, agent.noise(batch))
+    assert metrics["q"] == 1
+    entropy, target = metrics["entropy"], agent.actor.target_entropy
+    temperature_loss = agent.actor.log_temperature * (entropy - target)
+    torch.testing.assert_close(loss, -1 - metrics["temperature"] * entropy + temperature_loss)
 
 
 def test_impossible_settings() -> None:

@@ -15,7 +15,7 @@ from deflow.agents.rebrac import ReBRAC, SmoothingNoise, TanhActor
 from deflow.build import build_agent
 from deflow.modules.critic import Critic
 from deflow.types import Batch, Spec
-from tests.agents.tester import check_agent, random_batch
+from tests.agents.tester import check_agent, random_batch, squared_targets
 from tests.conftest import compose_config
 
 
@@ -48,6 +48,16 @@ def test_exploring_is_near_acting() -> None:
     acted, explored = agent.act(batch.observations, z), agent.explore(batch.observations, z)
     assert torch.equal(acted, agent.act(batch.observations, -z))
     assert 0.05 < (acted - explored).abs().mean() < 0.5
+
+
+def test_the_target_is_held_near_the_datas_next_action_from_a_clipped_noise_away() -> None:
+    agent: Any = make("agent.critic_weight=2", "agent.noise=0.2", "agent.noise_clip=0.5")
+    batch = random_batch(agent)
+    agent.actor.target_actions = lambda s: torch.zeros(len(s), 3)
+    agent.critic.target_values = lambda s, a: torch.tensor([[1.0], [3.0]]) * a[:, 0]
+    z_next = torch.full((16, 3), 10.0)  # a noise of 2, which is cut to 0.5
+    targets = batch.rewards + batch.discounts * (0.5 - 2 * (0.5 - batch.next_actions).square().sum(-1))
+    torch.testing.assert_close(squared_targets(agent, batch, SmoothingNoise(z_next)), targets.square().mean())
 
 
 def test_targets_move_with_the_actor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from deflow.errors import UserError
 from deflow.modules.gaussian import LOG_STD_RANGE, GaussianActor
 from deflow.pipeline import train
 from deflow.types import Spec
-from tests.agents.tester import check_agent, random_batch
+from tests.agents.tester import check_agent, random_batch, squared_targets
 from tests.conftest import compose_config, tiny_config
 
 
@@ -66,6 +67,17 @@ def test_the_target_is_the_smallest_of_the_drawn_members() -> None:
         expected = agent.critic.loss_from(batch, values[noise.members].amin(0))[0]
     loss = next(loss for part, loss, _ in agent.losses(batch, noise) if part == "critic")
     torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_the_target_counts_the_next_actions_entropy() -> None:
+    agent = make()
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    agent.actor.log_temperature.data.fill_(math.log(0.5))
+    agent.actor.sample = lambda s, z: (z, z[:, 0])  # the second are log densities
+    agent.critic.target_values = lambda s, a: torch.zeros(10, len(a))
+    targets = batch.rewards - batch.discounts * 0.5 * noise.z_next[:, 0]
+    torch.testing.assert_close(squared_targets(agent, batch, noise), targets.square().mean())
 
 
 def test_it_explores_with_samples_and_acts_with_the_mode_whatever_it_is_doing() -> None:

@@ -38,6 +38,19 @@ def random_batch(agent: Agent, size: int = 16, seed: int = 0) -> Batch:
     return Batch(observations, actions, rewards, discounts, next_observations, next_actions, returns=returns)
 
 
+def loss_of(agent: Agent, part: str, batch: Batch, noise: Any) -> Loss:
+    """What `losses` says of one part."""
+    return next(loss for loss in agent.losses(batch, noise) if loss[0] == part)
+
+
+def squared_targets(agent: Any, batch: Batch, noise: Any) -> torch.Tensor:
+    """The temporal-difference loss of a critic that gives 0 everywhere: the mean square of the targets, a scalar."""
+    with torch.no_grad():
+        for parameter in agent.critic.online.parameters():
+            parameter.zero_()
+    return loss_of(agent, "critic", batch, noise)[1].detach()
+
+
 def check_agent(agent: Agent) -> None:
     """The shared checks."""
     parts = tuple(agent._trainable)
@@ -94,5 +107,6 @@ def _check_gradients(agent: Agent, moved: set[str]) -> None:
     for name, parameter in agent.named_parameters():
         if own.get(id(parameter)) in moved:
             assert parameter.grad is not None, f"{name} gets no gradient from its own loss"
+            assert parameter.grad.any(), f"{name} gets a gradient of zeros from its own loss"
         else:
             assert parameter.grad is None or not parameter.grad.any(), f"{name} is moved by another part's loss"

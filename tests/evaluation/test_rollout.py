@@ -9,6 +9,7 @@ import torch
 
 from deflow.build import build_agent
 from deflow.envs import ogbench
+from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import bootstrap_interval, summarise
@@ -64,6 +65,28 @@ def test_chunks_are_executed_open_loop(num_envs: int) -> None:
     Evaluator(lambda: Recorder(make_env()), episodes=3, num_envs=num_envs, seed=0).run(policy)
     assert sum(decided) == 3 * 20  # 60 steps an episode
     assert taken[::num_envs][:3] == [(-1.0, -0.6), (-0.2, 0.2), (0.6, 1.0)]
+
+
+@pytest.mark.parametrize(("rule", "success"), [(SuccessRule(), 0.0), (SuccessRule(ever=True), 1.0)])
+def test_success_is_that_of_the_end_unless_asked_otherwise(rule: SuccessRule, success: float) -> None:
+    class Passing(gymnasium.Wrapper):
+        """Says that the goal is reached in the fifth step alone."""
+
+        def reset(self, **settings):
+            self.steps = 0
+            return self.env.reset(**settings)
+
+        def step(self, action):
+            self.steps += 1
+            *step, info = self.env.step(action)
+            return *step, info | {"success": float(self.steps == 5)}
+
+    class Resting(Acting):
+        def act(self, observations, z):
+            return torch.zeros_like(z)
+
+    evaluator = Evaluator(lambda: Passing(make_env()), episodes=1, num_envs=1, seed=0, success=rule)
+    assert [episode.success for episode in evaluator.run(Policy(Resting(Spec(4, 2))))] == [success]
 
 
 def test_a_second_evaluation_repeats_the_first(policy: Policy) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deflow.errors import UserError
+from deflow.modules.critic import Aggregate
 from deflow.modules.flow_critic import FlowCritic
 from deflow.types import Batch, Spec
 
@@ -35,21 +36,25 @@ def test_it_learns_a_known_value() -> None:
     assert (distilled - actions[:, 0]).abs().max() < 0.1
 
 
-def test_the_target_bootstraps_in_units_of_reward() -> None:
-    # A field of zeros leaves every flow where it starts: the middle of the range, so y = r + gamma * middle.
-    critic = FlowCritic(SPEC, value_range=(-10.0, 0.0), hidden=(8,), noise_width=1e-6)
+@pytest.mark.parametrize(("aggregate", "next_value"), [("mean", -4.0), ("min", -5.0)])
+def test_the_target_bootstraps_in_units_of_reward(aggregate: Aggregate, next_value: float) -> None:
+    # A velocity of 0 leaves a flow where it starts, in the middle of the range; one of 0.2 ends a fifth of it higher.
+    critic = FlowCritic(SPEC, value_range=(-10.0, 0.0), hidden=(8,), noise_width=1e-6, aggregate=aggregate)
     for parameter in critic.target.parameters():
         parameter.zero_()
-    assert critic.target_values(torch.zeros(3, 1), torch.zeros(3, 1)).tolist() == [[-5.0] * 3] * 2
+    critic.target.layers[-1].bias[1] = 0.2  # type: ignore[union-attr, operator, index]
+    expected = torch.tensor([[-5.0], [-3.0]]).expand(2, 3)
+    torch.testing.assert_close(critic.target_values(torch.zeros(3, 1), torch.zeros(3, 1)), expected)
     zeros, rewards, discounts = torch.zeros(2, 1), torch.tensor([-1.0, -1.0]), torch.tensor([0.5, 0.0])
     batch = Batch(zeros, zeros, rewards, discounts, torch.ones(2, 1), zeros)
     with torch.no_grad():
         for parameter in critic.online.parameters():
             parameter.zero_()
         _, metrics = critic.loss(batch, torch.zeros(2, 1), torch.full((2, 4), 0.5))
-    # Velocities of zero against (y + 5) / 10 with y = -1 - 2.5 and y = -1.
-    assert metrics["matching"].item() == pytest.approx((0.15**2 + 0.4**2) / 2, rel=1e-4)
-    assert metrics["q_mean"].item() == -5.0
+    # Velocities of zero against (y + 5) / 10, y = r + d * (the value of s').
+    matching = [(-1 + 0.5 * next_value + 5) / 10, (-1 + 5) / 10]
+    assert metrics["matching"].item() == pytest.approx((matching[0] ** 2 + matching[1] ** 2) / 2, rel=1e-4)
+    assert metrics["q_mean"].item() == pytest.approx(-4.0)
 
 
 def test_a_range_without_width_is_refused() -> None:

@@ -22,7 +22,11 @@ from tests.parity.reference import Reference
 
 LOSS_RTOL = 1e-4
 WEIGHT_ATOL = 1e-5
+# A target moves by tau times a distance: had it followed the step of up to lr, it would be tau * lr = 1.5e-6 further.
+TARGET_ATOL = 2e-7
 BF16_RTOL = 2e-2
+BF16_ROUNDING = 2**-8  # of one value; in a mean of both signs it stays where the values cancel
+MEANS = ("q", "q_mean", "value_loss")
 BF16_GRADIENT_RTOL = 4e-2  # of a part: 32-wide bfloat16 layers; the refiner's passes through the critic's too
 SHAPE: dict[str, Any] = {"hidden": (32, 32, 32), "activation": "gelu_tanh"}
 
@@ -115,10 +119,12 @@ def test_mixed_precision_agrees_to_its_own_accuracy(case: Case) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         losses = list(agent.losses(batch, noise))
     metrics = {part: values for part, _, values in losses}
+    largest = max(abs(float(reference[f"expected/critic/{end}"])) for end in ("q_min", "q_max"))
     for theirs, (part, key) in (COMMON | DIAGNOSTICS[type(agent)]).items():
         value = metrics[part][key]
         assert value.dtype == torch.float32, key
-        torch.testing.assert_close(value, reference[f"expected/{theirs}"], rtol=BF16_RTOL, atol=BF16_RTOL, msg=theirs)
+        atol = BF16_ROUNDING * largest if key in MEANS else 0.0
+        torch.testing.assert_close(value, reference[f"expected/{theirs}"], rtol=BF16_RTOL, atol=atol, msg=theirs)
     torch.stack([loss for _, loss, _ in losses]).sum().backward()
     expected = reference.of("grads", agent)
     for part in agent.parts:
@@ -147,4 +153,5 @@ def test_weights_after_the_update_agree(case: Case, fused: bool) -> None:
     optimizer.step()
     expected = reference.of("params_after", agent)
     for name, parameter in agent.named_parameters():
-        torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=WEIGHT_ATOL, msg=name)
+        atol = TARGET_ATOL if name.startswith("critic.target") else WEIGHT_ATOL
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=atol, msg=name)

@@ -1,0 +1,223 @@
+"""Tests that could not fail: one line of the code is made wrong at a time, and the tests that must notice are run.
+
+python studies/mutations.py [NAMES]     NAMES: mutations whose names hold one of these texts; all unless given
+
+Each line is changed in a copy of the tree, in a temporary folder. The exit status is 1 if a mutation survives, 2 if the
+list does not fit the tree or its tests fail without a mutation.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import ROOT
+
+from deflow.errors import UserError
+
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "logs")
+
+
+@dataclass
+class Mutation:
+    """A line of `file` in which `old`, found once in the file, becomes `new`; `tests`, as pytest names them, notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: Sequence[str]
+
+
+AGENTS, MODULES = "src/deflow/agents", "src/deflow/modules"
+OF_BASELINES, OF_REBRAC = "tests/agents/test_baselines.py", "tests/agents/test_rebrac.py"
+NEXT_STATE = f"{OF_BASELINES}::test_the_target_is_of_the_next_state_and_the_policys_action_there"
+TARGETS_MOVE = f"{OF_REBRAC}::test_targets_move_with_the_actor"
+HELD_NEAR = f"{OF_REBRAC}::test_the_target_is_held_near_the_datas_next_action_from_a_clipped_noise_away"
+
+MUTATIONS = [
+    # Losses of single agents.
+    Mutation(
+        "FBRAC minimises Q",
+        f"{AGENTS}/fbrac.py",
+        "value_loss = -q.mean()",
+        "value_loss = q.mean()",
+        [f"{OF_BASELINES}::test_fbracs_policy_climbs_the_value"],
+    ),
+    Mutation(
+        "FBRAC's target with the state s",
+        f"{AGENTS}/fbrac.py",
+        "propose(batch.next_observations, noise.z_next)",
+        "propose(batch.observations, noise.z)",
+        [NEXT_STATE],
+    ),
+    Mutation(
+        "IFQL bootstraps from s",
+        f"{AGENTS}/ifql.py",
+        "self.value(batch.next_observations)",
+        "self.value(batch.observations)",
+        [NEXT_STATE],
+    ),
+    Mutation(
+        "FAWAC's target with the action of s at s'",
+        f"{AGENTS}/fawac.py",
+        "self.critic.loss(batch, next_actions, noise.levels)",
+        "self.critic.loss(batch, actions, noise.levels)",
+        [NEXT_STATE],
+    ),
+    Mutation(
+        "RLPD's entropy sign in the backup",
+        f"{AGENTS}/rlpd.py",
+        "next_value - self.actor.temperature",
+        "next_value + self.actor.temperature",
+        ["tests/agents/test_rlpd.py::test_the_target_counts_the_next_actions_entropy"],
+    ),
+    Mutation(
+        "Cal-QL's actor climbs the mean",
+        f"{AGENTS}/cal_ql.py",
+        ".amin(0, keepdim=True)",
+        ".mean(0, keepdim=True)",
+        ["tests/agents/test_cal_ql.py::test_the_actor_climbs_the_smaller_value"],
+    ),
+    Mutation(
+        "FlowCritic ignores aggregate=min",
+        f"{MODULES}/flow_critic.py",
+        'next_values.mean(0) if self.aggregate == "mean" else next_values.amin(0)',
+        "next_values.mean(0)",
+        ["tests/modules/test_flow_critic.py::test_the_target_bootstraps_in_units_of_reward"],
+    ),
+    Mutation(
+        "ReBRAC's actor ignores its rhythm",
+        f"{AGENTS}/rebrac.py",
+        "optimizer, seed, every)",
+        "optimizer, seed)",
+        [TARGETS_MOVE],
+    ),
+    Mutation(
+        "ReBRAC's targets move in every update",
+        f"{AGENTS}/rebrac.py",
+        'return self.trains("actor")',
+        "return True",
+        [TARGETS_MOVE],
+    ),
+    Mutation(
+        "ReBRAC's next action is near the data's at s",
+        f"{AGENTS}/rebrac.py",
+        "(next_actions - batch.next_actions)",
+        "(next_actions - batch.actions)",
+        [HELD_NEAR],
+    ),
+    Mutation(
+        "ReBRAC's smoothing is not clipped",
+        f"{AGENTS}/rebrac.py",
+        ".clamp(-self.noise_clip, self.noise_clip)",
+        "",
+        [HELD_NEAR],
+    ),
+    # What agents share.
+    Mutation(
+        "targets move after the step",
+        f"{AGENTS}/base.py",
+        "def on_before_optimizer_step(self, optimizer: Optimizer) -> None:",
+        "def on_train_batch_end(self, *_: Any) -> None:",
+        ["tests/agents/test_targets.py"],
+    ),
+    Mutation(
+        "a gradient of zeros",
+        f"{MODULES}/behavior_flow.py",
+        "loss = errors.mean() if weights is None",
+        "loss = 0 * errors.mean() if weights is None",
+        [f"{OF_BASELINES}::test_shared_checks[flow_bc]"],
+    ),
+    Mutation(
+        "a multiplier's loss without its limit",
+        f"{MODULES}/constraints.py",
+        "violation = cost.detach() - self.limit",
+        "violation = cost.detach() - 0 * self.limit",
+        ["tests/parity/test_parity.py::test_mixed_precision_agrees_to_its_own_accuracy[deflow_mean]"],
+    ),
+    Mutation(
+        "images of 0 to 255",
+        "src/deflow/nets/encoder.py",
+        ".float() / 255.0",
+        ".float()",
+        ["tests/test_images.py::test_the_encoder_pools_as_the_original"],
+    ),
+    # Evaluation.
+    Mutation(
+        "success if ever",
+        "src/deflow/envs/success.py",
+        "if self.ever and before is not None",
+        "if before is not None",
+        ["tests/evaluation/test_rollout.py::test_success_is_that_of_the_end_unless_asked_otherwise"],
+    ),
+]
+
+
+def main(names: Sequence[str], mutations: Sequence[Mutation] = MUTATIONS, root: Path = ROOT) -> int:
+    """Print the table; the exit status."""
+    chosen = [one for one in mutations if not names or any(name in one.name for name in names)]
+    if not chosen:
+        raise UserError(f"no mutation's name holds {' or '.join(names)}")
+    changed = {one.name: mutated(root, one) for one in chosen}  # all of them, before the first is run
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(root, tree, ignore=LEFT_OUT)
+        if fails(tree, sorted({test for one in chosen for test in one.tests})):
+            raise UserError("the tests fail without a mutation: mend them first")
+        print("| mutation | file | outcome |\n|---|---|---|")
+        survivors = sum(not is_killed(tree, one, changed[one.name]) for one in chosen)
+    print(f"\n{len(chosen)} mutations, {survivors} survived", file=sys.stderr)
+    return int(survivors > 0)
+
+
+def mutated(root: Path, mutation: Mutation) -> str:
+    """The file's text with the mutation.
+
+    Raises:
+        UserError: if the line is not found exactly once.
+    """
+    text = (root / mutation.file).read_text()
+    if text.count(mutation.old) != 1:
+        found = text.count(mutation.old)
+        raise UserError(f"'{mutation.name}': {mutation.file} has '{mutation.old}' {found} times and not once")
+    return text.replace(mutation.old, mutation.new)
+
+
+def is_killed(tree: Path, mutation: Mutation, text: str) -> bool:
+    """Whether the mutation's tests notice it; prints its row."""
+    file = tree / mutation.file
+    before = file.read_text()
+    file.write_text(text)
+    killed = fails(tree, mutation.tests)
+    file.write_text(before)
+    print(f"| {mutation.name} | {mutation.file} | {'killed' if killed else 'SURVIVED'} |", flush=True)
+    return killed
+
+
+def fails(tree: Path, tests: Sequence[str]) -> bool:
+    """Whether one of the tests fails.
+
+    Raises:
+        UserError: if they do not run at all.
+    """
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    paths = {"PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree)])}
+    result = subprocess.run(command, cwd=tree, env=os.environ | paths, capture_output=True, text=True)
+    if result.returncode > 1:
+        raise UserError(f"pytest cannot run {' '.join(tests)}: {(result.stdout + result.stderr)[-2000:]}")
+    return result.returncode == 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
