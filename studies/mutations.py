@@ -42,6 +42,35 @@ TARGETS_MOVE = f"{OF_REBRAC}::test_targets_move_with_the_actor"
 HELD_NEAR = f"{OF_REBRAC}::test_the_target_is_held_near_the_datas_next_action_from_a_clipped_noise_away"
 
 MUTATIONS = [
+    # Data.
+    Mutation(
+        "D4RL's labels are not shifted",
+        "src/deflow/data/sources/d4rl.py",
+        "return reward - self._step_cost",
+        "return reward",
+        ["tests/data/sources/test_contract.py::test_d4rl"],
+    ),
+    Mutation(
+        "adroit's terminals end nothing",
+        "src/deflow/data/sources/d4rl.py",
+        "timeouts if self._is_maze else terminals | timeouts",
+        "timeouts",
+        ["tests/data/sources/test_d4rl.py"],
+    ),
+    Mutation(
+        "the split is of no use",
+        "src/deflow/data/sources/source.py",
+        "for rows in (~held_out, held_out)",
+        "for rows in (held_out | True, held_out)",
+        ["tests/data/test_cases.py::test_a_folder_is_one_data_set"],
+    ),
+    Mutation(
+        "actions are executed as they are decided",
+        "src/deflow/policy.py",
+        "return self.units.executed(",
+        "return (",
+        ["tests/test_units.py::test_a_policy_sees_and_executes_in_them"],
+    ),
     # Losses of single agents.
     Mutation(
         "FBRAC minimises Q",

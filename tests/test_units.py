@@ -134,5 +134,8 @@ def test_a_run_its_checkpoint_and_other_units(tmp_path: Path) -> None:
     agent = build_agent(config.agent, Spec(3, 3))
     final = tmp_path / "run" / "checkpoints" / "0_joint" / "final.ckpt"
     load_weights(agent, final, "DeflowWideRobot-v0", policy.units)
+    load_weights(agent, final, None, policy.units)
+    with pytest.raises(UserError, match="not of another; ckpt_of_any_task=true takes it all the same"):
+        load_weights(agent, final, "another", policy.units)
     with pytest.raises(UserError, match="was trained on other units"):
         load_weights(agent, final, "DeflowWideRobot-v0", AS_THEY_ARE)

@@ -97,17 +97,23 @@ def units_of(checkpoint: dict[str, Any]) -> Units:
     return Units.of(checkpoint["deflow"].get("units"))
 
 
-def load_weights(agent: Agent, path: Path, task: str, units: Units) -> None:
-    """Load the weights of a checkpoint of the same task and the same networks into `agent`.
+def load_weights(agent: Agent, path: Path, task: str | None, units: Units) -> None:
+    """Load the weights of a checkpoint of the same networks into `agent`.
+
+    Args:
+        agent: that begins with them.
+        path: of the checkpoint.
+        task: of which it must be; None: of any.
+        units: of the data that the agent will train on.
 
     Raises:
-        UserError: if it is of another task, its networks have other shapes, or it holds several seeds.
+        UserError: if it is of another task or other units, its networks have other shapes, or it holds several seeds.
     """
     checkpoint = load_checkpoint(path)
     _refuse_several(checkpoint["deflow"])
     of = checkpoint["deflow"]["task"]
-    if of != task:
-        raise UserError(f"{path} is a checkpoint of {of}, not of {task}")
+    if task is not None and of != task:
+        raise UserError(f"{path} is a checkpoint of {of}, not of {task}; ckpt_of_any_task=true takes it all the same")
     if units_of(checkpoint) != units:
         raise UserError(
             f"{path} was trained on other units of actions or observations than these data have: give it the same, "

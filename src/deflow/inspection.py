@@ -17,6 +17,7 @@ from deflow.checkpoints import agent_of, load_checkpoint, units_of
 from deflow.config import plain
 from deflow.data.measures import card
 from deflow.data.measures.iav import ActionVariance, intrinsic_action_variance
+from deflow.data.sources.columns import Arrays
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluation.diversity import policy_samples
@@ -41,9 +42,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     if arrays["observations"].ndim > 2:
         raise UserError(f"{source.name} holds images, which are not inspected: look at the same data with states")
     described = card.describe(arrays)
-    described["task_ends_by_task"] = {
-        name: int((other.arrays()[0]["masks"] == 0).sum()) for name, other in source.tasks().items()
-    }
+    described["task_ends_by_task"] = {name: _task_ends(other.arrays()[0]) for name, other in source.tasks().items()}
     title = f"{source.name} ({source.provenance()['path']})"
     card.print_card(title, described)
 
@@ -67,6 +66,10 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     write_json(out / f"{name}.json", result)
     Console().print(f"{out / name}.json, {out / name}.png", soft_wrap=True)
     return result
+
+
+def _task_ends(arrays: Arrays) -> int:
+    return int(((arrays["masks"] == 0) & (arrays["valids"] > 0)).sum())
 
 
 def _policy_variances(policy: Policy, config: DictConfig, observations: np.ndarray) -> dict[str, ActionVariance]:

@@ -55,7 +55,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     if learner.traits.reads_returns:
         data.add_returns()
     if config.ckpt is not None and not (resume and is_in_last_stage(config, folder)):
-        load_weights(learner, Path(config.ckpt), data.source.task, data.transitions.units)
+        task = None if config.ckpt_of_any_task else data.source.task
+        load_weights(learner, Path(config.ckpt), task, data.transitions.units)
     if config.trainer.precision == AUTO:
         config.trainer.precision = faster_precision(learner, data.sample_stream(TIMED_UPDATES))
     if config.compile:

@@ -144,6 +144,7 @@ class Train(TypedDict):
     online_updates: Count
     resume: str | None
     ckpt: str | None
+    ckpt_of_any_task: bool
     trust: Sequence[str]
     networks: Networks
     tau: Share
