@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.custom import CustomSource
+from deflow.data.sources.shards import COLUMNS
 from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.types import Lookahead
@@ -132,3 +133,17 @@ def test_another_column_of_ones_own_is_noticed(tmp_path: Path) -> None:
     for column, reward in (("r", 1.0), ("other", 7.0)):
         train_part, _ = CustomSource(str(tmp_path), keys | {"rewards": column}).load()
         assert train_part.rewards.max() == reward
+
+
+def test_what_tasks_share_is_on_disk_once(folder: Path) -> None:
+    transitions = {}
+    for task_id in (1, 2):
+        overrides = ("data.source.download=false", f"data.source.path={folder}", f"task_id={task_id}")
+        source = instantiate(tiny_config(folder, "experiment=pointmaze", *overrides).data.source)
+        transitions[source.task] = source.load()[0]
+    tasks = [folder / "unpacked" / task for task in transitions]
+    shared = {name: len({(task / f"{name}.bin").stat().st_ino for task in tasks}) == 1 for name in COLUMNS}
+    assert shared == {"states": True, "actions": True, "rewards": False, "masks": False, "starts": True}
+    one, other = transitions.values()
+    assert torch.equal(one.states, other.states)
+    assert torch.equal(one.starts, other.starts)

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,9 @@ class CustomSource(OwnDataSource):
         if self._path.is_file():
             return super().load()
         return split(self.with_units(self._mapped()), self.seed, self.name)
+
+    def provenance(self) -> dict[str, Any]:
+        return super().provenance() | {"columns": {ours: theirs for ours, theirs in self.keys.items() if theirs}}
 
     def spec(self) -> Spec:
         self.prepare()

@@ -112,7 +112,7 @@ class OGBenchSource(Source):
         def load(shard: Path) -> Transitions:
             return self.transitions(self._arrays_of(shard)[0], str(shard))
 
-        train = map_shards(_shards(path), load, path / "unpacked" / self.task, {"task": self.task})
+        train = map_shards(_shards(path), load, path / "unpacked" / self.task, {"task": self.task}, labels=True)
         return replace(train, frames=self.frames), validation
 
     def _arrays_of(self, path: Path) -> tuple[Arrays, Arrays]:

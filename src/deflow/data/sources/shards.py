@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, fields
@@ -23,11 +25,16 @@ log = logging.getLogger(__name__)
 
 INDEX = "index.json"  # which shards the columns were made of and how, and their shapes; written last
 FORMAT = 2  # of the columns; those of the first had no action in the row of a last state
+LABELS = ("rewards", "masks")
 COLUMNS = tuple(field.name for field in fields(Transitions) if field.default is MISSING)
 
 
 def map_shards(
-    shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path, settings: Mapping[str, Any]
+    shards: Sequence[Path],
+    load: Callable[[Path], Transitions],
+    folder: Path,
+    settings: Mapping[str, Any],
+    labels: bool = False,
 ) -> Transitions:
     """The transitions of all `shards` as columns mapped into memory, of which only what is read is in memory.
 
@@ -40,21 +47,20 @@ def map_shards(
         load: reads one of them.
         folder: of the columns, made if missing.
         settings: with which `load` reads them, in plain values.
+        labels: whether the settings decide on rewards and masks alone; the folders beside `folder` are then of the same
+            shards with other labels, and what they have in common is on disk once.
 
     Raises:
         UserError: if the shards are not of one kind.
     """
     check_folder(folder, "data.source.path")
     with locked(folder / "lock", "the unpacked shards"):
-        index, now, key = (
-            _read_index(folder),
-            _identities(shards),
-            json.loads(json.dumps({"format": FORMAT, **settings})),
-        )
+        index, now = _read_index(folder), _identities(shards)
+        key = json.loads(json.dumps({"format": FORMAT, **settings}))  # as it comes from a file
         if index is None or index["shards"] != now or index.get("settings") != key:
             if index is not None:
                 log.warning("%s: unpacking anew", _difference(index["shards"], now))
-            index = _unpack(shards, load, folder, key)
+            index = _unpack(shards, load, folder, key, _columns_beside(folder, now) if labels else {})
     columns = {}
     for name in COLUMNS:
         dtype, shape = index["columns"][name]
@@ -71,24 +77,41 @@ def _difference(before: Sequence[Any], now: Sequence[Any]) -> str:
     return "shards were unpacked with other settings"
 
 
+def _columns_beside(folder: Path, shards: list[list[Any]]) -> dict[str, Path]:
+    """Columns without labels that a folder beside this one has of the same shards."""
+    for other in sorted(folder.parent.glob(f"*/{INDEX}")):
+        index = None if other.parent == folder else _read_index(other.parent)
+        if index is not None and index["shards"] == shards and index.get("settings", {}).get("format") == FORMAT:
+            return {name: other.with_name(f"{name}.bin") for name in COLUMNS if name not in LABELS}
+    return {}
+
+
 def _unpack(
-    shards: Sequence[Path], load: Callable[[Path], Transitions], folder: Path, settings: dict[str, Any]
+    shards: Sequence[Path],
+    load: Callable[[Path], Transitions],
+    folder: Path,
+    settings: dict[str, Any],
+    there: Mapping[str, Path],
 ) -> dict[str, Any]:
+    """Write the columns but for those that are `there` already, which are linked."""
     (folder / INDEX).unlink(missing_ok=True)
     rows, shapes = 0, {name: 0 for name in COLUMNS}
     first: dict[str, tuple[Any, ...]] = {}
     with ExitStack() as stack:
         # Renamed at the end: a process that has the old columns mapped keeps them.
         paths = {name: stack.enter_context(replacing(folder / f"{name}.bin")) for name in COLUMNS}
-        files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
+        files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items() if name not in there}
+        for name, path in there.items():
+            _link(path, paths[name])
         for shard in track(shards, description=f"unpacking {len(shards)} shards"):
             part = load(shard)
             kinds = {name: (str(getattr(part, name).dtype), *getattr(part, name).shape[1:]) for name in COLUMNS}
             _check_alike(first := first or kinds, kinds, shard)
-            for name, file in files.items():
+            for name in COLUMNS:
                 column = getattr(part, name).numpy()
-                file.write((column + rows if name == "starts" else column).tobytes())
                 shapes[name] += len(column)
+                if name in files:
+                    files[name].write((column + rows if name == "starts" else column).tobytes())
             rows += len(part.states)
     columns = {}
     for name in COLUMNS:
@@ -98,6 +121,15 @@ def _unpack(
     with replacing(folder / INDEX) as part_of_index:
         part_of_index.write_text(json.dumps(index))
     return index
+
+
+def _link(there: Path, here: Path) -> None:
+    """The same file under another name, or a copy where a file system has no such thing."""
+    here.unlink(missing_ok=True)  # left by a kill
+    try:
+        os.link(there, here)
+    except OSError:
+        shutil.copyfile(there, here)
 
 
 def _check_alike(first: dict[str, tuple[Any, ...]], kinds: dict[str, tuple[Any, ...]], shard: Path) -> None:
