@@ -39,6 +39,7 @@ def checked_columns(columns: Mapping[str, np.ndarray], origin: str) -> Arrays:
             found[name] = flags(column, name, origin)
         else:
             found[name] = with_one_axis(column, name, origin)
+    _check_successors(found["observations"], found.get("next_observations"), origin)
     _check_actions(found["actions"], origin)
     _check_terminals(found.get("terminals"), origin)
     return found
@@ -93,6 +94,13 @@ def _with_two_axes(column: np.ndarray, name: str, origin: str) -> np.ndarray:
     if column.ndim < 2:
         raise UserError(f"{origin}: '{name}' must have two axes (rows, size), got the shape {column.shape}")
     return column
+
+
+def _check_successors(observations: np.ndarray, successors: np.ndarray | None, origin: str) -> None:
+    if successors is not None and successors.shape != observations.shape:
+        raise UserError(
+            f"{origin}: 'next_observations' have the shape {successors.shape}, 'observations' {observations.shape}"
+        )
 
 
 def _check_actions(actions: np.ndarray, origin: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from deflow.data.memory.transitions import Transitions
-from deflow.data.sources.source import BEYOND, Source
+from deflow.data.sources.source import BEYOND, Source, unless_one
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.ranges import Count, Interval, Seed
@@ -99,11 +99,11 @@ class OwnDataSource(Source):
             space = env.action_space
             env.close()
             if isinstance(space, Box) and space.is_bounded():
-                return _unless_one(space.low.reshape(-1), space.high.reshape(-1))
+                return unless_one(space.low.reshape(-1), space.high.reshape(-1))
         taken = whole.actions[whole.starts]
         if taken.abs().max() <= 1 + BEYOND:
             return None, None
-        return _unless_one(*_apart(taken.amin(0).numpy(), taken.amax(0).numpy()))
+        return unless_one(*_apart(taken.amin(0).numpy(), taken.amax(0).numpy()))
 
     def protocol(self) -> dict[str, Any]:
         return {"protocol": "the user's own data" + (f", evaluated in {self.env}" if self.env else "")}
@@ -121,13 +121,6 @@ def _apart(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same, but for dimensions in which the action never changes: these are decided as 0."""
     half = np.where(high > low, 0, 1)
     return low - half, high + half
-
-
-def _unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | tuple[None, None]:
-    if (low == -1).all() and (high == 1).all():
-        return None, None
-    log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
-    return tuple(low.tolist()), tuple(high.tolist())
 
 
 def _moments(whole: Transitions) -> tuple[Numbers, Numbers]:
