@@ -83,6 +83,7 @@ def test_columns_of_one_number_are_squeezed(columns: tuple[str, ...], tmp_path: 
             "'actions' are whole numbers up to 3: discrete actions",
         ),
         ({"observations": lambda c: c["observations"][:, 0]}, "'observations' must have two axes"),
+        ({"observations": lambda c: c["observations"][:, None]}, r"two axes .* \(360, 1, 3\); images are not read"),
         (
             {"observations": lambda c: c["observations"][:, :2]},
             r"'next_observations' have .* \(360, 3\), 'observations'",

@@ -10,7 +10,7 @@ from deflow.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
-TABLES = ("observations", "actions", "next_observations")  # two axes and more, (rows, ...)
+TABLES = ("observations", "actions", "next_observations")  # two axes, (rows, size)
 FLAGS = ("terminals", "timeouts")
 MOSTLY = 0.5  # a share of rows above which a flag that ends the task is taken for its opposite
 
@@ -91,8 +91,9 @@ def _numbers(column: np.ndarray, name: str, origin: str) -> np.ndarray:
 
 
 def _with_two_axes(column: np.ndarray, name: str, origin: str) -> np.ndarray:
-    if column.ndim < 2:
-        raise UserError(f"{origin}: '{name}' must have two axes (rows, size), got the shape {column.shape}")
+    if column.ndim != 2:
+        images = "; images are not read" if column.ndim > 2 else ""
+        raise UserError(f"{origin}: '{name}' must have two axes (rows, size), got the shape {column.shape}{images}")
     return column
 
 

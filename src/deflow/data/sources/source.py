@@ -201,7 +201,12 @@ def _precision(column: np.ndarray) -> float:
 
 
 def unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | tuple[None, None]:
-    """The actions that a policy decides as -1 and 1, a number a dimension; None, if these are -1 and 1."""
+    """The actions that a policy decides as -1 and 1, a number a dimension; None, if these are -1 and 1.
+
+    A dimension in which `low` is `high`, so that the action never changes, is decided as 0.
+    """
+    half = np.where(high > low, 0, 1)
+    low, high = low - half, high + half
     if (low == -1).all() and (high == 1).all():
         return None, None
     log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
