@@ -166,3 +166,11 @@ def test_a_run_its_checkpoint_and_other_units(tmp_path: Path) -> None:
         load_weights(agent, final, "another", policy.units)
     with pytest.raises(UserError, match="was trained on other units"):
         load_weights(agent, final, "DeflowWideRobot-v0", AS_THEY_ARE)
+
+
+def test_the_same_but_for_rounding() -> None:
+    assert UNITS.mean is not None
+    mean = tuple(value * (1 + 1e-12) for value in UNITS.mean)
+    assert UNITS.is_close(UNITS._replace(mean=mean))
+    others = (UNITS._replace(mean=tuple(value + 1 for value in mean)), UNITS._replace(low=None), AS_THEY_ARE)
+    assert not any(UNITS.is_close(other) for other in others)
