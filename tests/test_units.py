@@ -14,7 +14,9 @@ from gymnasium.spaces import Box
 import deflow
 from deflow.build import build_agent
 from deflow.checkpoints import load_weights
+from deflow.data.sources import own_data
 from deflow.data.sources.custom import CustomSource
+from deflow.data.sources.source import unless_one
 from deflow.errors import UserError
 from deflow.online import Collector
 from deflow.pipeline import train
@@ -99,12 +101,37 @@ def test_actions_within_one_are_as_they_are(tmp_path: Path, caplog: pytest.LogCa
     assert "actions outside what a policy decides; they are clipped" in caplog.text
 
 
+@pytest.mark.parametrize("range_", [[2, -2], [1, 1]])
+def test_a_range_that_is_none_is_refused(range_: list[float], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"action_range must be \[lowest, highest\], got"):
+        CustomSource(wide(tmp_path), ALL_KEYS, action_range=range_).load()
+
+
+def test_an_action_that_never_changes_is_decided_as_0() -> None:
+    low, high = unless_one(np.array([-2.0, 3.0]), np.array([2.0, 3.0]))
+    assert (low, high) == ((-2.0, 2.0), (2.0, 4.0))
+    assert Units(low, high).decided(np.array([1.0, 3.0])).tolist() == [0.5, 0.0]
+
+
 def test_standardised_observations(tmp_path: Path) -> None:
     data, _ = CustomSource(saved(tmp_path, walks()), ALL_KEYS, standardise=True).load()
     batch, next_rows = data.batch(data.starts, Lookahead(0.9))
     assert batch.observations.mean(0).abs().max() < 0.3
     assert (batch.observations.std(0) - 1).abs().max() < 0.3
     torch.testing.assert_close(batch.next_observations, data.observations(next_rows))
+
+
+def test_what_never_changes_is_not_blown_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_data, "ROWS_AT_ONCE", 7)
+    columns = walks()
+    for name in ("observations", "next_observations"):
+        columns[name][:, 0] = 5000.3  # which float32 does not hold, and the environment gives
+    data, validation = CustomSource(saved(tmp_path, columns), ALL_KEYS, standardise=True).load()
+    assert validation is not None
+    states = torch.cat([part.states[part.starts] for part in (data, validation)]).double()
+    np.testing.assert_allclose(data.units.mean, states.mean(0))
+    np.testing.assert_allclose(data.units.std, [1.0, *states.std(0)[1:]])
+    assert abs(data.units.observed(np.array([5000.3, 0.0, 0.0]))[0]) < 1e-3
 
 
 def test_what_is_collected_is_in_the_units_of_the_data() -> None:
@@ -139,3 +166,11 @@ def test_a_run_its_checkpoint_and_other_units(tmp_path: Path) -> None:
         load_weights(agent, final, "another", policy.units)
     with pytest.raises(UserError, match="was trained on other units"):
         load_weights(agent, final, "DeflowWideRobot-v0", AS_THEY_ARE)
+
+
+def test_the_same_but_for_rounding() -> None:
+    assert UNITS.mean is not None
+    mean = tuple(value * (1 + 1e-12) for value in UNITS.mean)
+    assert UNITS.is_close(UNITS._replace(mean=mean))
+    others = (UNITS._replace(mean=tuple(value + 1 for value in mean)), UNITS._replace(low=None), AS_THEY_ARE)
+    assert not any(UNITS.is_close(other) for other in others)

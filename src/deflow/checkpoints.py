@@ -114,7 +114,7 @@ def load_weights(agent: Agent, path: Path, task: str | None, units: Units) -> No
     of = checkpoint["deflow"]["task"]
     if task is not None and of != task:
         raise UserError(f"{path} is a checkpoint of {of}, not of {task}; ckpt_of_any_task=true takes it all the same")
-    if units_of(checkpoint) != units:
+    if not units_of(checkpoint).is_close(units):
         raise UserError(
             f"{path} was trained on other units of actions or observations than these data have: give it the same, "
             "data.source.action_range=[LOW,HIGH] and data.source.standardise=false"

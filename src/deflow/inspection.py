@@ -24,6 +24,7 @@ from deflow.evaluation.diversity import policy_samples
 from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.trust import trust_only
+from deflow.units import AS_THEY_ARE, Units
 
 
 def inspect(config: DictConfig) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     arrays["rewards"] = source.label(arrays["rewards"])  # as they are learned from
     if arrays["observations"].ndim > 2:
         raise UserError(f"{source.name} holds images, which are not inspected: look at the same data with states")
-    described = card.describe(arrays)
+    described = card.describe(arrays, _units(source, arrays))
     described["task_ends_by_task"] = {name: _task_ends(other.arrays()[0]) for name, other in source.tasks().items()}
     title = f"{source.name} ({source.provenance()['path']})"
     card.print_card(title, described)
@@ -66,6 +67,17 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     write_json(out / f"{name}.json", result)
     Console().print(f"{out / name}.json, {out / name}.png", soft_wrap=True)
     return result
+
+
+def _units(source: Source, arrays: Arrays) -> Units:
+    """Those that a training would take, of the rows that it would not refuse."""
+    finite = np.isfinite(arrays["observations"]).all(1) & np.isfinite(arrays["actions"]).all(1)
+    finite &= np.isfinite(arrays["rewards"])
+    try:
+        whole = source.transitions({name: column[finite] for name, column in arrays.items()}, source.name)
+    except UserError:  # no transition is left
+        return AS_THEY_ARE
+    return source.with_units(whole).units
 
 
 def _task_ends(arrays: Arrays) -> int:

@@ -26,6 +26,14 @@ class Units(NamedTuple):
         """What `_asdict` gave, also after it went through a file; those of no change, if there is nothing."""
         return cls(**{key: None if value is None else tuple(value) for key, value in (content or {}).items()})
 
+    def is_close(self, other: Units) -> bool:
+        """Whether these are the same but for rounding: sums over the data depend on the machine's threads."""
+        pairs = list(zip(self, other, strict=True))
+        if any((mine is None) != (theirs is None) for mine, theirs in pairs):
+            return False
+        found = [(a, b) for a, b in pairs if a is not None and b is not None]
+        return all(len(a) == len(b) and np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in found)
+
     def observed(self, observations: np.ndarray) -> np.ndarray:
         """The environment's observations, shape (..., observation_dim), as the networks see them."""
         if self.mean is None:

@@ -83,6 +83,11 @@ def test_columns_of_one_number_are_squeezed(columns: tuple[str, ...], tmp_path: 
             "'actions' are whole numbers up to 3: discrete actions",
         ),
         ({"observations": lambda c: c["observations"][:, 0]}, "'observations' must have two axes"),
+        ({"observations": lambda c: c["observations"][:, None]}, r"two axes .* \(360, 1, 3\); images are not read"),
+        (
+            {"observations": lambda c: c["observations"][:, :2]},
+            r"'next_observations' have .* \(360, 3\), 'observations'",
+        ),
         ({"observations": lambda c: np.array([[1], [1, 2]], object)}, "holds objects, such as episodes of different"),
     ],
 )
@@ -90,16 +95,18 @@ def test_what_cannot_be_meant_is_named(change: dict[str, Callable[[Columns], Any
     columns = walks()
     path = saved(tmp_path, columns | {name: make(columns) for name, make in change.items()})
     with pytest.raises(UserError, match=says):
-        whole(path, KEYS)
+        whole(path, KEYS | {"next_observations": "next_observations"})
 
 
 def test_columns_that_are_not_read_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = saved(tmp_path, walks())
+    for name in ("a.npz", "b.npz"):
+        saved(tmp_path, walks(), name)
+    source = CustomSource(str(tmp_path), KEYS)
     with caplog.at_level(logging.WARNING):
-        whole(path, KEYS)
-    assert (
-        "its columns timeouts, next_observations are not read; to read them: data.source.keys.timeouts" in caplog.text
-    )
+        source.spec()
+        source.load()
+    said = "its columns timeouts, next_observations are not read; to read them: data.source.keys.timeouts"
+    assert caplog.text.count(said) == 1  # of the whole set
 
 
 def test_next_observations_of_another_precision_follow(tmp_path: Path) -> None:
@@ -110,6 +117,17 @@ def test_next_observations_of_another_precision_follow(tmp_path: Path) -> None:
         train_part, validation = whole(saved(tmp_path, rounded), keys)
         assert validation is not None
         assert len(train_part.chunk_starts(30)) + len(validation.chunk_starts(30)) == 12
+
+
+@pytest.mark.parametrize(("constant", "precision"), [(5000.3, np.float32), (0.3, np.float16)])
+def test_what_never_changes_is_the_same_in_another_precision(constant: float, precision: type, tmp_path: Path) -> None:
+    columns = walks()
+    for name in ("observations", "next_observations"):
+        columns[name] = np.pad(columns[name].astype(np.float64), ((0, 0), (0, 1)), constant_values=constant)
+    columns["next_observations"] = columns["next_observations"].astype(precision)
+    train_part, validation = whole(saved(tmp_path, columns))
+    assert validation is not None
+    assert len(train_part.chunk_starts(30)) + len(validation.chunk_starts(30)) == 12
 
 
 def test_states_of_whole_numbers_are_numbers(tmp_path: Path) -> None:
@@ -208,3 +226,15 @@ def test_inspection_survives(tmp_path: Path) -> None:
         result = inspect(compose_config(*overrides, config_name="inspect_data"))
         assert result["card"]["rows_not_finite"] == (name == "nan")
         assert (out / f"{name}.png").exists()
+
+
+def test_the_card_does_not_call_clipped_what_is_scaled(tmp_path: Path) -> None:
+    columns = walks()
+    wide = columns | {"actions": 2 * columns["actions"]}
+    wide["observations"][7, 0] = np.nan  # such rows say nothing of the range
+    overrides = ("task=custom", f"data.source.path={saved(tmp_path, wide)}", f"out={tmp_path}")
+    for setting, outside in ((), False), (("data.source.action_range=[-1,1]",), True):
+        card = inspect(compose_config(*overrides, *setting, config_name="inspect_data"))["card"]
+        assert (card["rows_with_actions_outside"] > 0) == outside
+        assert any("clipped" in warning for warning in card["warnings"]) == outside
+        assert card["action_range"][0]["max"] > 1  # in the file's numbers

@@ -92,3 +92,12 @@ def test_success_at_the_end_or_ever(said: list[dict[str, Any]], at_the_end: floa
         for info in said:
             success = rule.after(success, info)
         assert success == expected
+
+
+def test_the_step_that_is_taken_is_one_of_its_actions() -> None:
+    class Strict(Robot):
+        def step(self, action: Any) -> tuple[np.ndarray, Any, bool, bool, dict]:
+            assert self.action_space.contains(action)
+            return super().step(action)
+
+    meet(Strict([{"success": 1}], actions=Box(0.5, 1, (2,), np.float32)), SPEC, SuccessRule(), "mine")

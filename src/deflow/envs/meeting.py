@@ -51,8 +51,9 @@ def meet(env: gymnasium.Env, spec: Spec, rule: SuccessRule, name: str) -> None:
 
 
 def _step(env: gymnasium.Env) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-    assert isinstance(env.action_space, Box)
-    return env.step(np.zeros(env.action_space.shape, env.action_space.dtype))
+    space = env.action_space
+    assert isinstance(space, Box)
+    return env.step(np.clip(np.zeros(space.shape, space.dtype), space.low, space.high))
 
 
 def _check_space(space: gymnasium.Space, shape: tuple[int, ...], what: str, whose: str) -> None:

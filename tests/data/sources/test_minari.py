@@ -124,6 +124,8 @@ def test_states(pendulum: str) -> None:
     torch.testing.assert_close(shifted.load()[0].rewards, states.load()[0].rewards - 1)
     assert shifted.label(0.5) == -0.5
     assert states.spec() == Spec(3, 1)
+    units = states.load()[0].units  # of the torque's limit
+    assert (units.low, units.high) == ((-2.0,), (2.0,))
     assert states.score(-1.0) == 100
     assert states.make_env().reset(seed=0)[0].shape == (3,)
     assert "not D4RL's" in states.protocol()["protocol"]

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from deflow.data.sources.columns import Arrays
 from deflow.files import replacing
+from deflow.units import AS_THEY_ARE, Units
 
 matplotlib.use("agg")
 
@@ -30,8 +31,13 @@ LOOKED_AT = 50_000  # rows, at the start of a training
 log = logging.getLogger(__name__)
 
 
-def describe(arrays: Arrays) -> dict[str, Any]:
-    """Counts, ranges (without NaN) and faults of data in compact layout (see `Source`), as plain values."""
+def describe(arrays: Arrays, units: Units = AS_THEY_ARE) -> dict[str, Any]:
+    """Counts, ranges (without NaN) and faults of data in compact layout (see `Source`), as plain values.
+
+    Args:
+        arrays: the data.
+        units: of their actions, which say what is at a policy's limit or beyond it.
+    """
     observations, actions = arrays["observations"], arrays["actions"]
     valid = np.asarray(arrays["valids"]) > 0
     valid[-1] = False
@@ -39,6 +45,7 @@ def describe(arrays: Arrays) -> dict[str, Any]:
     finite = np.isfinite(observations).all(1) & np.isfinite(actions).all(1) & np.isfinite(arrays["rewards"])
     lengths = _trajectory_lengths(valid)
     taken = actions[valid]
+    decided = np.abs(units.decided(taken))
     card: dict[str, Any] = {
         "transitions": int(valid.sum()),
         "trajectories": len(lengths),
@@ -48,8 +55,8 @@ def describe(arrays: Arrays) -> dict[str, Any]:
         "rewards": _range(rewards) | {"distinct": len(np.unique(rewards))},
         "task_ends": int((masks == 0).sum()),  # masks of 0: no bootstrapping beyond
         "action_range": [_range(column) for column in taken.T],
-        "saturated_share": float((np.abs(taken) > SATURATED).mean()),
-        "rows_with_actions_outside": int((np.abs(taken) > 1 + 1e-6).any(1).sum()),
+        "saturated_share": float((decided > SATURATED).mean()),
+        "rows_with_actions_outside": int((decided > 1 + 1e-6).any(1).sum()),
         "rows_not_finite": int((~finite).sum()),
         "repeated_transitions": _repeats(observations[valid], taken),
         "jumps_inside_trajectories": _jumps(observations, valid & finite & np.append(finite[1:], False), len(lengths)),
@@ -72,7 +79,9 @@ def warnings_of(card: dict[str, Any]) -> list[str]:
     if card["trajectory_length"]["max"] <= 1:
         found.append("every trajectory has one transition: terminals look inverted")
     if card["rows_with_actions_outside"]:
-        found.append(f"{card['rows_with_actions_outside']} rows have actions outside [-1, 1]; they will be clipped")
+        found.append(
+            f"{card['rows_with_actions_outside']} rows have actions outside what a policy decides; they will be clipped"
+        )
     if card["saturated_share"] > 0.5:
         found.append(f"{card['saturated_share']:.0%} of the action components are at their limit")
     if card["rows_not_finite"]:

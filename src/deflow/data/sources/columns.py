@@ -10,7 +10,7 @@ from deflow.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
-TABLES = ("observations", "actions", "next_observations")  # two axes and more, (rows, ...)
+TABLES = ("observations", "actions", "next_observations")  # two axes, (rows, size)
 FLAGS = ("terminals", "timeouts")
 MOSTLY = 0.5  # a share of rows above which a flag that ends the task is taken for its opposite
 
@@ -39,6 +39,7 @@ def checked_columns(columns: Mapping[str, np.ndarray], origin: str) -> Arrays:
             found[name] = flags(column, name, origin)
         else:
             found[name] = with_one_axis(column, name, origin)
+    _check_successors(found["observations"], found.get("next_observations"), origin)
     _check_actions(found["actions"], origin)
     _check_terminals(found.get("terminals"), origin)
     return found
@@ -90,9 +91,17 @@ def _numbers(column: np.ndarray, name: str, origin: str) -> np.ndarray:
 
 
 def _with_two_axes(column: np.ndarray, name: str, origin: str) -> np.ndarray:
-    if column.ndim < 2:
-        raise UserError(f"{origin}: '{name}' must have two axes (rows, size), got the shape {column.shape}")
+    if column.ndim != 2:
+        images = "; images are not read" if column.ndim > 2 else ""
+        raise UserError(f"{origin}: '{name}' must have two axes (rows, size), got the shape {column.shape}{images}")
     return column
+
+
+def _check_successors(observations: np.ndarray, successors: np.ndarray | None, origin: str) -> None:
+    if successors is not None and successors.shape != observations.shape:
+        raise UserError(
+            f"{origin}: 'next_observations' have the shape {successors.shape}, 'observations' {observations.shape}"
+        )
 
 
 def _check_actions(actions: np.ndarray, origin: str) -> None:

@@ -6,7 +6,8 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class CustomSource(OwnDataSource):
     """
 
     keys: Mapping[str, str | None]
+    _said: set[str] = field(default_factory=set, repr=False)  # once, and not of every file
 
     def prepare(self) -> None:
         if not self._files:
@@ -68,6 +70,10 @@ class CustomSource(OwnDataSource):
         return super().provenance() | {"columns": {ours: theirs for ours, theirs in self.keys.items() if theirs}}
 
     def spec(self) -> Spec:
+        return self._sizes
+
+    @cached_property
+    def _sizes(self) -> Spec:
         self.prepare()
         columns = self._read(self._files[0])
         return Spec(columns["observations"].shape[1], columns["actions"].shape[1])
@@ -83,7 +89,8 @@ class CustomSource(OwnDataSource):
 
     def _read(self, path: Path) -> Arrays:
         """One file in compact layout."""
-        columns = read_columns(path, self.keys)
+        columns, unread = read_columns(path, self.keys)
+        self._say(path, unread)
         nowhere = np.zeros(len(columns["rewards"]), bool)
         terminals, timeouts = columns.get("terminals", nowhere), columns.get("timeouts", nowhere)
         # A file of a folder ends a trajectory; one that is all there is may hold many, and something must say which.
@@ -101,14 +108,23 @@ class CustomSource(OwnDataSource):
             columns.get("next_observations"),
         )
 
+    def _say(self, path: Path, unread: list[str]) -> None:
+        new = [name for name in unread if name not in self._said]
+        self._said.update(new)
+        if new:
+            named = " ".join(f"data.source.keys.{name}={name}" for name in new)
+            log.warning("%s: its columns %s are not read; to read them: %s", path, ", ".join(new), named)
 
-def read_columns(path: Path, keys: Mapping[str, str | None]) -> Arrays:
-    """The named columns of an `.npz` or HDF5 file, checked; columns that say where trajectories end and are not named
-    are said.
+
+def read_columns(path: Path, keys: Mapping[str, str | None]) -> tuple[Arrays, list[str]]:
+    """The named columns of an `.npz` or HDF5 file, checked.
 
     Args:
         path: of the file.
         keys: our name -> the file's (with `/` for groups of HDF5), or None for a column the file does not have.
+
+    Returns:
+        The columns, and the names of those that say where trajectories end, are there and are not read.
 
     Raises:
         UserError: if the file is of another kind, broken or lacks a column, or as `checked_columns` does.
@@ -118,11 +134,8 @@ def read_columns(path: Path, keys: Mapping[str, str | None]) -> Arrays:
     if missing:
         raise UserError(f"data.source.keys must name {', '.join(missing)}")
     columns, present = (_read_hdf5 if path.suffix.lower() in HDF5_SUFFIXES else _read_npz)(path, wanted)
-    unused = [name for name in OPTIONAL if name in present and name not in wanted.values()]
-    if unused:
-        named = " ".join(f"data.source.keys.{name}={name}" for name in unused)
-        log.warning("%s: its columns %s are not read; to read them: %s", path, ", ".join(unused), named)
-    return checked_columns(columns, str(path))
+    unread = [name for name in OPTIONAL if name in present and name not in wanted.values()]
+    return checked_columns(columns, str(path)), unread
 
 
 def _read_npz(path: Path, wanted: Mapping[str, str]) -> tuple[Arrays, list[str]]:

@@ -127,7 +127,7 @@ class D4RLSource(Source):
         return self._read()
 
     def _read(self) -> tuple[Arrays, None]:
-        columns = read_columns(self._path, KEYS)
+        columns, _ = read_columns(self._path, KEYS)
         sizes = columns["observations"].shape[1], columns["actions"].shape[1]
         if sizes != SIZES[self._family]:
             raise UserError(

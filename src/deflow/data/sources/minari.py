@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.wrappers import TimeLimit
 
+from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.columns import Arrays
-from deflow.data.sources.source import Reward, Source
+from deflow.data.sources.source import Reward, Source, unless_one
 from deflow.data.sources.view import (
     DESIRED,
     View,
@@ -33,6 +34,7 @@ from deflow.errors import UserError
 from deflow.ranges import Seed
 from deflow.trust import check_environment_spec
 from deflow.types import Spec
+from deflow.units import Units
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +147,13 @@ class MinariSource(Source):
 
     def label(self, reward: Reward) -> Reward:
         return reward + self.reward_shift
+
+    def with_units(self, whole: Transitions) -> Transitions:
+        """A policy decides the bounds of the data set's actions as -1 and 1."""
+        space = self._load().action_space
+        if space.is_bounded():
+            whole = replace(whole, units=Units(*unless_one(space.low.reshape(-1), space.high.reshape(-1))))
+        return super().with_units(whole)
 
     @cached_property
     def _view(self) -> View:

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
-import numpy as np
+import torch
 from gymnasium.spaces import Box
 
 from deflow.data.memory.transitions import Transitions
-from deflow.data.sources.source import BEYOND, Source
+from deflow.data.sources.source import BEYOND, Source, unless_one
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.ranges import Count, Interval, Seed
 from deflow.units import Numbers, Units
 
-SMALLEST_STD = 1e-6  # of an observation's dimension that hardly changes
+SMALLEST_STD = 1e-6  # of an observation's dimension that changes, where its mean is above 1 by so much of it
+ROWS_AT_ONCE = 65_536
 
 log = logging.getLogger(__name__)
 
@@ -93,17 +94,19 @@ class OwnDataSource(Source):
         if self.action_range is None:
             return None, None
         if self.action_range != "auto":
+            if not self.action_range[0] < self.action_range[1]:
+                raise UserError(f"data.source.action_range must be [lowest, highest], got {list(self.action_range)}")
             return (float(self.action_range[0]),) * size, (float(self.action_range[1]),) * size
         if self.has_env:
             env = self.make_env()
             space = env.action_space
             env.close()
             if isinstance(space, Box) and space.is_bounded():
-                return _unless_one(space.low.reshape(-1), space.high.reshape(-1))
+                return unless_one(space.low.reshape(-1), space.high.reshape(-1))
         taken = whole.actions[whole.starts]
         if taken.abs().max() <= 1 + BEYOND:
             return None, None
-        return _unless_one(*_apart(taken.amin(0).numpy(), taken.amax(0).numpy()))
+        return unless_one(taken.amin(0).numpy(), taken.amax(0).numpy())
 
     def protocol(self) -> dict[str, Any]:
         return {"protocol": "the user's own data" + (f", evaluated in {self.env}" if self.env else "")}
@@ -117,20 +120,11 @@ class OwnDataSource(Source):
         }
 
 
-def _apart(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same, but for dimensions in which the action never changes: these are decided as 0."""
-    half = np.where(high > low, 0, 1)
-    return low - half, high + half
-
-
-def _unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | tuple[None, None]:
-    if (low == -1).all() and (high == 1).all():
-        return None, None
-    log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
-    return tuple(low.tolist()), tuple(high.tolist())
-
-
 def _moments(whole: Transitions) -> tuple[Numbers, Numbers]:
-    """Mean and standard deviation of the states, a number a dimension."""
-    states = whole.states[whole.starts].double()
-    return tuple(states.mean(0).tolist()), tuple(states.std(0).clamp(min=SMALLEST_STD).tolist())
+    """Mean and standard deviation of the states, a number a dimension; 1 for what does not change but by rounding."""
+    parts, count = whole.starts.split(ROWS_AT_ONCE), len(whole.starts)  # not all at once: they may be mapped
+    mean = sum((whole.states[rows].double().sum(0) for rows in parts), torch.zeros(())) / count
+    squares = sum(((whole.states[rows].double() - mean).square().sum(0) for rows in parts), torch.zeros(()))
+    std = (squares / max(count - 1, 1)).sqrt()
+    std = torch.where(std > SMALLEST_STD * mean.abs().clamp(min=1), std, 1.0)
+    return tuple(mean.tolist()), tuple(std.tolist())

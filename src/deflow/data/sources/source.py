@@ -16,6 +16,7 @@ from deflow.data.sources.columns import Arrays
 from deflow.envs.meeting import meet
 from deflow.envs.success import SuccessRule
 from deflow.types import Spec
+from deflow.units import Numbers
 
 log = logging.getLogger(__name__)
 
@@ -186,9 +187,30 @@ def compact(
 
 def _jumps(next_observations: np.ndarray, rows_after: np.ndarray) -> np.ndarray:
     """Whether the row after a transition is another state than its next observation, shape (rows,)."""
+    if len(rows_after) == 0:
+        return np.zeros(0, bool)
     axes = tuple(range(1, rows_after.ndim))
     after = rows_after.astype(np.float64)
-    return (np.abs(next_observations - after) > ROUNDING * after.std(0) + 1e-6).any(axes)
+    rounded = max(_precision(next_observations), _precision(rows_after)) * np.abs(after)  # also of what never changes
+    return (np.abs(next_observations - after) > ROUNDING * after.std(0) + rounded + 1e-6).any(axes)
+
+
+def _precision(column: np.ndarray) -> float:
+    """By what share a number may differ from what was measured: float64 may hold what was float32 before."""
+    return float(np.finfo(np.float16 if column.dtype == np.float16 else np.float32).eps)
+
+
+def unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | tuple[None, None]:
+    """The actions that a policy decides as -1 and 1, a number a dimension; None, if these are -1 and 1.
+
+    A dimension in which `low` is `high`, so that the action never changes, is decided as 0.
+    """
+    half = np.where(high > low, 0, 1)
+    low, high = low - half, high + half
+    if (low == -1).all() and (high == 1).all():
+        return None, None
+    log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
+    return tuple(low.tolist()), tuple(high.tolist())
 
 
 def split(transitions: Transitions, seed: int, origin: str) -> tuple[Transitions, Transitions | None]:
