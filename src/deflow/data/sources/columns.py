@@ -13,6 +13,10 @@ Arrays = dict[str, np.ndarray]
 TABLES = ("observations", "actions", "next_observations")  # two axes, (rows, size)
 FLAGS = ("terminals", "timeouts")
 MOSTLY = 0.5  # a share of rows above which a flag that ends the task is taken for its opposite
+HOLDS_OBJECTS = (
+    "holds objects, such as episodes of different lengths: put them one after the other, one row a transition, "
+    "and say in terminals and timeouts where they end"
+)
 
 
 def checked_columns(columns: Mapping[str, np.ndarray], origin: str) -> Arrays:
@@ -81,10 +85,7 @@ def _check_lengths(columns: Mapping[str, np.ndarray], origin: str) -> None:
 
 def _numbers(column: np.ndarray, name: str, origin: str) -> np.ndarray:
     if column.dtype == object:
-        raise UserError(
-            f"{origin}: '{name}' holds objects, such as episodes of different lengths: put them one after the other, "
-            "one row a transition, and say in terminals and timeouts where they end"
-        )
+        raise UserError(f"{origin}: '{name}' {HOLDS_OBJECTS}")
     if column.dtype.kind not in "biuf":
         raise UserError(f"{origin}: '{name}' must hold numbers, got {column.dtype} such as {column.flat[0]!r}")
     return column

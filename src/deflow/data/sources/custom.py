@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deflow.data.memory.transitions import Transitions, as_arrays
-from deflow.data.sources.columns import Arrays, checked_columns
+from deflow.data.sources.columns import HOLDS_OBJECTS, Arrays, checked_columns
 from deflow.data.sources.hdf5 import opened
 from deflow.data.sources.own_data import OwnDataSource
 from deflow.data.sources.shards import map_shards
@@ -67,7 +67,7 @@ class CustomSource(OwnDataSource):
         return split(self.with_units(self._mapped()), self.seed, self.name)
 
     def provenance(self) -> dict[str, Any]:
-        return super().provenance() | {"columns": {ours: theirs for ours, theirs in self.keys.items() if theirs}}
+        return super().provenance() | {"columns": named(self.keys)}
 
     def spec(self) -> Spec:
         return self._sizes
@@ -80,12 +80,11 @@ class CustomSource(OwnDataSource):
 
     def _mapped(self) -> Transitions:
         """All files of the folder, mapped into memory."""
-        settings = {"keys": {ours: theirs for ours, theirs in self.keys.items() if theirs is not None}}
 
         def load(path: Path) -> Transitions:
             return self.transitions(self._read(path), str(path))
 
-        return map_shards(self._files, load, self._path / "unpacked", settings)
+        return map_shards(self._files, load, self._path / "unpacked", {"keys": named(self.keys)})
 
     def _read(self, path: Path) -> Arrays:
         """One file in compact layout."""
@@ -112,8 +111,8 @@ class CustomSource(OwnDataSource):
         new = [name for name in unread if name not in self._said]
         self._said.update(new)
         if new:
-            named = " ".join(f"data.source.keys.{name}={name}" for name in new)
-            log.warning("%s: its columns %s are not read; to read them: %s", path, ", ".join(new), named)
+            settings = " ".join(f"data.source.keys.{name}={name}" for name in new)
+            log.warning("%s: its columns %s are not read; to read them: %s", path, ", ".join(new), settings)
 
 
 def read_columns(path: Path, keys: Mapping[str, str | None]) -> tuple[Arrays, list[str]]:
@@ -129,13 +128,18 @@ def read_columns(path: Path, keys: Mapping[str, str | None]) -> tuple[Arrays, li
     Raises:
         UserError: if the file is of another kind, broken or lacks a column, or as `checked_columns` does.
     """
-    wanted = {ours: theirs for ours, theirs in keys.items() if theirs is not None}
+    wanted = named(keys)
     missing = [key for key in REQUIRED if key not in wanted]
     if missing:
         raise UserError(f"data.source.keys must name {', '.join(missing)}")
     columns, present = (_read_hdf5 if path.suffix.lower() in HDF5_SUFFIXES else _read_npz)(path, wanted)
     unread = [name for name in OPTIONAL if name in present and name not in wanted.values()]
     return checked_columns(columns, str(path)), unread
+
+
+def named(keys: Mapping[str, str | None]) -> dict[str, str]:
+    """The columns that the file has: our name -> the file's."""
+    return {ours: theirs for ours, theirs in keys.items() if theirs is not None}
 
 
 def _read_npz(path: Path, wanted: Mapping[str, str]) -> tuple[Arrays, list[str]]:
@@ -148,10 +152,7 @@ def _read_npz(path: Path, wanted: Mapping[str, str]) -> tuple[Arrays, list[str]]
     except ValueError as error:
         if not str(error).startswith("Object arrays"):
             raise UserError(f"cannot read {path}: it is truncated or not an .npz file") from error
-        raise UserError(
-            f"{path} holds objects, such as episodes of different lengths: put them one after the other, one row a "
-            "transition, and say in terminals and timeouts where they end"
-        ) from error
+        raise UserError(f"{path} {HOLDS_OBJECTS}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise UserError(f"cannot read {path}: it is truncated or not an .npz file") from error
 
