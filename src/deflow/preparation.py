@@ -29,7 +29,7 @@ from deflow.files import replacing
 from deflow.loggers import CsvMetrics
 from deflow.precision import faster_precision
 from deflow.resuming import Progress, is_in_last_stage, saved_progress
-from deflow.run import Run
+from deflow.run import Run, of_learning
 from deflow.run_folder import CONFIG_FILE, EPISODES_FILE, METRICS_FILE
 from deflow.settings import AUTO
 from deflow.tracking import Tracker
@@ -110,7 +110,7 @@ def _try_stages(config: DictConfig, source: Source) -> None:
     with torch.device("meta"):
         agents, learner = build_agents(config, source)
     for name, stage in config.stages.items():
-        learner.begin_stage(name, stage.train, first_step=0, freeze=stage.get("freeze", ()))
+        learner.begin_stage(name, first_step=0, **of_learning(stage))
         if learner.traits.trains_jointly and not all(learner.trains(part) for part in learner.parts):
             raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: {WHOLE_STAGES}")
         if stage.get("environment") is not None and not source.has_env:

@@ -17,7 +17,9 @@ Positive = Annotated[float, Field(gt=0)]  # every number is finite, see `setting
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]  # such as of dropout, or by which an average forgets
 Discount = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[Sequence[Discount], Field(min_length=2, max_length=2)]  # of Adam
 Expectile = Annotated[float, Field(ge=0.5, lt=1)]  # of the upper half
 
 Widths = Annotated[Sequence[Count], Field(min_length=1)]  # of layers
@@ -25,4 +27,6 @@ Names = Annotated[Sequence[str], Field(min_length=1)]
 Interval = Annotated[Sequence[float], Field(min_length=2, max_length=2)]  # lowest and highest
 Limit = Positive | Annotated[Sequence[Positive], Field(min_length=1)]  # one for all action dimensions, or one for each
 
-Activation = Literal["gelu", "gelu_tanh"]  # exact, or the tanh form of the original code
+Activation = Literal["gelu", "gelu_tanh", "relu", "mish", "silu"]  # see `activate`
+Norm = Literal["hidden", "input", "none"]  # what layer normalisation is applied to
+Reduction = Literal["mean", "sum"]  # over an ensemble's members

@@ -64,3 +64,15 @@ class Run:
     def policy(self, agent: Agent) -> Policy:
         """The evaluation policy of one of the agents."""
         return Policy(agent, units=self.units)
+
+
+def of_learning(stage: DictConfig) -> dict[str, Any]:
+    """What of a stage's settings is `Agent.begin_stage`'s."""
+    decay = stage.get("cosine_decay", False)  # of all parts, or of those in a list
+    return {
+        "train": stage.train,
+        "freeze": stage.get("freeze", ()),
+        "lr": stage.get("lr"),
+        "cosine_decay_steps": stage.steps if decay else None,
+        "decaying": "all" if decay in (True, False) else tuple(decay),
+    }

@@ -118,7 +118,7 @@ class Stage(TypedDict):
     steps: Count
     freeze: NotRequired[Sequence[str]]
     lr: NotRequired[Positive | None]
-    cosine_decay: NotRequired[bool]
+    cosine_decay: NotRequired[bool | Sequence[str]]
     evaluate: NotRequired[bool]
     proposals: NotRequired[Count | None]
     environment: NotRequired[Environment | None]

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from deflow.agents.base import Agent
+from deflow.agents.optimizer import PartwiseAdam
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
@@ -24,7 +25,7 @@ from deflow.settings import OPTIMIZERS, TRAINER
 from deflow.trust import HINT, check_environment_id, is_trusted
 
 PACKAGE = Path(__file__).parent
-KINDS = (nn.Module, Source, OfflineDataModule, Solver)  # classes of this package that configurations name
+KINDS = (nn.Module, Source, OfflineDataModule, Solver, PartwiseAdam)  # classes of this package that configurations name
 LOGGERS = tuple(
     f"deflow.loggers.{name}" for name in ("csv_only", "mlflow_logger", "tensorboard_logger", "wandb_logger")
 )

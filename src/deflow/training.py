@@ -31,8 +31,9 @@ from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation.rollout import save_episodes
 from deflow.evaluation.statistics import summarise
 from deflow.online import OnlineStream
+from deflow.policy import evaluation_mode
 from deflow.resuming import stage_folder
-from deflow.run import Run
+from deflow.run import Run, of_learning
 from deflow.run_folder import EPISODES_FILE, REPLAY
 from deflow.signals import Stopped
 
@@ -80,8 +81,7 @@ def _load_stage(run: Run, name: str, stage: DictConfig, final: Path, first_step:
 
 def _train_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:
     """Train one stage, from its newest checkpoint if the run goes on in it."""
-    decay = stage.steps if stage.get("cosine_decay") else None
-    run.learner.begin_stage(name, stage.train, first_step, stage.get("freeze", ()), stage.get("lr"), decay)
+    run.learner.begin_stage(name, first_step=first_step, **of_learning(stage))
     online = _online(run, name, stage)
     clock = StageClock()
     between_updates = _between_updates(run, name, stage, checkpoints, clock)
@@ -208,7 +208,8 @@ def _proposals(run: Run, stage: DictConfig) -> list[ProposalCache] | None:
     for seed, agent in zip(run.data.seeds, run.agents, strict=True):
         assert agent.cached_flow is not None
         path = run.folder / ("proposals.npy" if len(run.agents) == 1 else f"proposals_{seed}.npy")
-        cache = ProposalCache.load_or_compute(agent.cached_flow, run.data.transitions, stage.proposals, seed, path)
+        with evaluation_mode(agent.cached_flow):
+            cache = ProposalCache.load_or_compute(agent.cached_flow, run.data.transitions, stage.proposals, seed, path)
         caches.append(cache)
     return caches
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -55,10 +57,12 @@ class Agent(LightningModule, ABC):
         every: rhythm of a part beside others: it trains in every so many-th update of a stage, those not named in each.
 
     Raises:
-        UserError: if `every` names what is no part.
+        UserError: if `every` or the optimizer names what is no part.
     """
 
     traits = Traits()
+    # Whether the optimizer's momentum moves a part that is not due in an update, as if its gradient were 0.
+    drifts = False
     # What the progress bar shows: name -> metric of a part, as "actor/q"; the losses unless an algorithm knows better.
     headline: Mapping[str, str] = MappingProxyType({})
 
@@ -77,9 +81,11 @@ class Agent(LightningModule, ABC):
         # Targets and other fixed parameters are never unfrozen, so remember what is trainable at all.
         self._trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
         self._make_optimizer = optimizer
+        self._refuse_unknown("agent.optimizer.parts", getattr(optimizer, "parts", ()))
         self._moments: dict[str, list[dict[str, Any] | None]] = {}
         self._seed = seed
-        self.every = self._checked_rhythm(every)
+        self._refuse_unknown("agent.every", every)
+        self.every = dict(every)
         self.begin_stage("unnamed", "all", first_step=0)
 
     # What an algorithm writes.
@@ -148,6 +154,7 @@ class Agent(LightningModule, ABC):
         freeze: Sequence[str] = (),
         lr: float | None = None,
         cosine_decay_steps: int | None = None,
+        decaying: Sequence[str] | Literal["all"] = "all",
     ) -> None:
         """Freeze every part but those of `train`; must precede `Trainer.fit` so that DDP sees the right set.
 
@@ -158,17 +165,19 @@ class Agent(LightningModule, ABC):
             first_step: updates of the run before this stage, so that logs go on where they were.
             lr: learning rate of this stage instead of the optimizer's own.
             cosine_decay_steps: if given, the learning rate falls to 0 over so many updates, along half a cosine.
+            decaying: parts of which it does.
 
         Raises:
             UserError: if a part is not one of the agent's, none trains, or there are updates in which none would.
         """
         train = tuple(self._trainable) if train == "all" else train
-        unknown = sorted({*train, *freeze} - set(self._trainable))
+        decaying = tuple(self._trainable) if decaying == "all" else decaying
+        unknown = sorted({*train, *freeze, *decaying} - set(self._trainable))
         train = [part for part in train if part not in freeze]
         if unknown:
             known = ", ".join(self._trainable)
             instead = f"; better, {WHOLE_STAGES}" if self.traits.trains_jointly else ""
-            raise UserError(f"stage '{name}' trains {unknown}: choose among the agent's parts {known}{instead}")
+            raise UserError(f"stage '{name}' names {unknown}: choose among the agent's parts {known}{instead}")
         if not train:
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")
         rhythm = {part: self.every.get(part, 1) for part in train} if len(train) > 1 else {}
@@ -176,7 +185,7 @@ class Agent(LightningModule, ABC):
             raise UserError(f"agent.every leaves updates in which nothing trains: set agent.every.{train[0]}=1")
         self._rhythm = rhythm
         self._stage, self._active, self._first_step = name, tuple(train), first_step
-        self._lr, self._cosine_decay_steps = lr, cosine_decay_steps
+        self._lr, self._cosine_decay_steps, self._decaying = lr, cosine_decay_steps, tuple(decaying)
         for part, parameters in self._trainable.items():
             for parameter in parameters:
                 parameter.requires_grad_(part in train)
@@ -250,7 +259,9 @@ class Agent(LightningModule, ABC):
         optimizer.load_state_dict(fresh)
         if self._cosine_decay_steps is None:
             return optimizer
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self._cosine_decay_steps)
+        steps = {part: self._cosine_decay_steps for part in self._decaying}
+        factors: list[Callable[[int], float]] = [partial(_half_cosine, steps.get(part)) for part in self._active]
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -272,6 +283,12 @@ class Agent(LightningModule, ABC):
         self.log_dict(metrics | {"step": float(self.run_step)}, batch_size=len(batch.rewards), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            if group.get("clip") is not None:
+                self.clip_part(group["params"], group["clip"])
+        if self.drifts:
+            for parameter in (p for part in set(self._active) - set(self._due) for p in self.parameters_of(part)):
+                parameter.grad = torch.zeros_like(parameter)
         # Before the step: a target moves toward the weights that made this update's losses, as in the original code.
         by_tau: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for online, target, tau in self.target_pairs():
@@ -303,6 +320,10 @@ class Agent(LightningModule, ABC):
         """What the optimizer steps for a part."""
         return list(self._trainable[part])
 
+    def clip_part(self, parameters: Sequence[Tensor], limit: float) -> None:
+        """Shorten the gradient of a part whose norm is above `limit`."""
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
+
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """`(online, target, tau)` of the parts that train and whose targets move in this update."""
         for part in self._active:
@@ -310,17 +331,21 @@ class Agent(LightningModule, ABC):
             if pairs is not None and self.moves_targets(part):
                 yield from pairs()
 
-    def _checked_rhythm(self, every: Mapping[str, int]) -> dict[str, int]:
-        unknown = sorted(set(every) - set(self.parts))
+    def _refuse_unknown(self, setting: str, names: Iterable[str]) -> None:
+        unknown = sorted(set(names) - set(self.parts))
         if unknown:
-            raise UserError(f"agent.every names {unknown}: choose among the agent's parts {', '.join(self.parts)}")
-        return dict(every)
+            raise UserError(f"{setting} names {unknown}: choose among the agent's parts {', '.join(self.parts)}")
 
     def _shown(self) -> Metrics:
         """The headline's metrics, of the parts that have trained."""
         latest = _named("", self._latest)
         headline = self.headline or {part: f"{part}/loss" for part in self._active}
         return {name: latest[f"/{metric}"] for name, metric in headline.items() if f"/{metric}" in latest}
+
+
+def _half_cosine(steps: int | None, step: int) -> float:
+    """Factor of the learning rate after `step` of so many updates; 1 if there is no number."""
+    return 1.0 if steps is None else (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
 def _named(prefix: str, metrics: Mapping[str, Metrics]) -> Metrics:

@@ -23,7 +23,7 @@ class FBRAC(ActorCritic):
     r"""Flow behaviour-regularised actor-critic, as a baseline of FQL (arXiv 2502.02538).
 
     .. math::
-        \min_\psi &\; \alpha E\|v_\psi(s, x_t, t) - (a - x_0)\|^2 - E\,Q(s, clip(\mu_\psi(s, z))) / sg[E|Q|] \\
+        \min_\psi &\; \alpha E\|v_\psi(s, x_t, t) - (a - x_0)\|^2 - E\,Q(s, clip(\mu_\psi(s, z))) \\
         \min_\theta &\; E(Q_\theta(s, a) - r - \gamma m \bar Q(s', \mu_\psi(s', z')))^2
 
     The second term's gradient passes through every step of the solver.
@@ -34,7 +34,7 @@ class FBRAC(ActorCritic):
         critic: makes the Critic.
         optimizer: makes the optimizer from parameter groups.
         seed: of every noise draw.
-        alpha: weight of the flow matching against the value, > 0.
+        alpha: weight of the flow matching against the value, > 0; the papers tune it for each task.
         normalize_q: divide the value term by the batch mean of its absolute value.
         gradient: `backprop` through the solver, or the `adjoint` method.
     """
@@ -50,7 +50,7 @@ class FBRAC(ActorCritic):
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,
         alpha: Positive = 10.0,
-        normalize_q: bool = True,
+        normalize_q: bool = False,
         gradient: Gradient = "backprop",
     ) -> None:
         super().__init__(spec, {"behavior_flow": behavior_flow(spec), "critic": critic(spec)}, optimizer, seed)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic
 from deflow.agents.base import Loss
+from deflow.agents.implicit import ImplicitQ
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -20,7 +20,7 @@ from deflow.ranges import Count, Seed
 from deflow.types import Batch, Spec
 
 
-class IFQL(ActorCritic):
+class IFQL(ImplicitQ):
     r"""Implicit flow Q-learning: the flow counterpart of IDQL, as a baseline of FQL (arXiv 2502.02538).
 
     .. math::
@@ -40,7 +40,6 @@ class IFQL(ActorCritic):
     """
 
     behavior_flow: BehaviorFlow
-    value: Value
 
     def __init__(
         self,
@@ -61,17 +60,8 @@ class IFQL(ActorCritic):
         if self.trains("behavior_flow"):
             yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
 
-        # Critic: bootstraps from the state value.
-        if self.trains("critic"):
-            with torch.no_grad():
-                next_value = self.value(batch.next_observations)
-            yield "critic", *self.critic.loss_from(batch, next_value, noise.levels)
-
-        # Value: an upper expectile over the data's actions.
-        if self.trains("value"):
-            with torch.no_grad():
-                target_values = self.critic.target_values(batch.observations, batch.actions)
-            yield "value", *self.value.loss(batch.observations, target_values)
+        # Critic and value: from the data's actions alone.
+        yield from self.value_losses(batch, noise.levels)
 
     @property
     def act_noise_shape(self) -> tuple[int, ...]:
@@ -87,6 +77,4 @@ class IFQL(ActorCritic):
         return actions.reshape(batch, candidates, action_dim)[torch.arange(batch, device=best.device), best]
 
     def panels(self) -> list[Panel]:
-        values = {"train/critic/q_mean": "Q(s, a)", "train/value/v": "V(s)"}
-        losses = [loss_panel("behavior_flow"), loss_panel("critic", log=True), loss_panel("value", log=True)]
-        return [*losses, Panel("value", values)]
+        return [loss_panel("behavior_flow"), *self.value_panels()]

@@ -36,7 +36,7 @@ class TanhActor(LightningModule):
     Args:
         spec: sizes of the task.
         hidden: widths of the hidden layers.
-        activation: `gelu` (exact) or `gelu_tanh`.
+        activation: see `activate`.
         encoder: settings of the image encoder, see `Impala`; not read for states.
         tau: share of the online weights that the target takes whenever it moves, in (0, 1].
     """
@@ -51,8 +51,7 @@ class TanhActor(LightningModule):
     ) -> None:
         super().__init__()
         self.online = MLP(make_encoder(spec, activation, encoder), 0, hidden, spec.action_dim, activation)
-        with torch.no_grad():
-            self.online.layers[-1].weight.mul_(OUTPUT_SCALE**0.5)  # type: ignore[operator, union-attr]
+        self.online.scale_output(OUTPUT_SCALE)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.tau = tau
 
@@ -81,9 +80,8 @@ class ReBRAC(ActorCritic):
 
     The policy trains in every second update, and all targets move with it. Norms are sums over the action's dimensions.
 
-    Differences from the code behind the tables (FQL's, arXiv 2502.02538):
-    1. In an update without the policy its optimizer rests, as in ReBRAC's own code (there Adam's momentum moves it).
-    2. The data's next action at a trajectory's end is the last one again (there the next trajectory's first).
+    Differences from the code behind the tables (FQL's, arXiv 2502.02538): the data's next action at a trajectory's end
+    is the last one again (there the next trajectory's first).
 
     Args:
         spec: sizes of the task.
@@ -96,6 +94,8 @@ class ReBRAC(ActorCritic):
         noise: sigma, standard deviation of what smooths the target's and explores with the policy's actions, > 0.
         noise_clip: c, the largest of it, > 0.
         every: rhythm of the parts.
+        drift: in an update without the policy Adam's momentum moves it, as in the code behind the tables; otherwise its
+            optimizer rests, as in ReBRAC's own.
     """
 
     actor: TanhActor
@@ -114,11 +114,13 @@ class ReBRAC(ActorCritic):
         noise: Positive = 0.2,
         noise_clip: Positive = 0.5,
         every: Mapping[str, Count] = MappingProxyType({"actor": 2}),
+        drift: bool = True,
     ) -> None:
         super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed, every)
         self.require_ensemble()
         self.actor_weight, self.critic_weight = actor_weight, critic_weight
         self.smoothing, self.noise_clip = noise, noise_clip
+        self.drifts = drift
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> SmoothingNoise:
         actions = batch.actions

@@ -41,7 +41,7 @@ class SeedStack(Agent):
             )
         parts = {name: nn.ModuleList(getattr(agent, name) for agent in agents) for name in first.parts}
         super().__init__(first.spec, parts, first._make_optimizer, first._seed, first.every)
-        self.traits, self.headline = first.traits, first.headline
+        self.traits, self.headline, self.drifts = first.traits, first.headline, first.drifts
         self._stacked: dict[str, Tensor] = {}
 
     @property
@@ -71,6 +71,14 @@ class SeedStack(Agent):
 
     def parameters_of(self, part: str) -> list[Tensor]:
         return [p for name, p in self._stacked.items() if p.requires_grad and name.startswith(f"{part}.")]
+
+    def clip_part(self, parameters: Sequence[Tensor], limit: float) -> None:
+        """As of one agent, for each seed by itself."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
+        factors = (limit / (norms + 1e-6)).clamp(max=1.0)  # as torch does it
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
     def noise(self, batch: Batch, *names: int | str) -> Any:
         return stack([agent.noise(_select(batch, i), *names) for i, agent in enumerate(self._alike)])

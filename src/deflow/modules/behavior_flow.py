@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from deflow.flow.ode import Gradient, Solver
 from deflow.flow.path import straight_path
+from deflow.nets.average import Average
 from deflow.nets.encoder import make_encoder
 from deflow.nets.vector_field import VectorField
-from deflow.ranges import Activation, Widths
+from deflow.ranges import Activation, Rate, Widths
 from deflow.types import Batch, Metrics, Spec
 
 
@@ -23,6 +24,15 @@ class BehaviorFlow(LightningModule):
     .. math:: L(\psi) = E_{(s, a), x_0, t} \| v_\psi(s, (1 - t) x_0 + t a, t) - (a - x_0) \|^2
 
     averaged over the batch and the action dimensions. Source: DeFlow (arXiv 2601.10471), FQL (arXiv 2502.02538).
+
+    Args:
+        spec: sizes of the task.
+        hidden: widths of the hidden layers.
+        activation: see `activate`.
+        encoder: settings of the image encoder, see `Impala`; not read for states.
+        solver: of the ODE.
+        ema: if given, an average of the weights that keeps this share of itself at every update, in [0, 1), proposes in
+            evaluation mode.
     """
 
     def __init__(
@@ -32,10 +42,12 @@ class BehaviorFlow(LightningModule):
         activation: Activation = "gelu",
         encoder: Mapping[str, Any] | None = None,
         solver: Solver = Solver(),  # noqa: B008 (frozen)
+        ema: Rate | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.field = VectorField(make_encoder(spec, activation, encoder), spec.action_dim, hidden, activation)
+        self.average = Average(self.field, ema)
         self.solver = solver
 
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Metrics]:
@@ -61,14 +73,18 @@ class BehaviorFlow(LightningModule):
             observations: shape (batch, observation_dim).
             z: standard normal noise, shape (batch, action_dim), or several consecutive rows for each observation.
         """
-        device = z.device.type
-        features = self.field.encode(observations)
+        device, field = z.device.type, self.average.of(self.field)
+        features = field.encode(observations)
         if not torch.is_autocast_enabled(device):
-            return self.solver.sample(self._velocity(self.field, features), z).clamp(-1.0, 1.0)
-        # Autocast would convert the same weights at every step of the solver: here they are converted once.
-        field = self.field.cast(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
             return self.solver.sample(self._velocity(field, features), z).clamp(-1.0, 1.0)
+        # Autocast would convert the same weights at every step of the solver: here they are converted once.
+        cast = field.cast(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return self.solver.sample(self._velocity(cast, features), z).clamp(-1.0, 1.0)
+
+    def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Pairs `(online, average, share)` for the agent's Polyak step."""
+        yield from self.average.pairs(self.field)
 
     def sample(self, observations: Tensor, z: Tensor, gradient: Gradient = "backprop") -> Tensor:
         """As `propose`, but not clipped and with a gradient into the flow's parameters through the solution.

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from deflow.distributed import mean_over_ranks
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import EnsembleMLP
-from deflow.ranges import Activation, Count, Share, Widths
+from deflow.ranges import Activation, Count, NonNegative, Norm, Reduction, Share, Widths
 from deflow.types import Batch, Metrics, Spec
 
 Aggregate = Literal["mean", "min"]
@@ -36,17 +36,20 @@ def advantage_weights(advantages: Tensor, beta: float) -> Tensor:
 class Critic(LightningModule):
     r"""Action values :math:`Q_k(s, a)` with targets :math:`\bar Q_k` that follow by Polyak averaging.
 
-    .. math:: L(\theta) = E \, \tfrac1K \sum_k (Q_k(s, a) - y)^2, \quad
+    .. math:: L(\theta) = E \, \mathrm{red}_k (Q_k(s, a) - y)^2, \quad
               y = r + d \, \mathrm{agg}_k \bar Q_k(s', a')
 
     Args:
         spec: sizes of the task.
         hidden: widths of the hidden layers.
-        activation: `gelu` (exact) or `gelu_tanh`.
+        activation: see `activate`.
         encoder: settings of the image encoder, see `Impala`; not read for states.
         members: size of the ensemble.
         aggregate: `mean` or `min` over the ensemble, in the target only.
         tau: share of the online weights that the targets take whenever they move, in (0, 1].
+        rho: standard deviations of the ensemble by which `mean` is lowered, >= 0; 0 in the papers' tables.
+        norm: what is layer-normalised, see `EnsembleMLP`.
+        reduction: `mean` or `sum` of the members' losses.
     """
 
     def __init__(
@@ -58,13 +61,17 @@ class Critic(LightningModule):
         members: Count = 2,
         aggregate: Aggregate = "mean",
         tau: Share = 0.005,
+        rho: NonNegative = 0.0,
+        norm: Norm = "hidden",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         of_observation = make_encoder(spec, activation, encoder)
-        self.online = EnsembleMLP(members, of_observation, spec.action_dim, hidden, 1, activation)
+        self.online = EnsembleMLP(members, of_observation, spec.action_dim, hidden, 1, activation, norm)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.aggregate: Aggregate = aggregate
-        self.tau = tau
+        self.tau, self.rho = tau, rho
+        self._of_members = float(members) if reduction == "sum" else 1.0
 
     def loss(self, batch: Batch, next_actions: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The temporal-difference loss.
@@ -76,14 +83,20 @@ class Critic(LightningModule):
         """
         with torch.no_grad():
             next_values = self.target_values(batch.next_observations, next_actions)
-            next_value = next_values.mean(0) if self.aggregate == "mean" else next_values.amin(0)
+            next_value = self.aggregated(next_values)
         return self.loss_from(batch, next_value)
+
+    def aggregated(self, values: Tensor) -> Tensor:
+        """One value of all members', shape (members, batch) -> (batch,), as `aggregate` and `rho` say."""
+        if self.aggregate == "min":
+            return values.amin(0)
+        return values.mean(0) - self.rho * values.std(0, correction=0) if self.rho else values.mean(0)
 
     def loss_from(self, batch: Batch, next_value: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The temporal-difference loss toward a value of `s'` from elsewhere, without gradient, shape (batch,)."""
         target = batch.rewards + batch.discounts * next_value
         values = self._values(self.online, batch.observations, batch.actions)
-        loss = (values - target).square().mean()
+        loss = self._of_members * (values - target).square().mean()
         q = values.detach()
         return loss, {"loss": loss.detach(), "q_mean": q.mean(), "q_min": q.amin(), "q_max": q.amax()}
 

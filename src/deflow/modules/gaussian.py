@@ -31,7 +31,7 @@ class GaussianActor(LightningModule):
     Args:
         spec: sizes of the task.
         hidden: widths of the hidden layers.
-        activation: `gelu` (exact) or `gelu_tanh`.
+        activation: see `activate`.
         encoder: settings of the image encoder, see `Impala`; not read for states.
         target_entropy: in nats; None is minus half the action dimensions, as in RLPD's released code.
         temperature: alpha at the start, > 0.

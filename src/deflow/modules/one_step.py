@@ -26,7 +26,7 @@ class OneStepActor(LightningModule):
     Args:
         spec: sizes of the task.
         hidden: widths of the hidden layers.
-        activation: `gelu` (exact) or `gelu_tanh`.
+        activation: see `activate`.
         encoder: settings of the image encoder, see `Impala`; not read for states.
         alpha: weight of the distillation, > 0; the papers tune it for each task.
         normalize_q: divide the value term by the batch mean of its absolute value.

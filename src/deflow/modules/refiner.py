@@ -43,7 +43,7 @@ class Refiner(LightningModule):
     Args:
         spec: sizes of the task.
         hidden: widths of the hidden layers.
-        activation: `gelu` (exact) or `gelu_tanh`.
+        activation: see `activate`.
         encoder: settings of the image encoder, see `Impala`; not read for states.
         trust_region: delta, the limit of the mean squared residual in squared action units, > 0; or one limit an
             action dimension, each with a multiplier of its own.

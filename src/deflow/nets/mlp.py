@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deflow.nets.activation import activate
+from deflow.nets.dropout import Dropout
 from deflow.nets.encoder import Encoder, beside
-from deflow.ranges import Activation
+from deflow.ranges import Activation, Norm
 
 # Flax's default, with which the published results were made (torch's own is 1e-5).
 LAYER_NORM_EPS = 1e-6
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Losses are computed in float32, whatever the layers were."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -34,14 +35,22 @@ class MLP(nn.Module):
         more_dim: width of what is put beside the features.
         hidden: widths of the hidden layers.
         out_dim: width of the output.
-        activation: `gelu` (exact) or `gelu_tanh`.
+        activation: see `activate`.
+        dropout: share of the hidden layers' values that an update leaves out.
     """
 
     def __init__(
-        self, encoder: Encoder, more_dim: int, hidden: Sequence[int], out_dim: int, activation: Activation = "gelu"
+        self,
+        encoder: Encoder,
+        more_dim: int,
+        hidden: Sequence[int],
+        out_dim: int,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.hidden, self.dropout = tuple(hidden), Dropout(sum(hidden), dropout)
         widths = [encoder.width + more_dim, *hidden, out_dim]
         layers = [nn.Linear(i, o) for i, o in pairwise(widths)]
         for layer in layers:
@@ -50,15 +59,27 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.activation: Activation = activation
 
-    def forward(self, observations: Tensor, *more: Tensor) -> Tensor:
-        """Shape (batch, out_dim), of observations and what is beside them, see `beside`."""
-        return self.head(beside(self.encoder(observations), *more))
+    def forward(self, observations: Tensor, *more: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Shape (batch, out_dim), of observations and what is beside them, see `beside`.
 
-    def head(self, x: Tensor) -> Tensor:
+        Args:
+            observations: shape (batch, *observation_shape).
+            more: what is put beside their features, each of shape (batch, width).
+            keep: what dropout leaves in, see `Dropout`; None drops nothing.
+        """
+        return self.head(beside(self.encoder(observations), *more), keep)
+
+    def head(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """As `forward`, from features and what is beside them, already put together."""
-        for layer in self.layers[:-1]:
-            x = activate(layer(x), self.activation)
-        return _at_least_float32(self.layers[-1](x))
+        kept = [None] * len(self.hidden) if keep is None else keep.split(self.hidden, dim=-1)
+        for layer, of_layer in zip(self.layers[:-1], kept, strict=True):
+            x = self.dropout(activate(layer(x), self.activation), of_layer)
+        return at_least_float32(self.layers[-1](x))
+
+    @torch.no_grad()
+    def scale_output(self, scale: float) -> None:
+        """Multiply the variance of the last kernel, so that a policy begins with small actions."""
+        cast(nn.Linear, self.layers[-1]).weight.mul_(math.sqrt(scale))
 
     def cast(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """`head` computed in `dtype`, its weights converted once; without gradient."""
@@ -69,7 +90,7 @@ class MLP(nn.Module):
             x = x.to(dtype)
             for weight, bias in layers[:-1]:
                 x = activate(F.linear(x, weight, bias), self.activation)
-            return _at_least_float32(F.linear(x, *layers[-1]))
+            return at_least_float32(F.linear(x, *layers[-1]))
 
         return forward
 
@@ -104,7 +125,15 @@ class EnsembleLayerNorm(nn.Module):
 class EnsembleMLP(nn.Module):
     """`members` MLPs of one shape behind one encoder, see `MLP`.
 
-    Every hidden activation is normalised after the non-linearity, as in the papers' critics.
+    Args:
+        members: size of the ensemble.
+        encoder: of the observation.
+        more_dim: width of what is put beside the features.
+        hidden: widths of the hidden layers.
+        out_dim: width of the output.
+        activation: see `activate`.
+        norm: layer normalisation of every `hidden` activation after the non-linearity, as in the papers' critics; of
+            the `input`; or `none`.
     """
 
     def __init__(
@@ -115,14 +144,17 @@ class EnsembleMLP(nn.Module):
         hidden: Sequence[int],
         out_dim: int,
         activation: Activation = "gelu",
+        norm: Norm = "hidden",
     ) -> None:
         super().__init__()
         self.encoder = encoder
         widths = [encoder.width + more_dim, *hidden, out_dim]
         self.members = members
         self.activation: Activation = activation
+        self.norm: Norm = norm
         self.layers = nn.ModuleList(EnsembleLinear(members, i, o) for i, o in pairwise(widths))
-        self.norms = nn.ModuleList(EnsembleLayerNorm(members, width) for width in hidden)
+        normalised = {"hidden": hidden, "input": widths[:1], "none": []}[norm]
+        self.norms = nn.ModuleList(EnsembleLayerNorm(members, width) for width in normalised)
 
     def forward(self, observations: Tensor, *more: Tensor) -> Tensor:
         """Shape (members, batch, out_dim), of observations and what is beside them, see `beside`."""
@@ -131,6 +163,10 @@ class EnsembleMLP(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """As `forward`, from features and what is beside them, put together: for all members, or for each its own."""
         x = x.expand(self.members, *x.shape[-2:])
-        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
-            x = norm(activate(layer(x), self.activation))
-        return _at_least_float32(self.layers[-1](x))
+        if self.norm == "input":
+            x = self.norms[0](x)
+        for number, layer in enumerate(self.layers[:-1]):
+            x = activate(layer(x), self.activation)
+            if self.norm == "hidden":
+                x = self.norms[number](x)
+        return at_least_float32(self.layers[-1](x))

@@ -1,0 +1,144 @@
+"""One update of an original implementation, pinned: weights, Adam's state, batch and noise, and what came of them.
+
+Every file was taken after 20 warm-up updates of 32-wide networks on random data. A test says where the original has
+what is ours: `theirs(name)` gives, for one of our parameters, the keys of the original's, several where it keeps apart
+what we keep side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deflow.agents.base import Agent
+from deflow.types import Batch
+
+RTOL = 1e-4  # of losses and, by their norms, gradients
+ATOL = 1e-5  # of weights after the update, or a twentieth of what the update moved them by, if that is less
+ROUNDING = 2**-23
+
+Theirs = Callable[[str], Sequence[str]]
+
+
+class Original:
+    """One file.
+
+    Args:
+        name: of the file.
+        theirs: keys of the original's tensors that make up one of our parameters, without the group; none where the
+            original has none.
+    """
+
+    def __init__(self, name: str, theirs: Theirs) -> None:
+        with np.load(Path(__file__).parent / f"{name}.npz") as file:
+            self.arrays = {key: torch.from_numpy(file[key]) for key in file.files if key != "config_json"}
+        self._theirs = theirs
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.arrays[key]
+
+    def batch(self, prefix: str = "", discount: float = 0.99) -> Batch:
+        """The transitions; next actions that the file lacks are NaN."""
+        columns = {key: self[f"{prefix}batch/{key}"] for key in ("observations", "actions", "next_observations")}
+        rewards, discounts = self[f"{prefix}batch/rewards"], discount * self[f"{prefix}batch/masks"]
+        missing = torch.full_like(columns["actions"], torch.nan)
+        next_actions = self.arrays.get(f"{prefix}batch/next_actions", missing)
+        return Batch(**columns, rewards=rewards, discounts=discounts, next_actions=next_actions)
+
+    def of(self, group: str, agent: Agent) -> dict[str, Tensor]:
+        """The arrays of a group (`params`, `grads`, ...) by our parameters' names and in their shapes."""
+        found = {}
+        for name, parameter in agent.named_parameters():
+            keys = [f"{group}/{key}" for key in self._theirs(name)]
+            if keys and all(key in self.arrays for key in keys):
+                found[name] = _as_ours([self[key] for key in keys], parameter)
+        return found
+
+    def load(self, agent: Agent) -> None:
+        """Give the agent the weights from before the update; it must have no others."""
+        weights = self.of("params", agent)
+        missing = {name for name, _ in agent.named_parameters()} - set(weights)
+        assert not missing, f"the original has no {sorted(missing)}"
+        with torch.no_grad():
+            for name, parameter in agent.named_parameters():
+                parameter.copy_(weights[name])
+
+    def optimizer(self, agent: Agent) -> Optimizer:
+        """The agent's optimizer with the moments from before the update."""
+        optimizer = agent.configure_optimizers()
+        optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
+        mu, nu = self.of("adam/mu", agent), self.of("adam/nu", agent)
+        for name, parameter in agent.named_parameters():
+            if parameter.requires_grad:
+                step = self["adam/count"].float()
+                optimizer.state[parameter] = {"step": step, "exp_avg": mu[name], "exp_avg_sq": nu[name]}
+        return optimizer
+
+    def check_gradients(self, agent: Agent, prefix: str = "") -> None:
+        """Of every parameter that is due."""
+        expected = self.of(f"{prefix}grads", agent)
+        for name, parameter in _due(agent):
+            assert parameter.grad is not None, f"{name} has no gradient"
+            error = (parameter.grad - expected[name]).norm() / expected[name].norm()
+            assert error < RTOL, f"{name}: relative gradient error {error:.1e}"
+
+    def check_weights(self, agent: Agent, prefix: str = "", before: str = "params", only: str = "") -> None:
+        """Of every parameter whose name begins with `only`, after the update."""
+        was, expected = self.of(before, agent), self.of(f"{prefix}params_after", agent)
+        for name, parameter in agent.named_parameters():
+            if name.startswith(only):
+                moved, size = (expected[name] - was[name]).abs().max(), expected[name].abs().max()
+                allowed = min(ATOL, max(float(moved) / 20, ROUNDING * float(size)))
+                error = (parameter.detach() - expected[name]).abs().max()
+                assert error <= allowed, f"{name}: off by {error:.1e}, where {allowed:.1e} are allowed"
+
+    def check(self, key: str, value: Tensor, prefix: str = "") -> None:
+        """A loss or a diagnostic."""
+        torch.testing.assert_close(
+            value, self[f"{prefix}expected/{key}"], rtol=RTOL, atol=1e-6, msg=lambda m: f"{key}: {m}"
+        )
+
+
+def update(agent: Agent, batch: Batch, noise: tuple, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Losses, gradients, targets and step, in the order of an update; the metrics of each part."""
+    losses = list(agent.losses(batch, noise))
+    optimizer.zero_grad()
+    torch.stack([loss for _, loss, _ in losses]).sum().backward()
+    agent.on_before_optimizer_step(optimizer)
+    optimizer.step()
+    return {part: metrics for part, _, metrics in losses}
+
+
+def fql_name(name: str, parts: dict[str, str]) -> list[str]:
+    """The key of one of our parameters in FQL's, Value Flows' or QAM's code.
+
+    Args:
+        name: of ours.
+        parts: our prefix of a network, such as `critic.online.`, to theirs, such as `critic/value_net`.
+    """
+    prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
+    if prefix is None:
+        return []
+    kind, index, tensor = name.removeprefix(prefix).split(".")
+    layer = "Dense" if kind == "layers" else "LayerNorm"
+    leaf = "bias" if tensor == "bias" else ("kernel" if kind == "layers" else "scale")
+    return [f"{parts[prefix]}/{layer}_{index}/{leaf}"]
+
+
+def _due(agent: Agent) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in agent.named_parameters():
+        if parameter.requires_grad and agent.trains(name.partition(".")[0]):
+            yield name, parameter
+
+
+def _as_ours(theirs: Sequence[Tensor], parameter: Tensor) -> Tensor:
+    """Their kernels are (in, out), and one ensemble's members lie on the first axis or are tensors of their own."""
+    value = torch.stack(tuple(theirs)) if len(theirs) > 1 else theirs[0]
+    if value.ndim == 2 and parameter.ndim == 2:
+        value = value.mT
+    return value.reshape(parameter.shape).clone()
