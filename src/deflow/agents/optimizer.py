@@ -48,5 +48,5 @@ class PartwiseAdam:
     def __call__(self, groups: Sequence[Mapping[str, Any]]) -> Optimizer:
         """An optimizer of parameter groups that are named after their part; what a group says itself goes first."""
         common = {"clip": self.clip}
-        groups = [{**common, **self.parts.get(group["name"], {}), **group} for group in groups]
-        return torch.optim.AdamW(groups, **self._settings)
+        named = [{**common, **self.parts.get(group["name"], {}), **group} for group in groups]
+        return torch.optim.AdamW(named, **self._settings)
