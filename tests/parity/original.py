@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,9 +70,13 @@ class Original:
                 parameter.copy_(weights[name])
 
     def optimizer(self, agent: Agent) -> Optimizer:
-        """The agent's optimizer with the moments from before the update."""
+        """The agent's optimizer with the moments, and the learning rate of its schedule, from before the update."""
         optimizer = agent.configure_optimizers()
-        optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
+        if isinstance(optimizer, dict):
+            schedule, optimizer = optimizer["lr_scheduler"]["scheduler"], optimizer["optimizer"]
+            for _ in range(int(self["adam/count"])):
+                optimizer.step()
+                schedule.step()
         mu, nu = self.of("adam/mu", agent), self.of("adam/nu", agent)
         for name, parameter in agent.named_parameters():
             if parameter.requires_grad:
@@ -104,13 +109,28 @@ class Original:
         )
 
 
-def update(agent: Agent, batch: Batch, noise: tuple, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Losses, gradients, targets and step, in the order of an update; the metrics of each part."""
+def update(
+    agent: Agent, batch: Batch, noise: Any, optimizer: Optimizer, targets: Literal["before", "after"] = "before"
+) -> dict[str, dict[str, Tensor]]:
+    """An update; the metrics of each part.
+
+    Args:
+        agent: that learns.
+        batch: transitions.
+        noise: what the agent draws.
+        optimizer: of the agent.
+        targets: whether they move toward the weights of before the step, as they do in our training, or of after it.
+    """
     losses = list(agent.losses(batch, noise))
     optimizer.zero_grad()
     torch.stack([loss for _, loss, _ in losses]).sum().backward()
-    agent.on_before_optimizer_step(optimizer)
+    if targets == "before":
+        agent.on_before_optimizer_step(optimizer)
     optimizer.step()
+    if targets == "after":
+        with torch.no_grad():
+            for online, target, tau in agent.target_pairs():
+                target.lerp_(online, tau)
     return {part: metrics for part, _, metrics in losses}
 
 

@@ -25,6 +25,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def linear(in_dim: int, out_dim: int) -> nn.Linear:
+    """A linear layer, its kernel drawn by Xavier's uniform distribution and its bias 0."""
+    layer = nn.Linear(in_dim, out_dim)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class MLP(nn.Module):
     """`[Linear, activation] * len(hidden) + Linear` over the encoded observation and what is put beside it.
 
@@ -52,11 +60,7 @@ class MLP(nn.Module):
         self.encoder = encoder
         self.hidden, self.dropout = tuple(hidden), Dropout(sum(hidden), dropout)
         widths = [encoder.width + more_dim, *hidden, out_dim]
-        layers = [nn.Linear(i, o) for i, o in pairwise(widths)]
-        for layer in layers:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(linear(i, o) for i, o in pairwise(widths))
         self.activation: Activation = activation
 
     def forward(self, observations: Tensor, *more: Tensor, keep: Tensor | None = None) -> Tensor:
