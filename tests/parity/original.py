@@ -7,7 +7,7 @@ what we keep side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.base import Agent
-from deflow.types import Batch
+from deflow.types import Batch, Metrics
 
 RTOL = 1e-4  # of losses and, by their norms, gradients
 ATOL = 1e-5  # of weights after the update, or a twentieth of what the update moved them by, if that is less
@@ -84,19 +84,56 @@ class Original:
                 optimizer.state[parameter] = {"step": step, "exp_avg": mu[name], "exp_avg_sq": nu[name]}
         return optimizer
 
-    def check_gradients(self, agent: Agent, prefix: str = "") -> None:
-        """Of every parameter that is due."""
-        expected = self.of(f"{prefix}grads", agent)
-        for name, parameter in _due(agent):
-            assert parameter.grad is not None, f"{name} has no gradient"
-            error = (parameter.grad - expected[name]).norm() / expected[name].norm()
-            assert error < RTOL, f"{name}: relative gradient error {error:.1e}"
+    def check_update(
+        self,
+        agent: Agent,
+        noise: Any,
+        optimizer: Optimizer | None = None,
+        targets: Literal["before", "after"] = "before",
+        prefix: str = "",
+        before: str = "params",
+    ) -> dict[str, Metrics]:
+        """Make one update; compare its gradients and the weights after it, those of the parts in the stage.
 
-    def check_weights(self, agent: Agent, prefix: str = "", before: str = "params", only: str = "") -> None:
-        """Of every parameter whose name begins with `only`, after the update."""
+        Args:
+            agent: that learns, with the original's weights.
+            noise: what the agent draws.
+            optimizer: of the agent, if it is not a fresh one from `optimizer`.
+            targets: whether they move toward the weights of before the step, as they do in our training, or after it.
+            prefix: of the update's arrays.
+            before: group of the weights from before the update.
+
+        Returns:
+            The metrics of each part.
+        """
+        optimizer = optimizer or self.optimizer(agent)
+        losses = list(agent.losses(self.batch(prefix), noise))
+        optimizer.zero_grad()
+        torch.stack([loss for _, loss, _ in losses]).sum().backward()
+        self._check_gradients(agent, prefix)
+        pairs = list(agent.target_pairs())
+        were = [target.clone() for _, target, _ in pairs]
+        agent.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        if targets == "after":
+            with torch.no_grad():
+                for (online, target, tau), was in zip(pairs, were, strict=True):
+                    target.copy_(was.lerp(online, tau))
+        self._check_weights(agent, prefix, before)
+        return {part: metrics for part, _, metrics in losses}
+
+    def _check_gradients(self, agent: Agent, prefix: str) -> None:
+        expected = self.of(f"{prefix}grads", agent)
+        for name, parameter in agent.named_parameters():
+            if parameter.requires_grad and agent.trains(_part(name)):
+                assert parameter.grad is not None, f"{name} has no gradient"
+                error = (parameter.grad - expected[name]).norm() / expected[name].norm()
+                assert error < RTOL, f"{name}: relative gradient error {error:.1e}"
+
+    def _check_weights(self, agent: Agent, prefix: str, before: str) -> None:
         was, expected = self.of(before, agent), self.of(f"{prefix}params_after", agent)
         for name, parameter in agent.named_parameters():
-            if name.startswith(only):
+            if _part(name) in agent._active:
                 moved, size = (expected[name] - was[name]).abs().max(), expected[name].abs().max()
                 allowed = min(ATOL, max(float(moved) / 20, ROUNDING * float(size)))
                 error = (parameter.detach() - expected[name]).abs().max()
@@ -107,31 +144,6 @@ class Original:
         torch.testing.assert_close(
             value, self[f"{prefix}expected/{key}"], rtol=RTOL, atol=1e-6, msg=lambda m: f"{key}: {m}"
         )
-
-
-def update(
-    agent: Agent, batch: Batch, noise: Any, optimizer: Optimizer, targets: Literal["before", "after"] = "before"
-) -> dict[str, dict[str, Tensor]]:
-    """An update; the metrics of each part.
-
-    Args:
-        agent: that learns.
-        batch: transitions.
-        noise: what the agent draws.
-        optimizer: of the agent.
-        targets: whether they move toward the weights of before the step, as they do in our training, or of after it.
-    """
-    losses = list(agent.losses(batch, noise))
-    optimizer.zero_grad()
-    torch.stack([loss for _, loss, _ in losses]).sum().backward()
-    if targets == "before":
-        agent.on_before_optimizer_step(optimizer)
-    optimizer.step()
-    if targets == "after":
-        with torch.no_grad():
-            for online, target, tau in agent.target_pairs():
-                target.lerp_(online, tau)
-    return {part: metrics for part, _, metrics in losses}
 
 
 def fql_name(name: str, parts: dict[str, str]) -> list[str]:
@@ -150,10 +162,9 @@ def fql_name(name: str, parts: dict[str, str]) -> list[str]:
     return [f"{parts[prefix]}/{layer}_{index}/{leaf}"]
 
 
-def _due(agent: Agent) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in agent.named_parameters():
-        if parameter.requires_grad and agent.trains(name.partition(".")[0]):
-            yield name, parameter
+def _part(name: str) -> str:
+    """The part that a parameter belongs to."""
+    return name.partition(".")[0]
 
 
 def _as_ours(theirs: Sequence[Tensor], parameter: Tensor) -> Tensor:

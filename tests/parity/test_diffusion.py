@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deflow.agents.cac import CAC, ConsistencyNoise
 from deflow.agents.idql import IDQL, DiffusionNoise
 from deflow.agents.optimizer import PartwiseAdam
 from deflow.agents.srpo import SRPO, ScoreActor, ScoreNoise
+from deflow.flow.schedules import growing_count, karras_times
+from deflow.modules.consistency import ConsistencyPolicy
 from deflow.modules.critic import Critic
 from deflow.modules.diffusion import DenoisingDiffusion, ScoreModel
 from deflow.modules.value import Value
 from deflow.types import Spec
-from tests.parity.original import Original, update
+from tests.parity.original import Original
 
 SPEC = Spec(7, 3)
 LEAF = {"weight": "kernel", "bias": "bias"}
@@ -68,14 +71,11 @@ def test_idql() -> None:
 
     keep = torch.cat([original[f"noise/dropout_keep_{block}"] for block in range(2)], dim=1)
     noise = DiffusionNoise(original["noise/time"].long()[:, None], original["noise/z"], keep)
-    batch = original.batch()
     for part, key in (("behavior", "actor_loss"), ("value", "value_loss"), ("critic", "critic_loss")):
         # There each part has an update of its own, which sees what the one before it did.
         agent.begin_stage(part, [part], first_step=0, cosine_decay_steps=3_000_000, decaying=["behavior"])
-        metrics = update(agent, batch, noise, original.optimizer(agent), targets="after")
+        metrics = original.check_update(agent, noise, targets="after")
         original.check(key, metrics[part]["loss"])
-        original.check_gradients(agent)
-        original.check_weights(agent, only=f"{part}.")
 
 
 def srpo_name(name: str) -> list[str]:
@@ -126,7 +126,48 @@ def test_srpo() -> None:
     for part in ("behavior", "critic", "value", "actor"):  # each from the same stored state
         original.load(agent)
         agent.begin_stage(part, [part], first_step=0, cosine_decay_steps=1_000_000, decaying=["actor"])
-        metrics = update(agent, original.batch(), noise, original.optimizer(agent), targets="after")
+        metrics = original.check_update(agent, noise, targets="after")
         original.check(f"{'policy' if part == 'actor' else part}/loss", metrics[part]["loss"])
-        original.check_gradients(agent)
-        original.check_weights(agent, only=f"{part}.")
+
+
+def cac_name(name: str) -> list[str]:
+    """The original's key of one of our parameters."""
+    part, network, *rest = name.split(".")
+    *_, kind, index, tensor = rest
+    if part == "critic":
+        prefix = "critic" if network == "online" else "target_critic"
+        return [f"{prefix}/q{member}_model/{2 * int(index)}/{tensor}" for member in (1, 2)]
+    prefix = "actor" if network == "online" else "ema_actor"
+    if kind == "time":
+        return [f"{prefix}/model/time_mlp/{2 * int(index) + 1}/{tensor}"]
+    layer = "final_layer" if index == "3" else f"mid_layer/{2 * int(index)}"
+    return [f"{prefix}/model/{layer}/{tensor}"]
+
+
+def test_cac() -> None:
+    shape: dict[str, Any] = {"hidden": (32, 32, 32), "activation": "mish"}
+    critic = partial(Critic, **shape, norm="none", reduction="sum")
+    optimizer = PartwiseAdam(fused=False, clip=2.0)
+    agent = CAC(SPEC, critic, partial(ConsistencyPolicy, **shape), optimizer, eta=1.0, backup_samples=1)
+    original = Original("cac", cac_name)
+    original.load(agent)
+
+    torch.testing.assert_close(agent.actor.levels.flip(0), original["expected/sampler_times"])
+    count = growing_count(20, 21, 2, 150)
+    index = original["noise/t_index"]
+    boundaries = karras_times(torch.arange(count), count, 0.002, 80.0, 7.0)
+    torch.testing.assert_close(boundaries, original["expected/boundaries"])
+    noise = ConsistencyNoise(
+        torch.stack([original[f"noise/z_{step}"] for step in range(2)]),
+        torch.stack([original[f"noise/z_next_{step}"] for step in range(2)]),
+        original["noise/z_consistency"],
+        boundaries[torch.cat([index, index + 1], dim=1)],
+        (original["noise/choose_q"] > 0.5).float(),
+    )
+    for part in ("critic", "actor"):  # there the actor sees the critic of after its step
+        agent.begin_stage(part, [part], first_step=1000)
+        agent.begin_update(0)
+        metrics = original.check_update(agent, noise, targets="after")
+        original.check(f"{part}_loss", metrics[part]["loss"])
+    original.check("bc_loss", metrics["actor"]["consistency"])
+    original.check("ql_loss", metrics["actor"]["value_loss"])

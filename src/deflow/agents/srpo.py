@@ -171,9 +171,7 @@ class SRPO(ImplicitQ):
         return [loss_panel("behavior"), loss_panel("actor"), *self.value_panels()]
 
 
-def _uphill(
-    values: Callable[[Tensor, Tensor], Tensor], observations: Tensor, actions: Tensor
-) -> tuple[Tensor, Tensor]:
+def _uphill(values: Callable[[Tensor, Tensor], Tensor], observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of the members' mean value by the actions, and that value, both without gradient."""
 
     def total(actions: Tensor) -> tuple[Tensor, Tensor]:

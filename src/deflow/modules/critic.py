@@ -94,7 +94,10 @@ class Critic(LightningModule):
 
     def loss_from(self, batch: Batch, next_value: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The temporal-difference loss toward a value of `s'` from elsewhere, without gradient, shape (batch,)."""
-        target = batch.rewards + batch.discounts * next_value
+        return self.loss_to(batch, batch.rewards + batch.discounts * next_value)
+
+    def loss_to(self, batch: Batch, target: Tensor) -> tuple[Tensor, Metrics]:
+        """The squared error of the members' values of (s, a), toward a target without gradient, shape (batch,)."""
         values = self._values(self.online, batch.observations, batch.actions)
         loss = self._of_members * (values - target).square().mean()
         q = values.detach()

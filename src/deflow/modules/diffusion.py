@@ -1,4 +1,4 @@
-"""Diffusion models of the data's actions: in a few discrete steps, to sample from, and in continuous time, for a score."""
+"""Diffusion models of the data's actions: in a few steps, to sample from, and in continuous time, for a score."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class ResidualMLP(nn.Module):
 
 
 class NoisePredictor(nn.Module):
-    """`eps(s, x, t)`: the noise in a noisy action, by a `ResidualMLP` over it, the observation and features of the time.
+    """`eps(s, x, t)`: the noise in a noisy action, from it, the observation and features of the time.
 
     Args:
         encoder: of the observation.
