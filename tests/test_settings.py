@@ -38,6 +38,7 @@ def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
         yield from (("train", (f"{group}={name}",)) for name in choices(group))
     yield from (("train", (f"agent={name}", "stages=joint")) for name in choices("agent"))
     yield "train", ("agent.constraints=[{kind: action_norm, limit: 0.3}]", "agent/critic=flow")
+    yield "train", ("agent=fql", "agent/critic=floq", "stages=joint")
     yield "train", ("experiment=custom", "data=hdf5", OWN["custom"])
     yield "train", ("agent.trust_region=auto", "trainer.precision=auto")
     yield "train", ("experiment=door-human-v1", "agent=fql")
@@ -168,6 +169,8 @@ TRAIN = [
     ("agent.critic.aggregate=max", "agent.critic.aggregate must be mean or min, got 'max'"),
     ("agent/critic=flow agent.critic.noise_width=0", "agent.critic.noise_width must be a number above 0 and at most 1"),
     ("agent/critic=flow agent.critic.value_range=[1]", "agent.critic.value_range must be a list, each a number (2 of"),
+    ("agent/critic=floq agent.critic.samples=0", f"agent.critic.samples must be {COUNT}, got 0"),
+    ("agent/critic=floq agent.critic.noise_around=top", "agent.critic.noise_around must be middle or zero, got 'top'"),
     ("agent.trust_region=large", "agent.trust_region must be a number above 0 or a list, each a number above 0"),
     ("agent.trust_region=[0.1,-1]", "agent.trust_region must be a number above 0 or a list"),
     ("agent.constraints=[{kind: action_norm, limit: 0}]", "agent.constraints[0].limit must be a number above 0"),

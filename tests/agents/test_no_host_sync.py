@@ -33,6 +33,7 @@ class NoWaiting(TorchDispatchMode):
         "agent=deflow solver=rk4 agent.refiner.objective=gradient_step",
         "agent=deflow agent/critic=flow",
         "agent=fql",
+        "agent=fql agent/critic=floq",
         "agent=ifql",
         "agent=fawac",
         "agent=flow_bc",

@@ -49,6 +49,8 @@ class Critic(LightningModule):
         tau: share of the online weights that the targets take whenever they move, in (0, 1].
     """
 
+    levels = 0  # uniform numbers that a loss takes for each transition: those of a critic that is a flow
+
     def __init__(
         self,
         spec: Spec,
