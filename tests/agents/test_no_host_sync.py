@@ -37,7 +37,8 @@ class NoWaiting(TorchDispatchMode):
         "agent=ifql",
         "agent=fawac",
         "agent=flow_bc",
-        "agent=cal_ql",
+        "agent=cal_ql agent.target_gap=0.8",
+        "agent=rlpd agent.critic.rho=0.5",
         "agent=rebrac",
     ],
 )

@@ -51,8 +51,7 @@ class TanhActor(LightningModule):
     ) -> None:
         super().__init__()
         self.online = MLP(make_encoder(spec, activation, encoder), 0, hidden, spec.action_dim, activation)
-        with torch.no_grad():
-            self.online.layers[-1].weight.mul_(OUTPUT_SCALE**0.5)  # type: ignore[operator, union-attr]
+        self.online.scale_output(OUTPUT_SCALE)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.tau = tau
 

@@ -60,6 +60,11 @@ class MLP(nn.Module):
             x = activate(layer(x), self.activation)
         return _at_least_float32(self.layers[-1](x))
 
+    def scale_output(self, scale: float) -> None:
+        """Multiply the variance from which the last kernel was drawn by `scale`."""
+        with torch.no_grad():
+            cast(nn.Linear, self.layers[-1]).weight.mul_(scale**0.5)
+
     def cast(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """`head` computed in `dtype`, its weights converted once; without gradient."""
         linears = cast(Iterable[nn.Linear], self.layers)
