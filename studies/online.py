@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import LOGS, TASKS, interval, runs, seeds, success_of, task_settings, train_once
 
-STAGES = {"deflow": "offline_to_online", "fql": "offline_to_online", "rlpd": "from_scratch"}
+STAGES = {"deflow": "offline_to_online", "fql": "offline_to_online", "rlpd_original": "from_scratch"}
 SEEDS = (0, 1, 2)
 OFFLINE, ONLINE, EVERY = 20_000, 10_000, 5_000  # updates; environment steps with an update each; between evaluations
 

@@ -68,7 +68,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["eval.everz=1", "updatesz=5"], "no setting 'eval.everz': did you mean 'eval.every'?"),
         (["~eval.everz"], "no setting 'eval.everz': did you mean 'eval.every'?"),
         (["agent=fql", "agent.actor.alpa=1"], "no setting 'agent.actor.alpa': did you mean 'agent.actor.alpha'?"),
-        (["agent=nonsense"], "unknown agent 'nonsense': choose one of bc, cal_ql, deflow"),
+        (["agent=nonsense"], "unknown agent 'nonsense': choose one of bc, cac, cal_ql, cal_ql_original, deflow"),
         (["+nonsense=5"], "no setting 'nonsense': choose among name, seed"),
         (["seed=abc"], "seed must be a whole number from 0 to 4294967295, got 'abc'"),
         (["seed=1"], "nothing to train on: choose task=NAME or experiment=NAME"),

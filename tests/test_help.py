@@ -47,7 +47,12 @@ def test_settings_stand_with_their_comments(
 
 def test_groups_list_their_choices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = shown("train", ["--help"], monkeypatch, capsys).split()
-    assert {"cal_ql", "{door,hammer,pen,relocate}-{cloned,expert,human}-v1", "online/TASK", "quickstart"} <= {*words}
+    assert {
+        "cal_{ql,ql_original}",
+        "{door,hammer,pen,relocate}-{cloned,expert,human}-v1",
+        "online/TASK",
+        "quickstart",
+    } <= {*words}
     assert not any("tuned" in word for word in words)
 
 
@@ -60,6 +65,15 @@ def test_an_experiment_shows_its_values(
         assert value in text
     assert "delta, the limit of the mean squared residual" in text  # from the agent's own file
     assert "updates=10_000" in shown("train", ["--help", "experiment=quickstart"][::order], monkeypatch, capsys)
+
+
+def test_a_variant_shows_the_settings_that_it_has_in_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown("train", ["--help", "agent=rlpd_original", "agent/critic=ensemble"], monkeypatch, capsys)
+    for setting in ("target_members=2", "horizon=1", "critic.members=10", "actor.log_std_range=[-20,2]"):
+        assert text.count(f"  agent.{setting} ") == 1
+    assert "defaults" not in text
 
 
 def test_what_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
         yield from (("train", (f"{group}={name}",)) for name in choices(group))
     yield from (("train", (f"agent={name}", "stages=joint")) for name in choices("agent"))
     yield "train", ("agent.constraints=[{kind: action_norm, limit: 0.3}]", "agent/critic=flow")
+    yield "train", ("agent=fql", "agent/critic=floq", "stages=joint")
     yield "train", ("experiment=custom", "data=hdf5", OWN["custom"])
     yield "train", ("agent.trust_region=auto", "trainer.precision=auto")
     yield "train", ("experiment=door-human-v1", "agent=fql")
@@ -156,6 +157,8 @@ TRAIN = [
     ("task.discount=1", "task.discount must be a number of at least 0 and below 1, got 1"),
     ("task.discount=2 agent=flow_bc", "task.discount must be a number of at least 0 and below 1, got 2"),
     ("data.discount=1", "data.discount must be a number of at least 0 and below 1, got 1"),
+    ("data.reward_scale=0", "data.reward_scale must be a number above 0, got 0"),
+    ("data.reward_shift=inf", "data.reward_shift must be a number, got inf"),
     ("data.n_step=0", f"data.n_step must be {COUNT}, got 0"),
     ("data.batch_size=0", f"data.batch_size must be {COUNT}, got 0"),
     ("data.source.download=5", "data.source.download must be true or false, got 5"),
@@ -169,6 +172,8 @@ TRAIN = [
     ("agent.critic.aggregate=max", "agent.critic.aggregate must be mean or min, got 'max'"),
     ("agent/critic=flow agent.critic.noise_width=0", "agent.critic.noise_width must be a number above 0 and at most 1"),
     ("agent/critic=flow agent.critic.value_range=[1]", "agent.critic.value_range must be a list, each a number (2 of"),
+    ("agent/critic=floq agent.critic.samples=0", f"agent.critic.samples must be {COUNT}, got 0"),
+    ("agent/critic=floq agent.critic.noise_around=top", "agent.critic.noise_around must be middle or zero, got 'top'"),
     ("agent.trust_region=large", "agent.trust_region must be a number above 0 or a list, each a number above 0"),
     ("agent.trust_region=[0.1,-1]", "agent.trust_region must be a number above 0 or a list"),
     ("agent.constraints=[{kind: action_norm, limit: 0}]", "agent.constraints[0].limit must be a number above 0"),
@@ -180,6 +185,10 @@ TRAIN = [
     ("agent=fbrac agent.gradient=none", "agent.gradient must be backprop or adjoint, got 'none'"),
     ("agent=rebrac agent.every.actor=0", f"agent.every.actor must be {COUNT}, got 0"),
     ("agent=rebrac agent.every=2", "agent.every must be a group of settings, got 2"),
+    ("agent.critic.rho=-1", "agent.critic.rho must be a number of at least 0, got -1"),
+    ("agent=rlpd agent.target_members=0", f"agent.target_members must be {COUNT} or null, got 0"),
+    ("agent=rlpd agent.actor.output_scale=0", "agent.actor.output_scale must be a number above 0, got 0"),
+    ("agent=rlpd agent.actor.temperature_loss=log", "agent.actor.temperature_loss must be alpha or log_alpha, got"),
     ("agent=rlpd agent.actor.temperature=0", "agent.actor.temperature must be a number above 0, got 0"),
     ("+agent.best_of_m=1", "no setting 'agent.best_of_m': did you mean 'agent.best_of_n'?"),
     ("+nonsense=1", "no setting 'nonsense': choose among name, seed"),

@@ -31,11 +31,21 @@ def test_a_table_has_one_row_for_a_task(table: str) -> None:
 @pytest.mark.parametrize("agent", TUNED)
 def test_every_number_of_a_table_is_a_setting(agent: str) -> None:
     for task, row in read_table(CONFIGS / "tuned" / f"{agent}.yaml"):
-        for stages in ("joint", "offline_to_online"):
+        for stages in ("joint", "offline_to_online", "online"):
             config = compose_config(f"task={task}", f"agent={agent}", f"stages={stages}")
             check(config)
-            for key, value in {**row, **row.get(stages, {})}.items():
+            changed = {} if stages == "joint" else row.get("offline_to_online", {})
+            for key, value in {**row, **changed}.items():
                 assert key == "offline_to_online" or value == at(config, key)
+
+
+def test_what_changes_online_changes_in_both_ways_there() -> None:
+    def alpha(*overrides: str) -> object:
+        return at(compose_config("task=antsoccer_arena", "agent=fql", *overrides), "agent.actor.alpha")
+
+    assert [alpha(f"stages={stages}") for stages in ("joint", "offline_to_online", "online")] == [10, 30, 30]
+    assert alpha("stages=online", "agent.actor.alpha=7") == 7
+    assert at(compose_config("task=pen-cloned-v1", "agent=fql", "stages=online"), "agent.actor.alpha") == 1000
 
 
 def at(config: DictConfig, key: str) -> object:
@@ -82,7 +92,8 @@ def own(tmp_path: Path) -> Iterator[Path]:
     """A folder of a user's own configurations, for as long as the test takes."""
     files = {
         "task": "mymaze: {data: ogbench, env: pointmaze-medium, dataset: navigate, discount: 0.9, updates: 3}",
-        "tuned/mine": "mymaze, scene: {agent.horizon: 3, offline_to_online: {agent.horizon: 4}}",
+        "tuned/mine": "mymaze, scene: {agent.horizon: 3, offline_to_online: {agent.horizon: 4}}\n"
+        "cube_single: {offline_to_online: {agent.horizon: 4}, online: {agent.horizon: 5}}",
         "tuned/fql": "scene: {agent.actor.alpha: 7}",
         "agent/mine": (CONFIGS / "agent" / "flow_bc.yaml").read_text(),
     }
@@ -106,6 +117,8 @@ def test_a_folder_of_ones_own_has_tables_as_well() -> None:
     assert (mine.updates, mine.task.name, mine.agent.horizon) == (3, "mymaze", 3)
     assert fresh("experiment=mymaze", "agent=mine", "stages=offline_to_online").agent.horizon == 4
     assert fresh("task=scene", "agent=mine").agent.horizon == 3
+    assert fresh("task=scene", "agent=mine", "stages=online").agent.horizon == 4
+    assert fresh("task=cube_single", "agent=mine", "stages=online").agent.horizon == 5  # its own goes before
     assert fresh("task=scene", "agent=fql").agent.actor.alpha == 7  # goes before the house's
     assert fresh("task=cube_single", "agent=fql").agent.actor.alpha == 300
     assert "mine" in choices("agent")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
+from omegaconf import OmegaConf
 
 import deflow
+from deflow.agents.base import Traits
 from deflow.build import build_agent
 from deflow.checkpoints import load_weights
-from deflow.data.sources import own_data
+from deflow.data.memory.transitions import Transitions
+from deflow.data.sources import source as sources
 from deflow.data.sources.custom import CustomSource
-from deflow.data.sources.source import unless_one
+from deflow.data.sources.source import compact, unless_one
 from deflow.errors import UserError
 from deflow.online import Collector
 from deflow.pipeline import train
@@ -24,10 +29,10 @@ from deflow.policy import Policy
 from deflow.types import Lookahead, Spec
 from deflow.units import AS_THEY_ARE, Units
 from tests.agents.tester import Acting
-from tests.conftest import tiny_config
+from tests.conftest import CKPT, tiny_config
 from tests.data.test_cases import ALL_KEYS, saved, walks
 
-UNITS = Units((-2.0, 0.0), (2.0, 10.0), (1.0, 2.0, 3.0), (2.0, 4.0, 8.0))
+UNITS = Units((-2.0, 0.0), (2.0, 10.0), (1.0, 2.0, 3.0), (2.0, 4.0, 8.0), (4.0, -2.0))
 
 
 class Robot(gymnasium.Env):
@@ -55,7 +60,11 @@ def test_there_and_back() -> None:
     np.testing.assert_allclose(UNITS.decided(UNITS.executed(actions)), actions, atol=1e-6)
     assert UNITS.observed(np.array([3.0, 2.0, -5.0])).tolist() == [1.0, 0.0, -1.0]
     assert Units.of({key: value and list(value) for key, value in UNITS._asdict().items()}) == UNITS
+    assert UNITS.learned(0.75) == 1.0
+    assert UNITS.learned(torch.tensor([0.0, 1.0])).tolist() == [-2.0, 2.0]
     assert Units.of(None) == AS_THEY_ARE
+    before_rewards = {key: value for key, value in UNITS._asdict().items() if key != "reward"}  # an older checkpoint's
+    assert Units.of(before_rewards) == UNITS._replace(reward=None) == UNITS.with_rewards(1.0, 0.0)
     assert AS_THEY_ARE.executed(actions) is AS_THEY_ARE.decided(actions) is actions
 
 
@@ -122,7 +131,7 @@ def test_standardised_observations(tmp_path: Path) -> None:
 
 
 def test_what_never_changes_is_not_blown_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_data, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 7)
     columns = walks()
     for name in ("observations", "next_observations"):
         columns[name][:, 0] = 5000.3  # which float32 does not hold, and the environment gives
@@ -173,4 +182,69 @@ def test_the_same_but_for_rounding() -> None:
     mean = tuple(value * (1 + 1e-12) for value in UNITS.mean)
     assert UNITS.is_close(UNITS._replace(mean=mean))
     others = (UNITS._replace(mean=tuple(value + 1 for value in mean)), UNITS._replace(low=None), AS_THEY_ARE)
+    others += (UNITS.with_rewards(1.0, 0.0), UNITS.with_rewards(4.0, -1.0))
     assert not any(UNITS.is_close(other) for other in others)
+
+
+def two_ways(scale: float, shift: float) -> list[Transitions]:
+    """The same walks with rewards that are converted when they are drawn, and with others in the columns."""
+    columns = walks()
+    arrays = compact(
+        *(columns[name] for name in ("observations", "actions", "rewards")),
+        1.0 - columns["terminals"],
+        columns["terminals"].astype(bool) | columns["timeouts"].astype(bool),
+        columns["next_observations"],
+    )
+    converted = Transitions.from_compact(arrays, "converted")
+    rewards = np.where(arrays["valids"] > 0, scale * arrays["rewards"] + shift, 0)
+    return [
+        replace(converted, units=AS_THEY_ARE.with_rewards(scale, shift)),
+        Transitions.from_compact(arrays | {"rewards": rewards}, "written"),
+    ]
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(10.0, -5.0), (100.0, 0.0), (1.0, -1.0)])
+@pytest.mark.parametrize("span", [Lookahead(0.9), Lookahead(0.9, 3), Lookahead(0.9, 3, 3)])
+def test_rewards_are_converted_before_they_are_summed(span: Lookahead, scale: float, shift: float) -> None:
+    converted, written = (data.with_returns(0.9) for data in two_ways(scale, shift))
+    rows = converted.chunk_starts(span.horizon)
+    (ours, _), (theirs, _) = converted.batch(rows, span), written.batch(rows, span)
+    torch.testing.assert_close(ours.rewards, theirs.rewards)
+    torch.testing.assert_close(ours.returns, theirs.returns)
+    assert torch.equal(ours.discounts, theirs.discounts)
+
+
+def test_what_is_collected_is_rewarded_as_the_data() -> None:
+    class Half(Acting):
+        traits = Traits(reads_returns=True)
+
+        def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(observations), 3), 0.5)
+
+    units = Units((-2.0,) * 3, (2.0,) * 3).with_rewards(10.0, -5.0)
+    collector = Collector(Robot, Half(Spec(3, 3)), 1, Lookahead(0.9, 2), lambda reward: reward - 0.25, 0, units=units)
+    batch = [collector.step() for _ in range(4)][-1]  # the robot is given 1, which the data call 0.75
+    assert batch.rewards.tolist() == pytest.approx([2.5 + 0.9 * 2.5] * 3 + [2.5])
+    assert batch.returns is not None
+    assert batch.returns.tolist() == pytest.approx([2.5 * sum(0.9**k for k in range(n)) for n in (4, 3, 2, 1)])
+    assert collector.finished[0].episode_return == 4.0  # what is said of an episode stays the environment's
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_seeds_learn_from_scaled_rewards(point_data: Path, tmp_path: Path) -> None:
+    overrides = ("experiment=pointmaze", "data.reward_scale=10", "data.reward_shift=-5", "agent/critic=flow", "seeds=2")
+    summary = train(tiny_config(point_data, *overrides, "data.discount=0.9"), tmp_path)
+    assert summary["units"]["reward"] == (10.0, -5.0)
+    config = OmegaConf.load(tmp_path / "config.yaml")
+    assert config.agent.critic.value_range == pytest.approx([-150.0, 0.0])  # a step costs 1, which is 15, for ever
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_weights_of_other_rewards_are_refused(
+    finished_run: Callable[..., Path], point_data: Path, tmp_path: Path
+) -> None:
+    ckpt = f"ckpt='{finished_run('data.reward_scale=10') / CKPT}'"
+    overrides = ("experiment=pointmaze", ckpt, "updates=2", "data.reward_scale=10")
+    assert train(tiny_config(point_data, *overrides), tmp_path / "same")["updates"] == 2
+    with pytest.raises(UserError, match="other units of actions, observations or rewards"):
+        train(tiny_config(point_data, *overrides, "data.reward_shift=1"), tmp_path / "other")

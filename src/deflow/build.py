@@ -72,7 +72,7 @@ def _decide_trust_region(config: DictConfig, transitions: Transitions) -> None:
 
 def _decide_value_range(config: DictConfig, transitions: Transitions) -> None:
     """Set `config.agent.critic.value_range`: the extreme rewards received for ever, 0 included (the task may end)."""
-    rewards = transitions.rewards[transitions.starts]
+    rewards = transitions.learned_rewards(transitions.starts)
     ends = [min(float(rewards.min()), 0.0), max(float(rewards.max()), 0.0)]
     low, high = (end / (1 - config.data.discount) for end in ends)
     config.agent.critic.value_range = [low, high]

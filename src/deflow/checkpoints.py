@@ -116,8 +116,9 @@ def load_weights(agent: Agent, path: Path, task: str | None, units: Units) -> No
         raise UserError(f"{path} is a checkpoint of {of}, not of {task}; ckpt_of_any_task=true takes it all the same")
     if not units_of(checkpoint).is_close(units):
         raise UserError(
-            f"{path} was trained on other units of actions or observations than these data have: give it the same, "
-            "data.source.action_range=[LOW,HIGH] and data.source.standardise=false"
+            f"{path} was trained on other units of actions, observations or rewards than these data have: give it the "
+            "same, see data.source.action_range=[LOW,HIGH], data.source.standardise, data.reward_scale and "
+            "data.reward_shift"
         )
     try:
         agent.start_from(checkpoint)

@@ -21,6 +21,7 @@ SETTING = 34  # columns of `key=value`
 DEEPEST = 2  # names of a key that is shown
 MORE = "--help KEY=VALUE ... shows the values under these; --cfg job all there is; --hydra-help Hydra's own"
 GROUP = re.compile(r"^  - (?P<name>\w+): \S+(?: +# (?P<comment>.*))?$", re.MULTILINE)
+VARIANT = re.compile(r"^defaults: \[(?P<choice>\w+)\]$", re.MULTILINE)
 LINE = re.compile(r"^(?P<indent> *)(?P<key>\w+): *(?P<value>[^#\n]*?) *(?:# (?P<comment>.*))?$", re.MULTILINE)
 
 
@@ -114,11 +115,20 @@ def _task(config: DictConfig) -> Iterator[str]:
 
 
 def _agent(chosen: Mapping[str, str], config: DictConfig) -> Iterator[str]:
-    """The settings in the files of the agent and of its components."""
+    """The settings in the files of the agent and of its components, each once, as its component's file says it."""
+    lines: dict[str, str] = {}
     for group in sorted(group for group in chosen if group.partition("/")[0] == "agent" and "@" not in group):
-        path = config_file(f"{group}/{chosen[group]}")
-        if path.exists():
-            yield from _settings(path.read_text(), config, f"{group.replace('/', '.')}.")
+        found = _settings(_text(group, chosen[group]), config, f"{group.replace('/', '.')}.")
+        lines |= {line.partition("=")[0]: line for line in found}
+    yield from lines.values()
+
+
+def _text(group: str, choice: str) -> str:
+    """A configuration's file, or that of the choice of which it is a variant and which has all its settings."""
+    path = config_file(f"{group}/{choice}")
+    text = path.read_text() if path.exists() else ""
+    of = VARIANT.search(text)
+    return _text(group, of["choice"]) if of else text
 
 
 def _settings(text: str, config: DictConfig, section: str = "") -> Iterator[str]:

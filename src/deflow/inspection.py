@@ -39,7 +39,8 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     source: Source = instantiate(config.data.source)
     source.prepare()
     arrays, _ = source.arrays()
-    arrays["rewards"] = source.label(arrays["rewards"])  # as they are learned from
+    of_rewards = AS_THEY_ARE.with_rewards(config.data.reward_scale, config.data.reward_shift)
+    arrays["rewards"] = of_rewards.learned(source.label(arrays["rewards"]))
     if arrays["observations"].ndim > 2:
         raise UserError(f"{source.name} holds images, which are not inspected: look at the same data with states")
     described = card.describe(arrays, _units(source, arrays))

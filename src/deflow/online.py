@@ -88,7 +88,7 @@ class Collector:
         agent: plays, as it is at each step.
         num_envs: environments, each with an episode of its own.
         span: of each transition.
-        label: what the data would call the environment's reward.
+        label: what the source calls the environment's reward.
         seed: of resets and the policy's noise.
         success: how success is read off the environment.
         units: of the environment; transitions are in those of the networks.
@@ -176,7 +176,7 @@ class Collector:
         seat.observation, reward, terminated, truncated, info = seat.env.step(action)
         seat.episode.episode_return += float(reward)
         seat.episode.length += 1
-        player.rewards.append(self._label(float(reward)))
+        player.rewards.append(self._policy.units.learned(self._label(float(reward))))
         for window in player.windows:
             window.rewards += window.discount * player.rewards[-1]
             window.discount *= self._span.discount

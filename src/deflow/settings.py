@@ -247,7 +247,8 @@ class Benchmark(TypedDict):
     profile: bool
     out: str
     task: Task
-    iav: NotRequired[Mapping[str, Any]]  # what a tuned row says for training
+    iav: NotRequired[Mapping[str, Any]]  # what a tuned row says for training, and so the next
+    data: NotRequired[Mapping[str, Any]]
     solver: Component
     agent: Component
 

@@ -42,6 +42,7 @@ MOVED = {
     "deflow.data.own.OwnSource": "deflow.data.sources.custom.CustomSource",
 }
 
+RLPD = "deflow.agents.rlpd.RLPD"
 WITHOUT_DISCOUNT = ("deflow.modules.critic.Critic", "deflow.modules.flow_critic.FlowCritic")  # batches have it
 
 OF_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_"}  # the keys that are no arguments of the target
@@ -75,6 +76,8 @@ def modernised(config: Any, depth: int = 0) -> Any:
         config["_target_"] = MOVED.get(str(config["_target_"]), config["_target_"])
     if config.get("_target_") in WITHOUT_DISCOUNT:
         config.pop("discount", None)
+    if config.get("_target_") == RLPD and isinstance(config.get("critic"), dict) and "rho" not in config["critic"]:
+        config["critic"]["aggregate"] = "min"  # which it always took, whatever the critic said
     return config
 
 

@@ -26,6 +26,7 @@ def _config_dir() -> Path:
 
 
 CONFIG_DIR = str(_config_dir())
+OFFLINE_TO_ONLINE, ITS_SECOND_HALF = "offline_to_online", "online"  # choices of stages
 
 _own: Path | None = None
 
@@ -51,6 +52,7 @@ class Tables(ConfigSource):
     - `data/NAME`, the choice of the group data that the row names, so that `data: ${task}` is the task's own data;
     - `experiment/NAME`, the same as `task=NAME`;
     - `experiment/online/NAME`, if the row says what changes under `stages=offline_to_online`.
+    What changes there also changes under `stages=online`, the second half of it, unless the row says otherwise.
 
     `tuned/AGENT.yaml` has a row for each task with what is tuned for that agent on it: `tuned/AGENT/NAME` and
     `tuned/AGENT/NAME/STAGES`. Keys may be dotted. A row may have several names, separated by commas, and one whose name
@@ -148,9 +150,9 @@ def _of_task(name: str, row: dict[str, Any], stages: set[str]) -> dict[str, dict
         f"data/{name}": {"defaults": [row.pop("data")]},
         f"experiment/{name}": chosen,
     }
-    if "offline_to_online" in row:
+    if OFFLINE_TO_ONLINE in row:
         configs[f"experiment/online/{name}"] = {
-            "defaults": [*chosen["defaults"], {"override /stages": "offline_to_online"}],
+            "defaults": [*chosen["defaults"], {"override /stages": OFFLINE_TO_ONLINE}],
             "name": f"online/{name}",
         }
     for path, settings in _with_stages(f"task/{name}", row, stages).items():
@@ -161,6 +163,8 @@ def _of_task(name: str, row: dict[str, Any], stages: set[str]) -> dict[str, dict
 def _with_stages(path: str, row: dict[str, Any], stages: set[str]) -> dict[str, dict[str, Any]]:
     """The row itself at `path`, and what it changes for a choice of stages at `path/STAGES`."""
     always = {key: value for key, value in row.items() if key not in stages}
+    if OFFLINE_TO_ONLINE in row:
+        row = {ITS_SECOND_HALF: row[OFFLINE_TO_ONLINE], **row}
     return {path: always} | {f"{path}/{key}": row[key] for key in row.keys() & stages}
 
 

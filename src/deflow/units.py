@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 Numbers = tuple[float, ...]
+Rewards = TypeVar("Rewards", float, np.ndarray, Tensor)
 
 
 class Units(NamedTuple):
     """Networks see `(observation - mean) / std` and decide actions in [-1, 1], which are those from `low` to `high`.
 
-    Each is one number a dimension; None leaves the numbers as they are. Images are never standardised.
+    They learn from `scale * reward + shift`. The former are one number a dimension; None leaves the numbers as they
+    are. Images are never standardised.
     """
 
     low: Numbers | None = None
     high: Numbers | None = None
     mean: Numbers | None = None
     std: Numbers | None = None
+    reward: Numbers | None = None  # scale and shift
+
+    def with_rewards(self, scale: float, shift: float) -> Units:
+        """The same with rewards that are scaled, by more than 0, and then shifted."""
+        return self._replace(reward=None if (scale, shift) == (1, 0) else (float(scale), float(shift)))
 
     @classmethod
     def of(cls, content: Mapping[str, Any] | None) -> Units:
@@ -53,6 +61,13 @@ class Units(NamedTuple):
             return actions
         low, high = np.asarray(self.low), np.asarray(self.high)
         return (low + (actions + 1) / 2 * (high - low)).astype(np.float32)
+
+    def learned(self, rewards: Rewards) -> Rewards:
+        """Rewards of single steps, as the source labels them, as the networks learn from them."""
+        if self.reward is None:
+            return rewards
+        scale, shift = self.reward
+        return rewards * scale + shift
 
 
 AS_THEY_ARE = Units()

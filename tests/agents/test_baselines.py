@@ -32,7 +32,8 @@ def test_shared_checks(agent: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["fbrac agent.gradient=adjoint", "ifql agent/critic=flow", "fbrac agent.horizon=2"]
+    "override",
+    ["fbrac agent.gradient=adjoint", "ifql agent/critic=flow", "ifql agent/critic=floq", "fbrac agent.horizon=2"],
 )
 def test_shared_checks_of_choices(override: str) -> None:
     check_agent(make(*override.split()))

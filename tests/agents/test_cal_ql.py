@@ -23,7 +23,9 @@ def make(*overrides: str) -> Any:
     return build_agent(compose_config(*overrides).agent, Spec(5, 2))
 
 
-@pytest.mark.parametrize("overrides", [(), ("agent.max_backup=false",), ("agent.horizon=2",)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("agent.max_backup=false",), ("agent.horizon=2",), ("agent.target_gap=0.8",)]
+)
 def test_shared_checks(overrides: tuple[str, ...]) -> None:
     check_agent(make(*overrides))
 
@@ -83,6 +85,40 @@ def test_the_actor_climbs_the_smaller_value() -> None:
     torch.testing.assert_close(loss, -1 - metrics["temperature"] * entropy + temperature_loss)
 
 
+def test_the_gaps_weight_rises_while_it_is_above_its_target() -> None:
+    agent = make("agent.target_gap=0.8", "agent.conservatism=3")
+    agent.multiplier.log_multiplier.data.fill_(math.log(2.0))
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    for gap, slope in ((5.0, -8.4), (0.3, 1.0)):  # minus 2 times what it is above the target
+        agent._gap = lambda batch, noise, gap=gap: torch.tensor(gap)
+        agent.zero_grad()
+        loss_of(agent, "multiplier", batch, noise)[1].backward()
+        assert agent.multiplier.log_multiplier.grad.item() == pytest.approx(slope, rel=1e-4)
+    _, with_gap, metrics = loss_of(agent, "critic", batch, noise)  # of 0.3, the last
+    agent._gap = lambda batch, noise: torch.tensor(0.0)
+    without = loss_of(agent, "critic", batch, noise)[1]
+    assert (with_gap - without).item() == pytest.approx(3 * 2 * 0.3, rel=1e-4)
+    assert metrics["gap"] == pytest.approx(0.3)
+
+
+def test_the_papers_settings() -> None:
+    def tuned(task: str, agent: str = "cal_ql") -> list[Any]:
+        config = compose_config(f"task={task}", f"agent={agent}", "stages=offline_to_online")
+        of_agent = config.agent
+        assert config.stages.online.environment.online_share == 0.5
+        rewards = [config.data.reward_scale, config.data.reward_shift]
+        return [of_agent.conservatism, of_agent.target_gap, list(of_agent.critic.hidden), *rewards]
+
+    assert tuned("humanoidmaze_medium") == [5.0, 0.8, [512] * 4, 10, 0]
+    assert tuned("antsoccer_arena") == [5.0, 0.2, [512] * 4, 10, 0]
+    assert tuned("scene") == [0.01, None, [256] * 4, 10, 0]
+    assert tuned("puzzle_4x4") == [0.003, None, [256] * 4, 10, 0]
+    assert tuned("antmaze-large-play-v2", "cal_ql_original") == [5.0, 0.8, [256] * 4, 10, 5]
+
+
 def test_impossible_settings() -> None:
+    with pytest.raises(UserError, match=r"agent.target_gap must be a number above 0 or null, got 0"):
+        make("agent.target_gap=0")
     with pytest.raises(UserError, match=r"agent.conservatism must be a number of at least 0, got -1"):
         make("agent.conservatism=-1")

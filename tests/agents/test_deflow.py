@@ -28,6 +28,7 @@ def make(*overrides: str) -> DeFlow:
         ("agent.refiner.objective=demonstration",),
         ("agent.critic.aggregate=min",),
         ("agent/critic=flow",),
+        ("agent/critic=floq",),
         ("agent.horizon=4",),
     ],
 )

@@ -50,6 +50,7 @@ def make(*overrides: str) -> FQL:
         ("agent.actor.normalize_q=true",),
         ("agent.critic.aggregate=min",),
         ("agent/critic=flow",),
+        ("agent/critic=floq", "agent.critic.field_hidden=[8]"),
         ("agent.horizon=4",),
     ],
 )

@@ -33,10 +33,12 @@ class NoWaiting(TorchDispatchMode):
         "agent=deflow solver=rk4 agent.refiner.objective=gradient_step",
         "agent=deflow agent/critic=flow",
         "agent=fql",
+        "agent=fql agent/critic=floq",
         "agent=ifql",
         "agent=fawac",
         "agent=flow_bc",
-        "agent=cal_ql",
+        "agent=cal_ql agent.target_gap=0.8",
+        "agent=rlpd agent.critic.rho=0.5",
         "agent=rebrac",
     ],
 )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from deflow.agents.base import Agent
+from deflow.agents.noise import FlowNoise
 from deflow.errors import UserError
 from deflow.modules.critic import Critic
+from deflow.types import Batch
 
 
 class ActorCritic(Agent):
     """An agent with a part `critic`, whose ensemble's mean is the value of an action."""
 
     critic: Critic
+
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> Any:
+        return FlowNoise.draw(batch, generator, self.critic.levels)
 
     def require_ensemble(self) -> None:
         """Raise `UserError` unless values are an ensemble's: these losses draw no noise for a critic that is a flow."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import ActorCritic
@@ -15,8 +15,10 @@ from deflow.agents.base import Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.critic import Critic
 from deflow.modules.gaussian import GaussianActor
-from deflow.ranges import Count, NonNegative, Seed
-from deflow.types import Batch, Spec
+from deflow.ranges import Count, NonNegative, Positive, Seed
+from deflow.types import Batch, Metrics, Spec
+
+LARGEST_MULTIPLIER = 1e6
 
 
 class ConservativeNoise(NamedTuple):
@@ -26,6 +28,30 @@ class ConservativeNoise(NamedTuple):
     z_target: Tensor  # of the actions at s' in the target, shape (samples, batch, action_dim)
     z_policy: Tensor  # of the policy's actions in the gap, at s and at s', shape (2, samples, batch, action_dim)
     uniform: Tensor  # actions in [-1, 1] of the gap, shape (samples, batch, action_dim)
+
+
+class GapMultiplier(nn.Module):
+    r"""What the gap's weight is multiplied with, so that the gap G comes to its target.
+
+    .. math:: L(\lambda) = -\lambda \, (sg[G] - G_0)
+
+    Args:
+        target: :math:`G_0`, in units of reward.
+    """
+
+    def __init__(self, target: float) -> None:
+        super().__init__()
+        self.log_multiplier = nn.Parameter(torch.ones(()))
+        self.target = target
+
+    def forward(self) -> Tensor:
+        """lambda, a scalar."""
+        return self.log_multiplier.exp().clamp(max=LARGEST_MULTIPLIER)
+
+    def loss(self, gap: Tensor) -> tuple[Tensor, Metrics]:
+        """It rises while the gap, a scalar, is above its target, and falls while it is below."""
+        loss = -self() * (gap.detach() - self.target)
+        return loss, {"loss": loss.detach(), "multiplier": self().detach()}
 
 
 class CalQL(ActorCritic):
@@ -39,8 +65,18 @@ class CalQL(ActorCritic):
 
     The :math:`a_j` are n uniform actions, n of the policy at s and n of the policy at s'; :math:`p` is the density each
     was drawn with, and :math:`\hat Q = \max(Q, G(s))` for those of the policy: where their value is below the return
-    :math:`G` that the data earned from s, it is pushed down no further. The losses of the members are averaged, as
-    every critic's here. It acts with the policy's mode and explores with actions drawn from it.
+    :math:`G` that the data earned from s, it is pushed down no further. With a target for the gap, its weight is
+    :math:`\lambda \beta` with a learned :math:`\lambda`, see `GapMultiplier`. It acts with the policy's mode and
+    explores with actions drawn from it.
+
+    Differences from the released code:
+    1. The losses of the members are averaged, as every critic's here (there summed).
+    2. All parts have one learning rate (there 1e-4 for the policy and its temperature, 3e-4 for the rest).
+    3. Networks are those of this house: GELU and layer normalisation in the critics (there ReLU without it, orthogonal
+       kernels, and a learned scale and shift of the logarithm of the deviation, which begins at -1).
+    4. Targets move toward the weights before the step (there after it).
+    5. The return of a cut trajectory goes on with its last cost, whatever its costs were (there only if all of them are
+       the cost of a step of the task).
 
     Args:
         spec: sizes of the task.
@@ -48,12 +84,15 @@ class CalQL(ActorCritic):
         actor: makes the GaussianActor.
         optimizer: makes the optimizer from parameter groups.
         seed: of every noise draw.
-        conservatism: beta, weight of the gap, >= 0.
+        conservatism: beta, weight of the gap, >= 0 (there `cql_min_q_weight`).
         samples: n, actions of each kind, at least 1.
         max_backup: take the best of n actions at s' in the target; otherwise one is drawn.
+        target_gap: to which a learned multiplier of `conservatism` brings the gap, > 0 in units of reward; None: there
+            is none (there `cql_lagrange`).
     """
 
     actor: GaussianActor
+    multiplier: GapMultiplier
     traits = Traits(reads_returns=True, trains_jointly=True)
 
     def __init__(
@@ -66,8 +105,12 @@ class CalQL(ActorCritic):
         conservatism: NonNegative = 5.0,
         samples: Count = 10,
         max_backup: bool = True,
+        target_gap: Positive | None = None,
     ) -> None:
-        super().__init__(spec, {"critic": critic(spec), "actor": actor(spec)}, optimizer, seed)
+        parts: dict[str, nn.Module] = {"critic": critic(spec), "actor": actor(spec)}
+        if target_gap is not None:
+            parts["multiplier"] = GapMultiplier(target_gap)
+        super().__init__(spec, parts, optimizer, seed)
         self.require_ensemble()
         self.conservatism, self.samples, self.max_backup = conservatism, samples, max_backup
 
@@ -80,12 +123,17 @@ class CalQL(ActorCritic):
         return ConservativeNoise(z[0], z_target, z_policy.unflatten(0, (2, self.samples)), uniform)
 
     def losses(self, batch: Batch, noise: ConservativeNoise) -> Iterator[Loss]:
+        gap = self._gap(batch, noise) if self.trains("critic") or self.trains("multiplier") else None
+
         # Critic: temporal difference toward the policy at s', and the calibrated conservative gap.
-        if self.trains("critic"):
+        if self.trains("critic") and gap is not None:
             loss, metrics = self.critic.loss_from(batch, self._next_value(batch, noise.z_target))
-            gap = self._gap(batch, noise)
-            metrics |= {"gap": gap.detach(), "loss": (loss + self.conservatism * gap).detach()}
-            yield "critic", loss + self.conservatism * gap, metrics
+            loss = loss + self._weight() * gap
+            yield "critic", loss, metrics | {"gap": gap.detach(), "loss": loss.detach()}
+
+        # Multiplier: brings the gap to its target.
+        if self.trains("multiplier") and gap is not None:
+            yield "multiplier", *self.multiplier.loss(gap)
 
         # Actor: pathwise through the smaller Q, with entropy.
         if self.trains("actor"):
@@ -101,7 +149,13 @@ class CalQL(ActorCritic):
         gap = {"train/critic/gap": "other actions' values above the data's"}
         soft = {"train/actor/entropy": "entropy", "train/actor/temperature": "temperature"}
         losses = [loss_panel("critic", log=True), loss_panel("actor")]
-        return [*losses, value_panel("actor"), Panel("conservative gap", gap), Panel("exploration", soft)]
+        panels = [*losses, value_panel("actor"), Panel("conservative gap", gap), Panel("exploration", soft)]
+        multiplier = Panel("multiplier", {"train/multiplier/multiplier": "of the gap's weight"}, log=True)
+        return [*panels, multiplier] if "multiplier" in self.parts else panels
+
+    def _weight(self) -> Tensor | float:
+        """Of the gap, without gradient."""
+        return self.conservatism * (self.multiplier().detach() if "multiplier" in self.parts else 1.0)
 
     @torch.no_grad()
     def _next_value(self, batch: Batch, z: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ class FlowNoise(NamedTuple):
     times: Tensor  # uniform in [0, 1), shape (batch, 1)
     z: Tensor  # start of the policy's action at s
     z_next: Tensor  # start of the policy's action at s'
-    levels: Tensor | None = None  # uniform in [0, 1), shape (batch, 4), for a critic that is a flow
+    levels: Tensor | None = None  # uniform in [0, 1), shape (batch, levels), for a critic that is a flow
 
     @classmethod
-    def draw(cls, batch: Batch, generator: torch.Generator) -> FlowNoise:
+    def draw(cls, batch: Batch, generator: torch.Generator, levels: int = 0) -> FlowNoise:
+        """`levels` are uniform numbers for each transition, see `FlowCritic`."""
         shape, device = batch.actions.shape, batch.actions.device
         x_0, z, z_next = torch.randn(3, *shape, generator=generator, device=device)
-        times, levels = (torch.rand(shape[0], n, generator=generator, device=device) for n in (1, 4))
-        return cls(x_0, times, z, z_next, levels)
+        times, uniform = (torch.rand(shape[0], n, generator=generator, device=device) for n in (1, levels))
+        return cls(x_0, times, z, z_next, uniform)

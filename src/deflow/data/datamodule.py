@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,7 +17,7 @@ from deflow.data.memory.proposals import ProposalCache
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
-from deflow.ranges import Count, Discount, Probability, Seed
+from deflow.ranges import Count, Discount, Positive, Probability, Seed
 from deflow.seeding import torch_generator
 from deflow.types import Batch, Lookahead, stack
 
@@ -130,6 +131,8 @@ class OfflineDataModule(LightningDataModule):
         discount: gamma.
         horizon: actions that the policy decides at once; above 1 the return spans as many steps.
         crop_probability: that a batch of images is randomly cropped in training; 0 for states.
+        reward_scale: of the source's rewards, before anything is summed up; see `Units`.
+        reward_shift: added to them after that.
     """
 
     def __init__(
@@ -143,12 +146,15 @@ class OfflineDataModule(LightningDataModule):
         n_step: Count = 1,
         horizon: Count = 1,
         crop_probability: Probability = 0.0,
+        reward_scale: Positive = 1.0,
+        reward_shift: float = 0.0,
     ) -> None:
         super().__init__()
         if n_step > 1 and horizon > 1:
             raise UserError("a chunk's return already spans agent.horizon steps: leave data.n_step at 1")
         self.span = Lookahead(discount, max(n_step, horizon), horizon)
         self.crop_probability = crop_probability
+        self.reward_scale, self.reward_shift = reward_scale, reward_shift
         self.source, self.batch_size = source, batch_size
         self.validation_batches = validation_batches
         self.seeds = range(seed, seed + seeds)
@@ -162,7 +168,8 @@ class OfflineDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.transitions is not None:
             return
-        self.transitions, self.validation = self.source.load()
+        train, validation = self.source.load()
+        self.transitions, self.validation = self._with_units(train), validation and self._with_units(validation)
         self._check_chunks()
         if self.crop_probability and self.transitions.states.ndim != 4:
             raise UserError("data.crop_probability is for images: leave it at 0 for states")
@@ -170,6 +177,10 @@ class OfflineDataModule(LightningDataModule):
             raise UserError(
                 f"data.batch_size={self.batch_size} is larger than the data ({len(self.transitions)} transitions)"
             )
+
+    def _with_units(self, transitions: Transitions) -> Transitions:
+        """The source's units, and those of the rewards."""
+        return replace(transitions, units=transitions.units.with_rewards(self.reward_scale, self.reward_shift))
 
     def _check_chunks(self) -> None:
         """Validation trajectories may all be shorter than a chunk: then there is nothing to validate on."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from deflow.distributed import mean_over_ranks
+from deflow.errors import UserError
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import EnsembleMLP
 from deflow.ranges import Activation, Count, NonNegative, Norm, Reduction, Share, Widths
@@ -47,10 +48,15 @@ class Critic(LightningModule):
         members: size of the ensemble.
         aggregate: `mean` or `min` over the ensemble, in the target only.
         tau: share of the online weights that the targets take whenever they move, in (0, 1].
-        rho: standard deviations of the ensemble by which `mean` is lowered, >= 0; 0 in the papers' tables.
+        rho: standard deviations of the ensemble (of the population) by which the mean is lowered, >= 0.
         norm: what is layer-normalised, see `EnsembleMLP`.
         reduction: `mean` or `sum` of the members' losses.
+
+    Raises:
+        UserError: if there is no mean that `rho` could lower.
     """
+
+    levels = 0  # uniform numbers that a loss takes for each transition: those of a critic that is a flow
 
     def __init__(
         self,
@@ -66,6 +72,8 @@ class Critic(LightningModule):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
+        if rho > 0 and aggregate == "min":
+            raise UserError(f"agent.critic.rho={rho} lowers the mean: set agent.critic.aggregate=mean")
         of_observation = make_encoder(spec, activation, encoder)
         self.online = EnsembleMLP(members, of_observation, spec.action_dim, hidden, 1, activation, norm)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
@@ -83,14 +91,18 @@ class Critic(LightningModule):
         """
         with torch.no_grad():
             next_values = self.target_values(batch.next_observations, next_actions)
-            next_value = self.aggregated(next_values)
-        return self.loss_from(batch, next_value)
+        return self.loss_from(batch, self.aggregated(next_values))
 
     def aggregated(self, values: Tensor) -> Tensor:
-        """One value of all members', shape (members, batch) -> (batch,), as `aggregate` and `rho` say."""
-        if self.aggregate == "min":
-            return values.amin(0)
-        return values.mean(0) - self.rho * values.std(0, correction=0) if self.rho else values.mean(0)
+        """What the target takes of an ensemble's values, shape (members, ...) -> (...)."""
+        return values.amin(0) if self.aggregate == "min" else self.lowered_mean(values)
+
+    def lowered_mean(self, values: Tensor) -> Tensor:
+        """The mean of an ensemble's values less `rho` standard deviations, shape (members, ...) -> (...)."""
+        if self.rho == 0:
+            return values.mean(0)
+        variance = values.var(0, correction=0).clamp(min=torch.finfo(values.dtype).tiny)  # a root at 0 has no gradient
+        return values.mean(0) - self.rho * variance.sqrt()
 
     def loss_from(self, batch: Batch, next_value: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The temporal-difference loss toward a value of `s'` from elsewhere, without gradient, shape (batch,)."""

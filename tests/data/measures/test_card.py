@@ -70,11 +70,13 @@ def test_inspect_writes_the_card_and_a_policys_variance(
 ) -> None:
     ckpt = finished_run() / "checkpoints" / "0_joint" / "final.ckpt"
     overrides = ("task=pointmaze_medium", f"paths.data={point_data}", f"out={tmp_path}", f"ckpt={ckpt}")
-    result = inspect(compose_config(*overrides, "samples=4", config_name="inspect_data"))
+    rewards = ("data.reward_scale=10", "data.reward_shift=-5")
+    result = inspect(compose_config(*overrides, *rewards, "samples=4", config_name="inspect_data"))
     name = "pointmaze-medium-navigate-v0"
     assert json.loads((tmp_path / f"{name}.json").read_text())["name"] == name
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert len(result["card"]["task_ends_by_task"]) == 5
+    assert result["card"]["rewards"]["mean"] == -15  # each step costs 1; as they are learned from
     variances = result["action_variance"]
     assert set(variances) == {"data", "policy", "proposal"}
     assert all(variance["mean"] > 0 for variance in variances.values())

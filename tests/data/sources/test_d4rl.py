@@ -10,6 +10,7 @@ import pytest
 
 from deflow.data.sources.d4rl import D4RLSource
 from deflow.errors import UserError
+from deflow.units import AS_THEY_ARE
 from tests.conftest import compose_config, write_d4rl
 
 
@@ -46,6 +47,20 @@ def test_all_is_trained_on_and_a_tenth_of_it_validated_on_whatever_the_runs_seed
     assert validation.states is train_part.states
     assert "trained on all data" in source.protocol()["protocol"]
     assert compose_config("task=antmaze-umaze-v2", "seed=7").data.source.seed == 0
+
+
+def test_standardised_observations_and_the_environments_are_one(tmp_path: Path) -> None:
+    path = write_d4rl(tmp_path / "file.hdf5", "pen")
+    plain, _ = D4RLSource("pen-human-v1", str(path), "", None).load()
+    train_part, validation = D4RLSource("pen-human-v1", str(path), "", None, standardise=True).load()
+    states = train_part.states[train_part.starts]
+    seen = train_part.observations(train_part.starts)
+    np.testing.assert_allclose(seen.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(seen.std(0), 1, rtol=1e-4)
+    assert np.array_equal(train_part.units.observed(states.numpy()), seen)
+    assert validation is not None
+    assert validation.units == train_part.units
+    assert plain.units == AS_THEY_ARE
 
 
 def test_d4rl_of_another_family_is_refused(tmp_path: Path) -> None:

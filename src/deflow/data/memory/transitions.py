@@ -33,12 +33,12 @@ class Transitions:
 
     states: Tensor  # (rows, observation_dim), float32, or frames of uint8, (rows, height, width, channels)
     actions: Tensor  # (rows, action_dim), float32, in the environment's units; at a last state the one before again
-    rewards: Tensor  # (rows,), float32
+    rewards: Tensor  # (rows,), float32, as the source labels them
     masks: Tensor  # (rows,), float32
     starts: Tensor  # (transitions,), int64: the rows that have a successor
     returns: Tensor | None = None  # (rows,), float32; see `with_returns`
     frames: int = 1  # images of an observation, the newest last
-    units: Units = AS_THEY_ARE  # in which `observations`, `decisions` and batches are, and the columns are not
+    units: Units = AS_THEY_ARE  # of `observations`, `decisions`, `learned_rewards`, returns and batches, not of columns
 
     @classmethod
     def from_compact(cls, arrays: Mapping[str, Any], origin: str, frames: int = 1) -> Transitions:
@@ -119,11 +119,16 @@ class Transitions:
             actions = torch.from_numpy(self.units.decided(actions.numpy()))
         return actions.clamp(-ACTION_BOUND, ACTION_BOUND)
 
+    def learned_rewards(self, rows: Tensor) -> Tensor:
+        """The rewards of `rows` as the networks learn from them, shape (batch,)."""
+        return self.units.learned(self.rewards.index_select(0, rows))
+
     def with_returns(self, discount: float) -> Transitions:
         """The same transitions with `returns`, for agents that read `Batch.returns`; see `returns_to_go`."""
         ends = ~self.has_successor.roll(-1)
         ends[-1] = True
-        rewards = self.rewards.where(self.has_successor, 0.0)  # of a last state's row, which is of no trajectory
+        # A last state's row is of no trajectory.
+        rewards = self.units.learned(self.rewards).where(self.has_successor, 0.0)
         if rewards.max() > 0 and (self.masks[ends & self.has_successor] > 0).any():
             log.warning("returns of trajectories that were cut count what the data hold: there are rewards above 0")
         returns = returns_to_go(rewards.tolist(), self.masks.tolist(), ends.tolist(), discount)
@@ -155,13 +160,13 @@ class Transitions:
             rows: int64 of shape (batch,); with a horizon above 1 they must be of `chunk_starts(span.horizon)`.
             span: of each transition.
         """
-        rewards = self.rewards.index_select(0, rows)
+        rewards = self.learned_rewards(rows)
         discounts = span.discount * self.masks.index_select(0, rows)
         next_rows = rows + 1
         for _ in range(span.steps - 1):
             goes_on = (discounts > 0) & self.has_successor.index_select(0, next_rows.clamp(max=len(self.states) - 1))
             here = torch.where(goes_on, next_rows, rows)
-            rewards = rewards + torch.where(goes_on, discounts * self.rewards.index_select(0, here), 0.0)
+            rewards = rewards + torch.where(goes_on, discounts * self.learned_rewards(here), 0.0)
             discounts = torch.where(goes_on, span.discount * discounts * self.masks.index_select(0, here), discounts)
             next_rows = next_rows + goes_on.long()
         batch = Batch(
@@ -184,11 +189,11 @@ class Transitions:
 
 
 def as_arrays(transitions: Transitions) -> dict[str, np.ndarray]:
-    """The columns in compact layout, actions in the units of decisions; not copied but for those."""
+    """The columns in compact layout, actions and rewards in the networks' units; not copied but for those."""
     return {
         "observations": transitions.states.numpy(),
         "actions": transitions.units.decided(transitions.actions.numpy()),
-        "rewards": transitions.rewards.numpy(),
+        "rewards": transitions.units.learned(transitions.rewards.numpy()),
         "masks": transitions.masks.numpy(),
         "valids": transitions.has_successor.numpy(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.columns import Arrays
 from deflow.data.sources.custom import read_columns
 from deflow.data.sources.download import download, identities, set_aside
-from deflow.data.sources.source import Reward, Source, compact, split
+from deflow.data.sources.source import Reward, Source, compact, moments, split
 from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
 from deflow.ranges import Seed
 from deflow.types import Spec
+from deflow.units import Units
 
 KEYS = {key: key for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
 
@@ -55,6 +56,8 @@ class D4RLSource(Source):
         path: of the `.hdf5` file; null looks for (or downloads) it in `dir`.
         dir: folder of downloaded files.
         url: where the file is downloaded from; null does not download.
+        standardise: whether networks see observations less the data's mean, over its standard deviation, as those of
+            CORL's IQL, TD3+BC and CQL do (there 0.001 is added to the deviation).
         seed: of the choice of the validation split.
     """
 
@@ -62,6 +65,7 @@ class D4RLSource(Source):
     path: str | None
     dir: str
     url: str | None
+    standardise: bool = False
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -146,8 +150,13 @@ class D4RLSource(Source):
 
     def load(self) -> tuple[Transitions, Transitions | None]:
         """All is trained on, as in the papers; a tenth of the same trajectories validates."""
-        whole = self.transitions(self.arrays()[0], self.name)
+        whole = self.with_units(self.transitions(self.arrays()[0], self.name))
         return whole, split(whole, self.seed, self.name)[1]
+
+    def with_units(self, whole: Transitions) -> Transitions:
+        if self.standardise:
+            whole = replace(whole, units=Units(None, None, *moments(whole)))
+        return super().with_units(whole)
 
     def spec(self) -> Spec:
         return Spec(*SIZES[self._family])

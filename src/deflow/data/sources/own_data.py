@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
-import torch
 from gymnasium.spaces import Box
 
 from deflow.data.memory.transitions import Transitions
-from deflow.data.sources.source import BEYOND, Source, unless_one
+from deflow.data.sources.source import BEYOND, Source, moments, unless_one
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.ranges import Count, Interval, Seed
 from deflow.units import Numbers, Units
-
-SMALLEST_STD = 1e-6  # of an observation's dimension that changes, where its mean is above 1 by so much of it
-ROWS_AT_ONCE = 65_536
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,7 +77,7 @@ class OwnDataSource(Source):
 
     def with_units(self, whole: Transitions) -> Transitions:
         low, high = self._range(whole)
-        units = Units(low, high, *(_moments(whole) if self.standardise else (None, None)))
+        units = Units(low, high, *(moments(whole) if self.standardise else (None, None)))
         whole = replace(whole, units=units)
         return super().with_units(whole)
 
@@ -118,13 +111,3 @@ class OwnDataSource(Source):
             "bytes": sum(path.stat().st_size for path in self._files),
             "generated": False,
         }
-
-
-def _moments(whole: Transitions) -> tuple[Numbers, Numbers]:
-    """Mean and standard deviation of the states, a number a dimension; 1 for what does not change but by rounding."""
-    parts, count = whole.starts.split(ROWS_AT_ONCE), len(whole.starts)  # not all at once: they may be mapped
-    mean = sum((whole.states[rows].double().sum(0) for rows in parts), torch.zeros(())) / count
-    squares = sum(((whole.states[rows].double() - mean).square().sum(0) for rows in parts), torch.zeros(()))
-    std = (squares / max(count - 1, 1)).sqrt()
-    std = torch.where(std > SMALLEST_STD * mean.abs().clamp(min=1), std, 1.0)
-    return tuple(mean.tolist()), tuple(std.tolist())

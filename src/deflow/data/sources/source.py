@@ -26,6 +26,8 @@ Reward = TypeVar("Reward", float, np.ndarray)
 # another precision does, and no step from one trajectory to another.
 ROUNDING = 1e-2
 BEYOND = 1e-3  # by which an action may be outside its range without a word
+SMALLEST_STD = 1e-6  # of an observation's dimension that changes, where its mean is above 1 by so much of it
+ROWS_AT_ONCE = 65_536
 VALIDATION_SHARE = 0.1  # of the trajectories, where a data set has no validation split of its own
 
 
@@ -211,6 +213,16 @@ def unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | t
         return None, None
     log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
     return tuple(low.tolist()), tuple(high.tolist())
+
+
+def moments(whole: Transitions) -> tuple[Numbers, Numbers]:
+    """Mean and standard deviation of the states, a number a dimension; 1 for what does not change but by rounding."""
+    parts, count = whole.starts.split(ROWS_AT_ONCE), len(whole.starts)  # not all at once: they may be mapped
+    mean = sum((whole.states[rows].double().sum(0) for rows in parts), torch.zeros(())) / count
+    squares = sum(((whole.states[rows].double() - mean).square().sum(0) for rows in parts), torch.zeros(()))
+    std = (squares / max(count - 1, 1)).sqrt()
+    std = torch.where(std > SMALLEST_STD * mean.abs().clamp(min=1), std, 1.0)
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def split(transitions: Transitions, seed: int, origin: str) -> tuple[Transitions, Transitions | None]:
