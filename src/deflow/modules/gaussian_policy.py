@@ -10,11 +10,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from deflow.modules.gaussian import LOG_STD_RANGE
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
 from deflow.ranges import Activation, Positive, Rate, Widths
 from deflow.types import Metrics, Spec
+
+LOG_STD_RANGE = (-5.0, 2.0)  # of a learned deviation
 
 
 class GaussianPolicy(LightningModule):
