@@ -11,7 +11,7 @@ from deflow.agents.fql import FQL
 from deflow.build import build_agent
 from deflow.pipeline import train
 from deflow.types import Spec
-from tests.agents.tester import check_agent, random_batch
+from tests.agents.tester import check_agent, loss_of, random_batch
 from tests.conftest import compose_config, tiny_config
 
 # tasks.md of the papers.
@@ -56,6 +56,21 @@ def make(*overrides: str) -> FQL:
 )
 def test_shared_checks(overrides: tuple[str, ...]) -> None:
     check_agent(make(*overrides))
+
+
+def test_each_draw_of_a_flow_critic_has_a_next_action_of_its_own() -> None:
+    agent = make("agent/critic=floq")
+    batch = random_batch(agent)
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    assert noise.z_next.shape == (16 * 8, 3)
+    assert len(noise.z_next.unique(dim=0)) == 16 * 8
+    of_one = make().draw_noise(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(noise.z_next[::8], of_one.z_next)
+    next_actions: list[torch.Tensor] = []
+    agent.critic.loss = lambda batch, actions, levels: next_actions.append(actions) or (actions.sum(), {})
+    loss_of(agent, "critic", batch, noise)
+    expected = agent.actor.act(batch.next_observations.repeat_interleave(8, 0), noise.z_next)
+    torch.testing.assert_close(next_actions[0], expected)
 
 
 @pytest.mark.parametrize("experiment", ALPHA)

@@ -137,3 +137,18 @@ def test_the_broad_encoding_is_a_histogram_that_sums_to_1() -> None:
     assert inputs[3:] == pytest.approx(expected, abs=1e-5)
     far = critic._velocity(critic.online, torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([1e6]), torch.zeros(1))
     assert far.isfinite().all()
+
+
+@pytest.mark.parametrize("distil_from", ["target", "online"])
+def test_each_draw_may_have_a_next_action_of_its_own(distil_from: Any) -> None:
+    torch.manual_seed(0)
+    critic = FlowCritic(SPEC, (-10.0, 0.0), hidden=(8,), samples=2, noise_width=1e-6, distil_from=distil_from)
+    actions, levels = torch.tensor([[-0.5], [0.9]]), torch.full((1, 8), 0.5)
+    ends = critic.target_values(torch.zeros(2, 1), actions)
+    batch = one_state(rewards=-1.0)
+    _, metrics = critic.loss(batch, actions, levels)
+    expected = critic.loss_from(batch, ends.mean()[None], levels)[1]
+    torch.testing.assert_close(metrics["matching"], expected["matching"])
+    if distil_from == "target":
+        learned = (critic.values(torch.zeros(2, 1), actions) - ends.mean(0)) / 10
+        torch.testing.assert_close(metrics["next_distillation"], learned.square().mean().detach())

@@ -56,12 +56,15 @@ class FQL(ActorCritic):
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "actor": actor(spec)}
         super().__init__(spec, parts, optimizer, seed)
 
+    def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
+        return FlowNoise.draw(batch, generator, self.critic.levels, self.critic.samples)
+
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):
             yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
 
-        # Critic: bootstraps from the one-step policy at s'.
+        # Critic: bootstraps from the one-step policy at s', anew for each draw of a flow critic.
         if self.trains("critic"):
             with torch.no_grad():
                 next_actions = self.actor.act(batch.next_observations, noise.z_next)

@@ -56,7 +56,7 @@ class Critic(LightningModule):
         UserError: if there is no mean that `rho` could lower.
     """
 
-    levels = 0  # uniform numbers that a loss takes for each transition: those of a critic that is a flow
+    levels, samples = 0, 1  # uniform numbers of each transition, and draws of them, of a critic that is a flow
 
     def __init__(
         self,

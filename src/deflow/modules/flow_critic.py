@@ -56,7 +56,8 @@ class FlowCritic(LightningModule):
     as a smooth histogram and the time by cosines, without which the field is too smooth to make use of its steps.
     Source: floq (arXiv 2509.06863). Takes the place of `Critic` in any agent.
 
-    Differences from the released code, each a setting but for the last three (`agent/critic=floq` is the released one):
+    Differences from the released code, each a setting but for the last three (`agent=fql agent/critic=floq` is the
+    released one):
     1. The flow starts around the middle of the value range (there around the value 0: in a tenth of the range at its
        upper end, where rewards are costs).
     2. A state has one draw (there 8: the target is their mean, and the matching's loss is summed over them).
@@ -65,8 +66,8 @@ class FlowCritic(LightningModule):
     4. There is one distilled network (there 2, of which the policy climbs the mean).
     5. It learns the target field's flow at both states (there the online field's at (s, a) alone).
     6. The field works in units of the value range (there of reward, so that its loss is larger by the range's square).
-    7. All draws of a state share one next action (there each has its own), and the distillation has starts of its own
-       (there those of the matching).
+    7. All draws of a state share one next action, but for FQL (each has its own, as there), and the distillation has
+       starts of its own (there those of the matching).
     8. The value range includes 0 if it follows from the data (there the extreme rewards alone), and the margin of the
        broad encoding is a share of it (there 0.01 of reward for ever: the same where rewards span 1).
     9. A point so far outside of the bins that none of them holds anything of it is encoded as zeros (there NaN).
@@ -156,7 +157,8 @@ class FlowCritic(LightningModule):
 
         Args:
             batch: transitions.
-            next_actions: the policy's actions at `s'`, shape (batch, action_dim); no gradient flows into them.
+            next_actions: the policy's actions at `s'`, shape (batch, action_dim), or one for each draw in consecutive
+                rows; no gradient flows into them.
             levels: uniform in [0, 1), shape (batch, `self.levels`): the times, and where the flows start.
         """
         with torch.no_grad():
@@ -216,7 +218,8 @@ class FlowCritic(LightningModule):
     def _distillation(self, observations: Tensor, actions: Tensor, values: Tensor) -> Tensor:
         """Squared error of the distilled networks against the mean over members and draws, in the field's units."""
         distilled = self.distilled(observations, actions).squeeze(-1)
-        return (distilled - self._unit(values.mean(-1).mean(0))).square().mean()
+        of_actions = values.flatten(1).unflatten(1, (len(actions), -1))
+        return (distilled - self._unit(of_actions.mean(-1).mean(0))).square().mean()
 
     def _flow(self, field: EnsembleMLP, observations: Tensor, actions: Tensor, levels: Tensor) -> Tensor:
         """End points of a field's flows, in units of reward, shape (members, batch, draws)."""

@@ -47,8 +47,9 @@ STEPS = {"umaze": 700, "medium": 1000, "large": 1000, "pen": 100, "door": 200, "
 class D4RLSource(Source):
     """A D4RL data set of the antmaze or adroit family, from its original `.hdf5` file.
 
-    As in the papers, antmaze rewards are reduced by 1, so that every step costs 1 until the goal, a terminal there does
-    not end the trajectory, and all trajectories are trained on: the validation split is a tenth of the same ones.
+    As in the papers, antmaze rewards are reduced by 1, so that every step costs 1 until the goal (what another paper
+    makes of the file's as a * r + b is data.reward_scale=a, data.reward_shift=a+b here), a terminal there does not end
+    the trajectory, and all trajectories are trained on: the validation split is a tenth of the same ones.
     Policies are evaluated in D4RL's environments, rebuilt on today's simulator: every result says so.
 
     Args:
