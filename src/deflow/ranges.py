@@ -9,6 +9,7 @@ from pydantic import Field
 
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Pairs = Annotated[int, Field(ge=4, multiple_of=2)]  # of sines and cosines
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what NumPy and Lightning take
 TaskId = Annotated[int, Field(ge=1, le=5)]  # of OGBench
 Neighbours = Annotated[int, Field(ge=2)]  # as many as a variance needs

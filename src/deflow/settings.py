@@ -418,7 +418,13 @@ def _limits(metadata: Iterable[Any]) -> Iterator[str]:
     if limits.keys() >= {"ge", "le"}:
         yield f"from {limits['ge']} to {limits['le']}"
         return
-    words = {"ge": "of at least", "gt": "above", "le": "and at most", "lt": "and below"}
+    words = {
+        "ge": "of at least",
+        "gt": "above",
+        "le": "and at most",
+        "lt": "and below",
+        "multiple_of": "and a multiple of",
+    }
     yield from (f"{words[name]} {limits[name]}" for name in words if name in limits)
     if "min_length" in limits:
         yield f"({limits['max_length']} of them)" if "max_length" in limits else "(not empty)"

@@ -40,6 +40,12 @@ class NoWaiting(TorchDispatchMode):
         "agent=cal_ql agent.target_gap=0.8",
         "agent=rlpd agent.critic.rho=0.5",
         "agent=rebrac",
+        "agent=bc",
+        "agent=iql",
+        "agent=iql agent.actor.extraction=ddpgbc",
+        "agent=idql agent.behavior.width=8",
+        "agent=srpo agent.behavior.width=8",
+        "agent=cac",
     ],
 )
 def test_an_update_never_waits(overrides: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 
 from deflow.build import build_agent
+from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.types import Spec
-from tests.agents.tester import check_agent
+from tests.agents.tester import check_agent, loss_of, random_batch
 from tests.conftest import compose_config, tiny_config
 
 SMALL = {
@@ -56,3 +59,161 @@ def test_a_run(agent: str, point_data: Path, tmp_path: Path) -> None:
     summary = train(config, tmp_path)
     assert summary["agent"].lower() == agent
     assert summary["evaluations"] >= 1
+
+
+def test_iql_weighs_imitation_by_the_advantage_of_the_smaller_value() -> None:
+    agent = make("iql", "agent.actor.alpha=2")
+    batch = random_batch(agent)
+    agent.critic.values = lambda s, a: torch.stack([a[:, 0], a[:, 0] + 1])
+    agent.value.forward = lambda s: s[:, 0]
+    weights = (2 * (batch.actions[:, 0] - batch.observations[:, 0])).exp().clamp(max=100)
+    errors = (agent.actor.mean(batch.observations) - batch.actions).square().sum(-1) / 2
+    expected = (weights * (errors + 1.5 * math.log(2 * math.pi))).mean()
+    _, loss, _ = loss_of(agent, "actor", batch, agent.noise(batch))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_gaussians_act_with_the_mean_and_explore_around_it() -> None:
+    for name in ("bc", "iql"):
+        agent = make(name, "agent.actor.std=0.1")
+        observations, z = torch.randn(4, 5), torch.randn(4, 3)
+        acted = agent.act(observations, z)
+        assert torch.equal(acted, agent.act(observations, -z))
+        torch.testing.assert_close(agent.explore(observations, z), (acted + 0.1 * z).clamp(-1, 1))
+
+
+def test_dropout_is_drawn_with_the_noise() -> None:
+    agent, batch = make("bc", "agent.actor.dropout=0.5"), random_batch(make("bc"))
+    one, same, other = (agent.noise(batch, number) for number in (0, 0, 1))
+    assert torch.equal(one.keep, same.keep)
+    assert not torch.equal(one.keep, other.keep)
+    assert one.keep.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    losses = [loss_of(agent, "actor", batch, noise)[1].item() for noise in (one, same, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_idql_takes_the_sample_with_the_highest_smaller_target_value() -> None:
+    agent = make("idql", "agent.best_of_n=6").eval()
+    observations, z = torch.randn(4, 5), torch.randn(4, 5, 6, 3)
+    samples = torch.stack([agent.behavior.sample(observations, z[:, :, i].movedim(0, 1)) for i in range(6)], dim=1)
+    values = torch.stack([agent.critic.target_values(observations, samples[:, i]).amin(0) for i in range(6)], dim=1)
+    torch.testing.assert_close(agent.act(observations, z), samples[torch.arange(4), values.argmax(1)])
+    torch.testing.assert_close(agent.propose(observations, z), samples[:, 0])
+
+
+def test_idqls_values_learn_from_a_share_of_the_batch() -> None:
+    agent = make("idql", "agent.value_share=0.25")
+    batch = random_batch(agent)
+    noise = agent.noise(batch)
+    first = batch._replace(**{key: getattr(batch, key)[:4] for key in ("observations", "actions")})
+    expected = agent.value.loss(first.observations, agent.critic.target_values(first.observations, first.actions))[0]
+    torch.testing.assert_close(loss_of(agent, "value", batch, noise)[1], expected)
+
+
+def test_a_denoiser_that_knows_the_noise_finds_the_action() -> None:
+    # With the true noise of a single action predicted, the last of the chain's steps lands on that action.
+    diffusion, action = make("idql").behavior, torch.tensor([0.3, -0.6, 0.9])
+
+    def noise_in(features: torch.Tensor, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        signal, sigma = diffusion.levels(times.long())
+        return (x - signal * action) / sigma
+
+    diffusion.net.forward = noise_in
+    sampled = diffusion.sample(torch.zeros(8, 5), torch.randn(5, 8, 3))
+    torch.testing.assert_close(sampled, action.expand(8, 3), rtol=0, atol=1e-5)
+
+
+def test_srpos_policy_goes_where_score_and_value_say() -> None:
+    agent = make("srpo", "agent.actor.beta=0.5")
+    batch, noise = random_batch(agent), agent.noise(random_batch(agent))
+    agent.behavior.noise = lambda s, noisy, times: noisy - noise.z  # a score that is linear in the noisy action
+    agent.critic.target_values = lambda s, a: torch.stack([3 * a[:, 0], a[:, 0]])  # its mean climbs by 2 in dimension 0
+    actions = agent.actor(batch.observations)
+    signal, sigma = agent.behavior.levels(noise.times)
+    epsilon = signal * actions.detach() + sigma * noise.z - noise.z
+    expected = (sigma.square() * epsilon * actions).sum(-1).mean() - 0.5 * 2 * actions[:, 0].mean()
+    torch.testing.assert_close(loss_of(agent, "actor", batch, noise)[1], expected)
+
+
+def test_the_consistency_function_is_the_identity_at_the_lowest_level() -> None:
+    policy = make("cac").actor
+    x, features = torch.randn(4, 3), torch.randn(4, 5)
+    torch.testing.assert_close(policy._denoise(policy.online, features, x, torch.full((4, 1), 0.002)), x)
+
+
+def test_cacs_teacher_rests_and_then_moves_in_every_fifth_update() -> None:
+    agent = make("cac")
+    agent.begin_stage("test", "all", first_step=0)
+
+    def moving(step: int) -> tuple[bool, bool]:
+        agent.begin_update(step)
+        return agent.moves_targets("critic"), agent.moves_targets("actor")
+
+    assert [moving(step) for step in (0, 995, 999, 1000, 1001, 1005)] == [
+        (True, teacher) for teacher in (False, False, False, True, False, True)
+    ]
+    agent.begin_stage("later", "all", first_step=2000)  # updates of the whole run count
+    assert moving(0) == (True, True)
+
+
+def test_cac_draws_more_boundaries_as_it_goes_and_begins_anew() -> None:
+    agent, batch = make("cac"), random_batch(make("cac"), size=256)
+    agent.begin_stage("test", "all", first_step=0)
+
+    def levels(step: int) -> int:
+        agent.begin_update(step)
+        lower, upper = agent.noise(batch, step).levels.T
+        assert (lower < upper).all()
+        return len(lower.unique())
+
+    assert levels(0) == 1
+    assert levels(49_999) > 80
+    assert levels(50_000) == 1
+
+
+def test_cac_takes_the_better_samples_more_often() -> None:
+    agent = make("cac", "agent.best_of_n=2")
+    agent.actor.sample = lambda s, z: z[0].clamp(-1, 1)
+    agent.critic.target_values = lambda s, a: a[:, 0].expand(2, -1)
+    rows = 4000
+    z = torch.randn(rows, 2, 7, generator=torch.Generator().manual_seed(0))
+    z[:, 0, 0], z[:, 1, 0] = 1.0, 0.0
+    taken = agent.act(torch.zeros(rows, 5), z)[:, 0]
+    assert taken.mean().item() == pytest.approx(math.e / (1 + math.e), abs=0.02)  # the softmax of 1 and 0
+
+
+def test_cac_needs_two_critics() -> None:
+    with pytest.raises(UserError, match=r"climbs one of two critics: set agent\.critic\.members=2, not 3"):
+        make("cac", "agent.critic.members=3")
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("iql agent.actor.alpha=-1", "agent.actor.alpha must be a number of at least 0, got -1"),
+        ("iql agent.actor.extraction=bc", "agent.actor.extraction must be awr or ddpgbc, got 'bc'"),
+        ("cac agent.eta=-0.1", "agent.eta must be a number of at least 0, got -0.1"),
+        ("cac agent.actor.steps=0", "agent.actor.steps must be a whole number of at least 1, got 0"),
+        ("cac agent.best_of_n=0", "agent.best_of_n must be a whole number of at least 1, got 0"),
+        ("idql agent.best_of_n=0", "agent.best_of_n must be a whole number of at least 1, got 0"),
+        ("idql agent.behavior.steps=0", "agent.behavior.steps must be a whole number of at least 1, got 0"),
+        ("idql agent.behavior.ema=1", "agent.behavior.ema must be a number of at least 0 and below 1 or null, got 1"),
+        (
+            "idql agent.behavior.time_features=5",
+            "agent.behavior.time_features must be a whole number of at least 4 and a multiple of 2, got 5",
+        ),
+        ("srpo agent.actor.beta=0", "agent.actor.beta must be a number above 0, got 0"),
+        ("bc agent.actor.std=0", "agent.actor.std must be a number above 0 or null, got 0"),
+        ("bc agent.actor.dropout=1", "agent.actor.dropout must be a number of at least 0 and below 1, got 1"),
+    ],
+)
+def test_impossible_settings(setting: str, says: str) -> None:
+    agent, override = setting.split()
+    with pytest.raises(UserError, match=re.escape(says)):
+        make(agent, override)
+
+
+def test_an_image_is_seen_by_every_part() -> None:
+    spec = Spec(2 * 8 * 8 * 3, 3, image=(2, 8, 8, 3))
+    for name in SMALL:
+        check_agent(make(name, "networks.encoder.stacks=[2,2]", "networks.encoder.features=8", spec=spec))

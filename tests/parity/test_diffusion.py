@@ -92,6 +92,8 @@ def srpo_name(name: str) -> list[str]:
 
 
 def srpo_score_name(name: str) -> str:
+    if name == "time.frequencies":
+        return "embed/0/W"
     *_, kind, tensor = name.split(".")
     if name.startswith("condition"):
         return f"cond_model/{2 * int(kind)}/{tensor}"
@@ -115,14 +117,13 @@ def test_srpo() -> None:
         if key.endswith(("q1/0/weight", "q2/0/weight")):  # and the action before the state
             original.arrays[key] = array.roll(-SPEC.action_dim, 0)
     original.load(agent)
-    agent.behavior.net.time.frequencies.copy_(original["params/behavior/embed/0/W"])
 
     def uniform(part: str, low: float, high: float) -> Tensor:
         return low + (high - low) * original[f"noise/{part}/t_uniform"][:, None]
 
     keep = torch.cat([original[f"noise/behavior/dropout_{block}"] for block in range(2)], dim=1) > 0
-    of_behavior = DiffusionNoise(uniform("behavior", 1e-3, 1), original["noise/behavior/z"], keep)
-    noise = ScoreNoise(of_behavior, uniform("policy", 0.02, 0.98), original["noise/policy/z"])
+    of_behavior = uniform("behavior", 1e-3, 1), original["noise/behavior/z"], keep
+    noise = ScoreNoise(*of_behavior, uniform("policy", 0.02, 0.98), original["noise/policy/z"])
     for part in ("behavior", "critic", "value", "actor"):  # each from the same stored state
         original.load(agent)
         agent.begin_stage(part, [part], first_step=0, cosine_decay_steps=1_000_000, decaying=["actor"])

@@ -25,6 +25,8 @@ from deflow.types import Batch, Metrics, Spec
 
 Loss = tuple[str, Tensor, Metrics]
 
+ALMOST_0 = 1e-6  # added to a gradient's norm before something is divided by it, as torch does it
+
 LATEST = "latest_metrics"  # of a checkpoint, see `on_save_checkpoint`
 WHOLE_STAGES = "use stages=joint, stages=offline_to_online or stages=from_scratch"  # in which all of an agent trains
 
@@ -180,7 +182,9 @@ class Agent(LightningModule, ABC):
             raise UserError(f"stage '{name}' names {unknown}: choose among the agent's parts {known}{instead}")
         if not train:
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")
-        rhythm = {part: self.every.get(part, 1) for part in train} if len(train) > 1 else {}
+        rhythm = {part: self.every.get(part, 1) for part in train}
+        if len(set(rhythm.values())) == 1:  # all of them together are as one that trains in each update
+            rhythm = {}
         if rhythm and min(rhythm.values()) > 1:
             raise UserError(f"agent.every leaves updates in which nothing trains: set agent.every.{train[0]}=1")
         self._rhythm = rhythm
@@ -284,8 +288,9 @@ class Agent(LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
-            if group.get("clip") is not None:
-                self.clip_part(group["params"], group["clip"])
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            if gradients and group.get("clip") is not None:
+                self.clip(gradients, group["clip"])
         if self.drifts:
             for parameter in (p for part in set(self._active) - set(self._due) for p in self.parameters_of(part)):
                 parameter.grad = torch.zeros_like(parameter)
@@ -320,9 +325,10 @@ class Agent(LightningModule, ABC):
         """What the optimizer steps for a part."""
         return list(self._trainable[part])
 
-    def clip_part(self, parameters: Sequence[Tensor], limit: float) -> None:
-        """Shorten the gradient of a part whose norm is above `limit`."""
-        torch.nn.utils.clip_grad_norm_(parameters, limit)
+    def clip(self, gradients: Sequence[Tensor], limit: float) -> None:
+        """Shorten a part's gradient, these tensors together, if its norm is above `limit`."""
+        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+        torch._foreach_mul_(list(gradients), (limit / (norm + ALMOST_0)).clamp(max=1.0))
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """`(online, target, tau)` of the parts that train and whose targets move in this update."""

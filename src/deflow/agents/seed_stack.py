@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.base import ALMOST_0, Agent, Loss
 from deflow.errors import UserError
 from deflow.flow.ode import ADAPTIVE
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -72,11 +72,10 @@ class SeedStack(Agent):
     def parameters_of(self, part: str) -> list[Tensor]:
         return [p for name, p in self._stacked.items() if p.requires_grad and name.startswith(f"{part}.")]
 
-    def clip_part(self, parameters: Sequence[Tensor], limit: float) -> None:
+    def clip(self, gradients: Sequence[Tensor], limit: float) -> None:
         """As of one agent, for each seed by itself."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
-        factors = (limit / (norms + 1e-6)).clamp(max=1.0)  # as torch does it
+        squares = [gradient.square().reshape(len(gradient), -1).sum(1) for gradient in gradients]
+        factors = (limit / (torch.stack(squares).sum(0).sqrt() + ALMOST_0)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 

@@ -13,7 +13,6 @@ from torch.func import grad
 from torch.optim import Optimizer
 
 from deflow.agents.base import Loss
-from deflow.agents.idql import DiffusionNoise
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.critic import Critic
@@ -30,9 +29,11 @@ TIMES = (0.02, 0.98)  # of the score that the policy hears; near the ends it say
 class ScoreNoise(NamedTuple):
     """Every random number of an update."""
 
-    behavior: DiffusionNoise
-    times: Tensor  # uniform between `TIMES`, shape (batch, 1)
-    z: Tensor  # standard normal, shape (batch, action_dim)
+    behavior_times: Tensor  # see `ScoreModel.draw_times`
+    behavior_z: Tensor  # of the behaviour's loss, standard normal, shape (batch, action_dim)
+    keep: Tensor | None  # what dropout leaves in there, see `Dropout`
+    times: Tensor  # of the score that the policy hears, uniform between `TIMES`, shape (batch, 1)
+    z: Tensor  # of that score, standard normal, shape (batch, action_dim)
 
 
 class ScoreActor(LightningModule):
@@ -145,16 +146,16 @@ class SRPO(ImplicitQ):
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> ScoreNoise:
         rows, actions = len(batch.actions), batch.actions
-        of_behavior, z = torch.randn(2, *actions.shape, generator=generator, device=actions.device)
+        behavior_z, z = torch.randn(2, *actions.shape, generator=generator, device=actions.device)
         keep = self.behavior.net.body.dropout.draw(rows, generator)
         first, last = TIMES
         times = first + (last - first) * torch.rand(rows, 1, generator=generator, device=actions.device)
-        return ScoreNoise(DiffusionNoise(self.behavior.draw_times(rows, generator), of_behavior, keep), times, z)
+        return ScoreNoise(self.behavior.draw_times(rows, generator), behavior_z, keep, times, z)
 
     def losses(self, batch: Batch, noise: ScoreNoise) -> Iterator[Loss]:
         # Behaviour: denoise the data's actions.
         if self.trains("behavior"):
-            yield "behavior", *self.behavior.loss(batch, *noise.behavior)
+            yield "behavior", *self.behavior.loss(batch, noise.behavior_times, noise.behavior_z, noise.keep)
 
         # Critic and value: from the data's actions alone.
         yield from self.value_losses(batch)

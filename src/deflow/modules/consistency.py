@@ -14,7 +14,7 @@ from deflow.nets.activation import activate
 from deflow.nets.encoder import Encoder, make_encoder, repeat_to
 from deflow.nets.mlp import MLP, linear
 from deflow.nets.time_features import sinusoidal
-from deflow.ranges import Activation, Count, Rate, Widths
+from deflow.ranges import Activation, Count, Pairs, Rate, Widths
 from deflow.types import Batch, Spec
 
 LOWEST, HIGHEST = 0.002, 80.0  # noise levels, in action units
@@ -62,7 +62,7 @@ class ConsistencyPolicy(LightningModule):
         hidden: widths of the hidden layers.
         activation: see `activate`.
         encoder: settings of the image encoder, see `Impala`; not read for states.
-        time_features: of the noise level, an even number.
+        time_features: of the noise level, an even number of at least 4.
         steps: in which an action is sampled: the first from the highest level, the last from 2.
         ema: share of itself that the teacher keeps whenever it moves, in [0, 1).
     """
@@ -75,7 +75,7 @@ class ConsistencyPolicy(LightningModule):
         hidden: Widths = (256, 256, 256),
         activation: Activation = "mish",
         encoder: Mapping[str, Any] | None = None,
-        time_features: Count = 16,
+        time_features: Pairs = 16,
         steps: Count = 2,
         ema: Rate = 0.995,
     ) -> None:

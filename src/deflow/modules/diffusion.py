@@ -14,7 +14,7 @@ from deflow.flow.schedules import vp_betas, vp_levels
 from deflow.nets.average import Average
 from deflow.nets.encoder import make_encoder
 from deflow.nets.residual import NoisePredictor
-from deflow.ranges import Count, Rate
+from deflow.ranges import Count, Pairs, Rate
 from deflow.types import Batch, Metrics, Spec
 
 EARLIEST = 1e-3  # time of a continuous model, below which there is next to no noise
@@ -74,7 +74,7 @@ class DenoisingDiffusion(BehaviorDiffusion):
         spec: sizes of the task.
         width: of the residual network, see `ResidualMLP`.
         blocks: of the residual network.
-        time_features: an even number, see `NoisePredictor`.
+        time_features: see `NoisePredictor`.
         condition: width of the layers behind these.
         dropout: share of the hidden values that an update leaves out, in [0, 1).
         encoder: settings of the image encoder, see `Impala`; not read for states.
@@ -91,7 +91,7 @@ class DenoisingDiffusion(BehaviorDiffusion):
         spec: Spec,
         width: Count = 256,
         blocks: Count = 3,
-        time_features: Count = 64,
+        time_features: Pairs = 64,
         condition: Count = 128,
         dropout: Rate = 0.1,
         encoder: Mapping[str, Any] | None = None,
@@ -146,7 +146,7 @@ class ScoreModel(BehaviorDiffusion):
         spec: sizes of the task.
         width: of the residual network, see `ResidualMLP`.
         blocks: of the residual network.
-        time_features: an even number, see `NoisePredictor`.
+        time_features: see `NoisePredictor`.
         condition: width of the layers behind these.
         dropout: share of the hidden values that an update leaves out, in [0, 1).
         encoder: settings of the image encoder, see `Impala`; not read for states.
@@ -159,7 +159,7 @@ class ScoreModel(BehaviorDiffusion):
         spec: Spec,
         width: Count = 256,
         blocks: Count = 3,
-        time_features: Count = 64,
+        time_features: Pairs = 64,
         condition: Count = 128,
         dropout: Rate = 0.1,
         encoder: Mapping[str, Any] | None = None,

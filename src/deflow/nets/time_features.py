@@ -19,15 +19,9 @@ class FourierFeatures(nn.Module):
         learned: whether they train.
     """
 
-    frequencies: Tensor
-
     def __init__(self, width: int, scale: float, learned: bool) -> None:
         super().__init__()
-        frequencies = scale * torch.randn(width // 2)
-        if learned:
-            self.frequencies = nn.Parameter(frequencies)
-        else:
-            self.register_buffer("frequencies", frequencies)
+        self.frequencies = nn.Parameter(scale * torch.randn(width // 2), requires_grad=learned)
 
     def forward(self, times: Tensor) -> Tensor:
         angles = 2 * math.pi * times * self.frequencies
