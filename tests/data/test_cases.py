@@ -82,6 +82,8 @@ def test_columns_of_one_number_are_squeezed(columns: tuple[str, ...], tmp_path: 
             {"actions": lambda c: (c["actions"] * 4).astype(int)},
             "'actions' are whole numbers up to 3: discrete actions",
         ),
+        ({"actions": lambda c: (c["actions"][:, :1] > 0).astype(int)}, "whole numbers up to 1: discrete actions"),
+        ({"actions": lambda c: (c["actions"][:, 0] > 0).astype(int)}, "whole numbers up to 1: discrete actions"),
         ({"observations": lambda c: c["observations"][:, 0]}, "'observations' must have two axes"),
         ({"observations": lambda c: c["observations"][:, None]}, r"two axes .* \(360, 1, 3\); images are not read"),
         (

@@ -34,6 +34,7 @@ def checked_columns(columns: Mapping[str, np.ndarray], origin: str) -> Arrays:
             exactly 0 or 1, or terminals that look like masks.
     """
     _check_lengths(columns, origin)
+    _check_actions(columns["actions"], origin)
     found: Arrays = {}
     for name, column in columns.items():
         column = _numbers(column, name, origin)
@@ -44,7 +45,6 @@ def checked_columns(columns: Mapping[str, np.ndarray], origin: str) -> Arrays:
         else:
             found[name] = with_one_axis(column, name, origin)
     _check_successors(found["observations"], found.get("next_observations"), origin)
-    _check_actions(found["actions"], origin)
     _check_terminals(found.get("terminals"), origin)
     return found
 
@@ -106,7 +106,8 @@ def _check_successors(observations: np.ndarray, successors: np.ndarray | None, o
 
 
 def _check_actions(actions: np.ndarray, origin: str) -> None:
-    if actions.dtype.kind in "iu" and np.abs(actions.astype(np.int64)).max() > 1:
+    is_single = actions.ndim == 1 or actions.shape[1] == 1
+    if actions.dtype.kind in "iu" and (is_single or np.abs(actions.astype(np.int64)).max() > 1):
         raise UserError(
             f"{origin}: 'actions' are whole numbers up to {actions.max()}: discrete actions, which no agent here takes"
         )
