@@ -27,8 +27,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from deflow.agents.base import Agent
 from deflow.agents.seed_stack import SeedStack
@@ -173,9 +174,10 @@ def stages_of(config: DictConfig, agent: Agent) -> Stages:
     cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half())
     plain_stream, cached_stream = BatchStream(*drawn), BatchStream(*drawn, proposals=cache)
     stages: Stages = {"joint": ({"train": "all"}, plain_stream)}
-    if not agent.traits.trains_jointly and len(agent.parts) > 1:
-        frozen = {"train": "all", "freeze": ("behavior_flow",)}
-        stages |= {"behavior": ({"train": ("behavior_flow",)}, plain_stream), "extraction": (frozen, plain_stream)}
+    behavior = [part for part in agent.parts if part.startswith("behavior")]
+    if behavior and not agent.traits.trains_jointly and len(agent.parts) > 1:
+        frozen = {"train": "all", "freeze": behavior}
+        stages |= {"behavior": ({"train": behavior}, plain_stream), "extraction": (frozen, plain_stream)}
         if agent.cached_flow is not None:
             stages["extraction_cached"] = (frozen, cached_stream)
     return stages
@@ -397,9 +399,25 @@ def _gflop(agent: Agent, stream: BatchStream) -> float:
     """Products of one update, forward and backward."""
     batch = stream.batch(0)
     noise = agent.draw_noise(batch, torch_generator(agent.device, 0))
-    with FlopCounterMode(display=False) as counter:
+    with _OperationCount() as counter:
         torch.stack([loss for _, loss, _ in agent.losses(batch, noise)]).sum().backward()
-    return counter.get_total_flops() / 1e9
+    return counter.operations / 1e9
+
+
+class _OperationCount(TorchDispatchMode):
+    """Counts what products take; torch's own counter follows modules too, which fails inside `torch.func.grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        count = flop_registry.get(function.overloadpacket)
+        if count is not None:
+            self.operations += count(*args, **kwargs, out_val=result)
+        return result
 
 
 def _print_profile(config: DictConfig, agent: Agent) -> None:

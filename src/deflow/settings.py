@@ -249,6 +249,7 @@ class Benchmark(TypedDict):
     task: Task
     iav: NotRequired[Mapping[str, Any]]  # what a tuned row says for training, and so the next
     data: NotRequired[Mapping[str, Any]]
+    eval: NotRequired[Mapping[str, Any]]
     solver: Component
     agent: Component
 
