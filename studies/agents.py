@@ -1,19 +1,21 @@
-"""Every flow agent on cube_single: the same data, networks and number of updates.
+"""Every agent on two tasks, trained for as long as FQL takes for 60,000 updates.
 
-python studies/agents.py run DATA.npz      trains every agent with its seeds
-python studies/agents.py table [LOGS]      prints the table of docs/results.md; measures speed, so let nothing else run
+python studies/agents.py run FOLDER      trains every agent on both tasks with both seeds; FOLDER holds
+                                         cube-single-play-v0.npz and scene-play-v0.npz
+python studies/agents.py table [LOGS]    prints the tables of docs/results.md; measures speed, so let nothing else run
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import yaml
-from common import LOGS, interval, runs, seeds, success_of, train_once
+from common import LOGS, TASKS, interval, runs, seeds, success_of, task_settings, train_once
 
 from deflow.benchmark import SPAN, random_transitions
 from deflow.build import build_agent
@@ -23,43 +25,66 @@ from deflow.policy import Policy
 from deflow.timing import seconds_of_updates
 from deflow.types import Spec
 
-SEEDS = {"deflow": 3, "fql": 3, "fbrac": 2, "ifql": 2, "fawac": 2, "flow_bc": 2}
-# FBRAC as in the released commands of Value Flows for manipulation tasks; the others as configured.
-SETTINGS = {"fbrac": ("agent.alpha=100", "agent.normalize_q=false")}
-UPDATES = (15_000, 30_000, 45_000, 60_000)
+SEEDS = (0, 1)
+# What the schedules of some are, so that they take about as long; all else is what is tuned for the task.
+AGENTS: dict[str, Sequence[str]] = {
+    "deflow": (),
+    "fql": (),
+    "ifql": (),
+    "fbrac": (),
+    "fawac": (),
+    "flow_bc": (),
+    "bc": (),
+    "iql": (),
+    "rebrac": (),
+    "idql": ("data.batch_size=256", "agent.value_share=1"),
+    "srpo": (
+        "stages=srpo",
+        "stages.behavior.steps=25_000",
+        "stages.values.steps=45_000",
+        "updates=30_000",
+        "eval.every=7_500",
+    ),
+    "cac": ("updates=20_000", "eval.every=5_000"),
+}
+QUARTERS = 4  # of the training of the policy, after each of which there is an evaluation
 TIMED, ROUNDS = 50, 5  # updates of a round
 CUBE = Spec(observation_dim=28, action_dim=5)
 
 
-def run(data: str) -> None:
-    """Train every agent jointly, with the papers' settings where there are any."""
-    for agent, count in SEEDS.items():
-        for seed in range(count):
-            settings = ["experiment=original_comparison", "stages=joint", f"data.source.path={data}"]
-            settings += [f"agent={agent}", f"seed={seed}", *SETTINGS.get(agent, ())]
-            train_once(LOGS / f"table_{agent}" / f"seed_{seed}", settings)
+def run(data: Path) -> None:
+    """Train every agent on every task with every seed."""
+    for seed in SEEDS:
+        for task in TASKS:
+            for agent, schedule in AGENTS.items():
+                settings = ["experiment=original_comparison", *task_settings(task, data), f"agent={agent}"]
+                train_once(LOGS / f"agents_{task}_{agent}" / f"seed_{seed}", [*settings, f"seed={seed}", *schedule])
 
 
 def table(logs: Path) -> None:
-    """Print success over the seeds, updates/s and latency."""
+    """Print, for each task, success over the seeds after each quarter, updates/s and latency."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("medium")
-    columns = ["agent (seeds)", *(f"{n // 1000}k" for n in UPDATES), "95% at the end", "updates/s", "latency"]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for agent in SEEDS:
-        done = runs(logs, f"table_{agent}")
-        if not done:
-            continue
-        curves = [success_of(folder) for folder in done]
-        at = {n: [curve[n] for curve in curves] for n in UPDATES}
-        speed, milliseconds = speed_of(yaml.safe_load((done[0] / "config.yaml").read_text())["agent"])
-        row = [f"{agent} ({len(done)})", *map(seeds, at.values()), interval(at[UPDATES[-1]])]
-        row += [f"{speed:.0f}", f"{milliseconds:.2f} ms"]
-        print("| " + " | ".join(row) + " |", flush=True)
+    columns = ["agent (seeds)", *(f"{n}/{QUARTERS}" for n in range(1, QUARTERS + 1)), "95% at the end"]
+    columns += ["updates/s", "latency"]
+    for task in TASKS:
+        print(f"\n{task}:\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+        for agent in AGENTS:
+            done = runs(logs, f"agents_{task}_{agent}")
+            if done:
+                print("| " + " | ".join(_row(agent, done)) + " |", flush=True)
+
+
+def _row(agent: str, done: Sequence[Path]) -> list[str]:
+    curves = [list(success_of(folder).values()) for folder in done]
+    after = [list(successes) for successes in zip(*curves, strict=True)]
+    speed, milliseconds = speed_of(yaml.safe_load((done[0] / "config.yaml").read_text())["agent"])
+    row = [f"{agent} ({len(done)})", *map(seeds, after), interval(after[-1])]
+    return [*row, f"{speed:.0f}", f"{milliseconds:.2f} ms"]
 
 
 def speed_of(settings: dict[str, Any]) -> tuple[float, float]:
-    """Updates/s in a bare loop and the median latency of one decision in ms, both on one thread."""
+    """Joint updates/s in a bare loop and the median latency of one decision in ms, both on one thread."""
     agent = build_agent(settings, CUBE)
     stream = BatchStream(random_transitions(agent), 256, 0, TIMED, (0, "speed"), SPAN)
     seconds = median([seconds_of_updates(agent, stream) for _ in range(ROUNDS + 1)][1:])
@@ -69,7 +94,7 @@ def speed_of(settings: dict[str, Any]) -> tuple[float, float]:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", data]:
-            run(data)
+            run(Path(data))
         case ["table", *logs]:
             table(Path(logs[0]) if logs else LOGS)
         case _:
