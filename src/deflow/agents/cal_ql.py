@@ -70,12 +70,11 @@ class CalQL(ActorCritic):
     explores with actions drawn from it.
 
     Differences from the released code:
-    1. The losses of the members are averaged, as every critic's here (there summed).
-    2. All parts have one learning rate (there 1e-4 for the policy and its temperature, 3e-4 for the rest).
-    3. Networks are those of this house: GELU and layer normalisation in the critics (there ReLU without it, orthogonal
-       kernels, and a learned scale and shift of the logarithm of the deviation, which begins at -1).
-    4. Targets move toward the weights before the step (there after it).
-    5. The return of a cut trajectory goes on with its last cost, whatever its costs were (there only if all of them are
+    1. The losses of the members are averaged, the gap's as well (there summed).
+    2. Kernels are drawn by Xavier's uniform distribution (there orthogonal), and the logarithm of the deviation is what
+       the network says (there scaled and shifted by two learned numbers, and begins at -1).
+    3. Targets move toward the weights before the step (there after it).
+    4. The return of a cut trajectory goes on with its last cost, whatever its costs were (there only if all of them are
        the cost of a step of the task).
 
     Args:
