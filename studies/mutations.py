@@ -36,9 +36,10 @@ class Mutation:
 
 
 AGENTS, MODULES = "src/deflow/agents", "src/deflow/modules"
+OF_TABLE, OF_DIFFUSION = "tests/agents/test_table.py", "tests/parity/test_diffusion.py"
 OF_BASELINES, OF_REBRAC = "tests/agents/test_baselines.py", "tests/agents/test_rebrac.py"
 NEXT_STATE = f"{OF_BASELINES}::test_the_target_is_of_the_next_state_and_the_policys_action_there"
-TARGETS_MOVE = f"{OF_REBRAC}::test_targets_move_with_the_actor"
+TARGETS_MOVE = f"{OF_REBRAC}::test_targets_move_with_the_actor_and_it_drifts_in_between"
 HELD_NEAR = f"{OF_REBRAC}::test_the_target_is_held_near_the_datas_next_action_from_a_clipped_noise_away"
 
 MUTATIONS = [
@@ -87,17 +88,17 @@ MUTATIONS = [
         [NEXT_STATE],
     ),
     Mutation(
-        "IFQL bootstraps from s",
-        f"{AGENTS}/ifql.py",
+        "Implicit values bootstrap from s",
+        f"{AGENTS}/implicit.py",
         "self.value(batch.next_observations)",
         "self.value(batch.observations)",
         [NEXT_STATE],
     ),
     Mutation(
-        "FAWAC's target with the action of s at s'",
+        "FAWAC's target with the noise of s at s'",
         f"{AGENTS}/fawac.py",
-        "self.critic.loss(batch, next_actions, noise.levels)",
-        "self.critic.loss(batch, actions, noise.levels)",
+        "propose(batch.next_observations, noise.z_next)",
+        "propose(batch.next_observations, noise.z)",
         [NEXT_STATE],
     ),
     Mutation(
@@ -120,6 +121,34 @@ MUTATIONS = [
         'next_values.mean(0) if self.aggregate == "mean" else next_values.amin(0)',
         "next_values.mean(0)",
         ["tests/modules/test_flow_critic.py::test_the_target_bootstraps_in_units_of_reward"],
+    ),
+    Mutation(
+        "IQL's weights of the larger value",
+        f"{AGENTS}/iql.py",
+        "q = self.critic.values(batch.observations, batch.actions).amin(0)",
+        "q = self.critic.values(batch.observations, batch.actions).amax(0)",
+        [f"{OF_TABLE}::test_iql_weighs_imitation_by_the_advantage_of_the_smaller_value"],
+    ),
+    Mutation(
+        "IDQL samples without the noise of its steps",
+        f"{MODULES}/diffusion.py",
+        "x = x + beta.sqrt() * z[number + 1]",
+        "x = x + 0 * z[number + 1]",
+        [f"{OF_DIFFUSION}::test_idql"],
+    ),
+    Mutation(
+        "SRPO climbs away from the value",
+        f"{AGENTS}/srpo.py",
+        "score_loss - self.beta",
+        "score_loss + self.beta",
+        [f"{OF_TABLE}::test_srpos_policy_goes_where_score_and_value_say"],
+    ),
+    Mutation(
+        "CAC's teacher never rests",
+        f"{AGENTS}/cac.py",
+        "self._number >= TEACHER_RESTS and ",
+        "",
+        [f"{OF_TABLE}::test_cacs_teacher_rests_and_then_moves_in_every_fifth_update"],
     ),
     Mutation(
         "ReBRAC's actor ignores its rhythm",

@@ -35,7 +35,7 @@ def test_every_measurement(tmp_path: Path) -> None:
     result = run("benchmark.py", *TINY, *small, f"out={out}", "--profile")
     assert result.returncode == 0, result.stderr
     written = json.loads(out.read_text())
-    assert set(written["updates"]) == {"deflow", "fql", "ifql", "fawac", "fbrac", "flow_bc"}
+    assert set(written["updates"]) == {*compose_config(config_name="benchmark").agents}
     assert set(written["updates"]["deflow"]) == {"joint", "behavior", "extraction", "extraction_cached"}
     assert set(written["updates"]["fbrac"]) == {"joint"}
     assert written["startup"]["seconds_to_first_update"] > 0

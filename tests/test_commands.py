@@ -19,7 +19,11 @@ from tests.commands import ROOT, Command, run, start, tiny_overrides
     "script,arguments,says",
     [
         ("train.py", ["experiment=nonsense"], "unknown experiment 'nonsense': choose one of antmaze, "),
-        ("train.py", ["agent=nonsense"], "unknown agent 'nonsense': choose one of cal_ql, cal_ql_original, deflow"),
+        (
+            "train.py",
+            ["agent=nonsense"],
+            "unknown agent 'nonsense': choose one of bc, cac, cal_ql, cal_ql_original, deflow",
+        ),
         (
             "train.py",
             ["solver=nonsense"],
