@@ -131,6 +131,15 @@ def test_states(pendulum: str) -> None:
     assert "not D4RL's" in states.protocol()["protocol"]
 
 
+def test_standardised_observations(pendulum: str) -> None:
+    train_part, _ = source(pendulum, standardise=True).load()
+    plain, _ = source(pendulum).load()
+    assert train_part.units[:2] == plain.units[:2] != (None, None)  # the actions' range stays
+    mean, std = (torch.tensor(numbers) for numbers in train_part.units[2:4])
+    seen = train_part.observations(train_part.starts)
+    torch.testing.assert_close(seen, (plain.observations(plain.starts) - mean) / std)
+
+
 def test_a_set_that_is_not_there() -> None:
     with pytest.raises(UserError, match="cannot load Minari's data set nothing/here-v0"):
         source("nothing/here-v0").prepare()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.columns import Arrays
 from deflow.data.sources.custom import read_columns
 from deflow.data.sources.download import download, identities, set_aside
-from deflow.data.sources.source import Reward, Source, compact, moments, split
+from deflow.data.sources.source import Reward, Source, compact, split
 from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
 from deflow.ranges import Seed
 from deflow.types import Spec
-from deflow.units import Units
 
 KEYS = {key: key for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
 
@@ -153,11 +152,6 @@ class D4RLSource(Source):
         """All is trained on, as in the papers; a tenth of the same trajectories validates."""
         whole = self.with_units(self.transitions(self.arrays()[0], self.name))
         return whole, split(whole, self.seed, self.name)[1]
-
-    def with_units(self, whole: Transitions) -> Transitions:
-        if self.standardise:
-            whole = replace(whole, units=Units(None, None, *moments(whole)))
-        return super().with_units(whole)
 
     def spec(self) -> Spec:
         return Spec(*SIZES[self._family])

@@ -57,6 +57,7 @@ class MinariSource(Source):
         reward_shift: added to every reward; -1 makes each step of a sparse task cost 1, as in the papers' antmaze.
         goal: of data that say which goal was to be reached: `evaluation` is the evaluation environment's only one, not
             shown to the agent; `observation` shows each state's own. Both are checked.
+        standardise: whether networks see observations less the data's mean, over its standard deviation.
         env: `dataset` evaluates in the environment that the data set names; null trains without evaluation, and with
             the rewards and ends of the data.
         seed: of the validation split, a tenth of the trajectories.
@@ -68,6 +69,7 @@ class MinariSource(Source):
     goal: Literal["evaluation", "observation"] = "evaluation"
     env: Literal["dataset"] | None = "dataset"
     seed: Seed = 0
+    standardise: bool = False
     _dataset: Any = field(default=None, repr=False)
 
     @property

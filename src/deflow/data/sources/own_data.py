@@ -11,7 +11,7 @@ import gymnasium
 from gymnasium.spaces import Box
 
 from deflow.data.memory.transitions import Transitions
-from deflow.data.sources.source import BEYOND, Source, moments, unless_one
+from deflow.data.sources.source import BEYOND, Source, unless_one
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
 from deflow.ranges import Count, Interval, Seed
@@ -77,9 +77,7 @@ class OwnDataSource(Source):
 
     def with_units(self, whole: Transitions) -> Transitions:
         low, high = self._range(whole)
-        units = Units(low, high, *(moments(whole) if self.standardise else (None, None)))
-        whole = replace(whole, units=units)
-        return super().with_units(whole)
+        return super().with_units(replace(whole, units=Units(low, high)))
 
     def _range(self, whole: Transitions) -> tuple[Numbers, Numbers] | tuple[None, None]:
         """What the policy decides as -1 and as 1, a number a dimension; None, if these are -1 and 1."""

@@ -39,6 +39,7 @@ class Source(ABC):
     """
 
     frames: int = 1  # images of an observation
+    standardise: bool = False  # whether networks see observations less the data's mean, over its standard deviation
     success = SuccessRule()  # how success is read off the environment
     seed: int = 0  # of the choice of validation trajectories, where the data come without a split
 
@@ -120,7 +121,10 @@ class Source(ABC):
         return whole, replace(self.transitions(validation, f"{self.name} (val)"), units=whole.units)
 
     def with_units(self, whole: Transitions) -> Transitions:
-        """The whole set in its units, see `Units`: as it is, but in data of one's own; what will be clipped is said."""
+        """The whole set in its units, see `Units`; what will be clipped is said."""
+        if self.standardise:
+            mean, std = moments(whole)
+            whole = replace(whole, units=whole.units._replace(mean=mean, std=std))
         decided = np.abs(whole.units.decided(whole.actions.numpy())) > 1 + BEYOND
         outside = int(decided.any(1).sum())
         if outside:
