@@ -46,6 +46,7 @@ PARENT = "DEFLOW_PARENT"  # variable with the number of the process that starts 
 
 
 OmegaConf.register_new_resolver("run_folder", new_run_folder, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("times", lambda factor, count: round(factor * count), replace=True)
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable[[], None]]:

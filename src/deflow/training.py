@@ -31,7 +31,6 @@ from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluation.rollout import save_episodes
 from deflow.evaluation.statistics import summarise
 from deflow.online import OnlineStream
-from deflow.policy import evaluation_mode
 from deflow.resuming import stage_folder
 from deflow.run import Run, of_learning
 from deflow.run_folder import EPISODES_FILE, REPLAY
@@ -41,12 +40,14 @@ log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
 
 # Lightning's advice that does not apply: `BatchStream` needs no workers, has the length of the whole stage, and goes on
-# at any batch by itself; a resumed stage's folder holds its checkpoint. The last is from inside Lightning.
+# at any batch by itself; a resumed stage's folder holds its checkpoint; frozen parts are in evaluation mode on purpose.
+# The last is from inside Lightning.
 LIGHTNING_WARNINGS = (
     ".*does not have many workers",
     ".*Your `IterableDataset` has `__len__` defined",
     ".*your dataloader is not resumable",
     ".*exists and is not empty",
+    r".*module\(s\) in eval mode at the start of training",
     r".*isinstance\(treespec, LeafSpec\)",
 )
 
@@ -208,8 +209,7 @@ def _proposals(run: Run, stage: DictConfig) -> list[ProposalCache] | None:
     for seed, agent in zip(run.data.seeds, run.agents, strict=True):
         assert agent.cached_flow is not None
         path = run.folder / ("proposals.npy" if len(run.agents) == 1 else f"proposals_{seed}.npy")
-        with evaluation_mode(agent.cached_flow):
-            cache = ProposalCache.load_or_compute(agent.cached_flow, run.data.transitions, stage.proposals, seed, path)
+        cache = ProposalCache.load_or_compute(agent.cached_flow, run.data.transitions, stage.proposals, seed, path)
         caches.append(cache)
     return caches
 

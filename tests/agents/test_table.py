@@ -105,8 +105,8 @@ def test_idqls_values_learn_from_a_share_of_the_batch() -> None:
     agent = make("idql", "agent.value_share=0.25")
     batch = random_batch(agent)
     noise = agent.noise(batch)
-    first = batch._replace(**{key: getattr(batch, key)[:4] for key in ("observations", "actions")})
-    expected = agent.value.loss(first.observations, agent.critic.target_values(first.observations, first.actions))[0]
+    observations, actions = batch.observations[::4], batch.actions[::4]  # of the whole of it: online the ends differ
+    expected = agent.value.loss(observations, agent.critic.target_values(observations, actions))[0]
     torch.testing.assert_close(loss_of(agent, "value", batch, noise)[1], expected)
 
 
@@ -217,3 +217,27 @@ def test_an_image_is_seen_by_every_part() -> None:
     spec = Spec(2 * 8 * 8 * 3, 3, image=(2, 8, 8, 3))
     for name in SMALL:
         check_agent(make(name, "networks.encoder.stacks=[2,2]", "networks.encoder.features=8", spec=spec))
+
+
+def test_a_flat_value_leaves_srpos_loss_finite() -> None:
+    agent = make("srpo", "agent.actor.normalise=true")
+    batch = random_batch(agent)
+    agent.critic.target_values = lambda s, a: 0 * a.sum(-1).expand(2, -1)
+    assert loss_of(agent, "actor", batch, agent.noise(batch))[1].isfinite()
+
+
+def test_srpo_all_at_once_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    agent = make("srpo")
+    for parts, said in ((["behavior"], 0), (["critic", "value"], 0), (["actor"], 0), ("all", 1)):
+        agent.begin_stage("joint", parts, first_step=0)
+        assert caplog.text.count("stages=srpo does it after") == said
+
+
+def test_a_frozen_part_gives_its_average() -> None:
+    agent = make("srpo", "agent.behavior.ema=0.9")
+    network, average = agent.behavior.net, agent.behavior.average
+    assert average.of(network) is network
+    agent.begin_stage("policy", ["actor"], first_step=0)
+    assert average.of(network) is average.network
+    agent.begin_stage("behavior", ["behavior"], first_step=0)
+    assert average.of(network) is network

@@ -153,7 +153,7 @@ def test_cac() -> None:
     original = Original("cac", cac_name)
     original.load(agent)
 
-    torch.testing.assert_close(agent.actor.levels.flip(0), original["expected/sampler_times"])
+    torch.testing.assert_close(agent.actor.step_levels.flip(0), original["expected/sampler_times"])
     count = growing_count(20, 21, 2, 150)
     index = original["noise/t_index"]
     boundaries = karras_times(torch.arange(count), count, 0.002, 80.0, 7.0)

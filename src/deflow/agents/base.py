@@ -27,6 +27,7 @@ Loss = tuple[str, Tensor, Metrics]
 
 ALMOST_0 = 1e-6  # added to a gradient's norm before something is divided by it, as torch does it
 
+UNNAMED = "unnamed"  # stage of an agent that is in none yet
 LATEST = "latest_metrics"  # of a checkpoint, see `on_save_checkpoint`
 WHOLE_STAGES = "use stages=joint, stages=offline_to_online or stages=from_scratch"  # in which all of an agent trains
 
@@ -88,7 +89,7 @@ class Agent(LightningModule, ABC):
         self._seed = seed
         self._refuse_unknown("agent.every", every)
         self.every = dict(every)
-        self.begin_stage("unnamed", "all", first_step=0)
+        self.begin_stage(UNNAMED, "all", first_step=0)
 
     # What an algorithm writes.
 
@@ -178,8 +179,9 @@ class Agent(LightningModule, ABC):
         train = [part for part in train if part not in freeze]
         if unknown:
             known = ", ".join(self._trainable)
-            instead = f"; better, {WHOLE_STAGES}" if self.traits.trains_jointly else ""
-            raise UserError(f"stage '{name}' names {unknown}: choose among the agent's parts {known}{instead}")
+            raise UserError(
+                f"stage '{name}' names {unknown}: choose among the agent's parts {known}, or {WHOLE_STAGES}"
+            )
         if not train:
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")
         rhythm = {part: self.every.get(part, 1) for part in train}
@@ -191,6 +193,7 @@ class Agent(LightningModule, ABC):
         self._stage, self._active, self._first_step = name, tuple(train), first_step
         self._lr, self._cosine_decay_steps, self._decaying = lr, cosine_decay_steps, tuple(decaying)
         for part, parameters in self._trainable.items():
+            getattr(self, part).train(part in train)  # what is frozen gives its average, if it has one
             for parameter in parameters:
                 parameter.requires_grad_(part in train)
         self._latest: dict[str, Metrics] = {}  # of each part, when it was last due

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import ActorCritic
-from deflow.agents.base import Loss, Traits
+from deflow.agents.base import ALMOST_0, Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
+from deflow.distributed import mean_over_ranks, world_size
 from deflow.errors import UserError
 from deflow.flow.schedules import growing_count, karras_times
 from deflow.modules.consistency import HIGHEST, LOWEST, RHO, ConsistencyPolicy
-from deflow.modules.critic import Critic, value_scale
+from deflow.modules.critic import Critic
 from deflow.ranges import Count, NonNegative, Seed
 from deflow.types import Batch, Spec
 
@@ -48,7 +49,8 @@ class CAC(ActorCritic):
 
     Differences from the released code: the policy climbs the critic of before its step (there of after it), and targets
     and teacher move toward the weights of before the step (there after it), as everywhere here. The learning rate
-    stays; there it may fall from epoch to epoch.
+    stays; there it may fall from epoch to epoch. The number of boundaries grows over 50,000 updates and then begins
+    anew, as between two evaluations there, however long the run is.
 
     Args:
         spec: sizes of the task.
@@ -115,7 +117,7 @@ class CAC(ActorCritic):
             with torch.no_grad():
                 target = batch.rewards + batch.discounts * self._next_value(batch, noise.z_next)
                 if self.normalise_target:
-                    target = target / (target.std() + 1e-6)
+                    target = target / (_deviation(target) + ALMOST_0)
             yield "critic", *self.critic.loss_to(batch, target)
 
         # Policy: consistency on the data's actions, and the value of its own.
@@ -123,8 +125,9 @@ class CAC(ActorCritic):
             consistency = self.actor.consistency_loss(batch, noise.consistency, noise.levels)
             actions = self.actor.sample(batch.observations, noise.z)
             q = self.critic.frozen_values(batch.observations, actions)
-            one, other = torch.lerp(q[1], q[0], noise.first), torch.lerp(q[0], q[1], noise.first)
-            value_loss = -one.mean() / value_scale(other)
+            sizes = mean_over_ranks(q.detach().abs().mean(1))
+            one, size_of_other = torch.lerp(q[1], q[0], noise.first), torch.lerp(sizes[0], sizes[1], noise.first)
+            value_loss = -one.mean() / size_of_other
             loss = consistency + self.eta * value_loss
             metrics = {"loss": loss, "consistency": consistency, "value_loss": value_loss, "q": q.mean()}
             yield "actor", loss, {name: value.detach() for name, value in metrics.items()}
@@ -148,12 +151,18 @@ class CAC(ActorCritic):
         return actions.reshape(batch, candidates, -1)[torch.arange(batch, device=best.device), best]
 
     def panels(self) -> list[Panel]:
-        consistency = {"train/actor/consistency": "consistency loss"}
-        losses = [loss_panel("critic", log=True), loss_panel("actor")]
-        return [*losses, value_panel("actor"), Panel("consistency", consistency, log=True)]
+        terms = {"train/actor/consistency": "consistency", "train/actor/value_loss": "value, before eta"}
+        return [loss_panel("critic", log=True), loss_panel("actor"), value_panel("actor"), Panel("terms", terms)]
 
     def _next_value(self, batch: Batch, z: Tensor) -> Tensor:
         """The target's value of s', shape (batch,)."""
         actions = self.actor.teacher_sample(batch.next_observations, z)
         values = self.critic.target_values(batch.next_observations, actions)
         return values.unflatten(1, (-1, self.backup_samples)).amax(-1).amin(0)
+
+
+def _deviation(values: Tensor) -> Tensor:
+    """Standard deviation over the whole batch (of all ranks), a scalar."""
+    count = len(values) * world_size()
+    variance = mean_over_ranks((values - mean_over_ranks(values.mean())).square().mean())
+    return (variance * count / max(count - 1, 1)).sqrt()

@@ -52,7 +52,7 @@ class IDQL(ImplicitQ):
         optimizer: makes the optimizer from parameter groups.
         seed: of every noise draw.
         best_of_n: N, samples scored for each action taken.
-        value_share: share of a batch that critic and value learn from, in (0, 1].
+        value_share: share of a batch that critic and value learn from, in (0, 1]; half of 512 in the papers.
         every: rhythm of the parts.
     """
 
@@ -67,7 +67,7 @@ class IDQL(ImplicitQ):
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,
         best_of_n: Count = 32,
-        value_share: Share = 0.5,
+        value_share: Share = 1.0,
         every: Mapping[str, Count] = MappingProxyType({"critic": 2, "value": 2}),
     ) -> None:
         parts = {"behavior": behavior(spec), "critic": critic(spec), "value": value(spec)}
@@ -87,7 +87,7 @@ class IDQL(ImplicitQ):
             yield "behavior", *self.behavior.loss(batch, *noise)
 
         # Critic and value: from the data's actions alone.
-        yield from self.value_losses(head(batch, self.value_share))
+        yield from self.value_losses(spread(batch, self.value_share))
 
     @property
     def act_noise_shape(self) -> tuple[int, ...]:
@@ -106,7 +106,11 @@ class IDQL(ImplicitQ):
         return [loss_panel("behavior"), *self.value_panels()]
 
 
-def head(batch: Batch, share: float) -> Batch:
-    """The first transitions of a batch, such a share of them, at least one."""
-    rows = max(1, round(share * len(batch.rewards)))
-    return Batch(*(None if column is None else column[:rows] for column in batch))  # type: ignore[arg-type]
+def spread(batch: Batch, share: float) -> Batch:
+    """Such a share of a batch's transitions, evenly spread over it, as online the data's come before the new ones."""
+    rows = len(batch.rewards)
+    count = max(1, round(share * rows))
+    if count == rows:
+        return batch
+    chosen = torch.arange(count, device=batch.rewards.device) * rows // count
+    return Batch(*(None if column is None else column[chosen] for column in batch))  # type: ignore[arg-type]

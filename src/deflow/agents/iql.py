@@ -28,7 +28,8 @@ class IQLActor(GaussianPolicy):
 
     .. math::
         L_{awr}(\phi) &= -E\,w \log \pi_\phi(a \mid s), \quad w = \min(\exp(\alpha A(s, a)), 100) \\
-        L_{ddpgbc}(\phi) &= -E\,Q(s, clip(\mu_\phi(s))) / sg[E|Q|] - \alpha E \log \pi_\phi(a \mid s)
+        L_{ddpgbc}(\phi) &= -E\,Q(s, clip(\mu_\phi(s))) / sg[E|Q|] - \alpha E \log \pi_\phi(a \mid s), \quad
+            Q = \min_k Q_k
 
     Args:
         spec: sizes of the task.
@@ -82,8 +83,9 @@ class IQL(ImplicitQ):
 
     or another loss of the policy, see `IQLActor`. It acts with the mean and explores with actions drawn around it.
 
-    Differences from the code behind the tables (FQL's, arXiv 2502.02538): none in the losses. In IQL's own code, whose
-    D4RL cells the tables copy, the advantage is that of the target critics.
+    Differences from the code behind the tables (FQL's, arXiv 2502.02538): with a learned deviation `ddpgbc` climbs the
+    value of the mean (there of a sample). In IQL's own code, whose D4RL cells the tables copy, the advantage is that of
+    the target critics.
 
     Args:
         spec: sizes of the task.
@@ -132,4 +134,7 @@ class IQL(ImplicitQ):
         return self.actor.sample(observations, z)
 
     def panels(self) -> list[Panel]:
-        return [loss_panel("actor"), *self.value_panels()]
+        found = {"awr": {"train/actor/weight": "mean"}, "ddpgbc": {"train/actor/q": "Q(s, policy)"}}
+        title = {"awr": "advantage weight", "ddpgbc": "value of the policy"}
+        of_policy = Panel(title[self.actor.extraction], found[self.actor.extraction])
+        return [loss_panel("actor"), of_policy, *self.value_panels()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.optim import Optimizer
 
-from deflow.agents.base import Loss
+from deflow.agents.base import ALMOST_0, UNNAMED, Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.critic import Critic
@@ -22,6 +23,8 @@ from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
 from deflow.ranges import Activation, Positive, Seed, Widths
 from deflow.types import Batch, Metrics, Spec
+
+log = logging.getLogger(__name__)
 
 TIMES = (0.02, 0.98)  # of the score that the policy hears; near the ends it says little
 
@@ -97,7 +100,7 @@ class ScoreActor(LightningModule):
         # Value: uphill from the policy's action.
         uphill, q = _uphill(values, observations, fixed)
         if self.normalise:
-            uphill = uphill / uphill.square().mean(-1, keepdim=True).sqrt()
+            uphill = uphill / (uphill.square().mean(-1, keepdim=True).sqrt() + ALMOST_0)  # where the value is flat
         loss = score_loss - self.beta * (uphill * actions).sum(-1).mean()
         return loss, {"loss": loss.detach(), "score_loss": score_loss.detach(), "q": q.mean()}
 
@@ -144,6 +147,12 @@ class SRPO(ImplicitQ):
         super().__init__(spec, parts, optimizer, seed)
         self.require_ensemble()
 
+    def begin_stage(self, name: str, *settings: Any, **more: Any) -> None:
+        super().begin_stage(name, *settings, **more)
+        together = self.trains("actor") and self.trains("behavior")
+        if together and name != UNNAMED and not next(self.parameters()).is_meta:  # there stages are only tried
+            log.warning("stage '%s' trains SRPO's policy beside what it learns from: stages=srpo does it after", name)
+
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> ScoreNoise:
         rows, actions = len(batch.actions), batch.actions
         behavior_z, z = torch.randn(2, *actions.shape, generator=generator, device=actions.device)
@@ -169,7 +178,8 @@ class SRPO(ImplicitQ):
         return self.actor(observations)
 
     def panels(self) -> list[Panel]:
-        return [loss_panel("behavior"), loss_panel("actor"), *self.value_panels()]
+        terms = {"train/actor/score_loss": "score", "train/actor/q": "Q(s, policy)"}
+        return [loss_panel("behavior"), loss_panel("actor"), Panel("terms", terms), *self.value_panels()]
 
 
 def _uphill(values: Callable[[Tensor, Tensor], Tensor], observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

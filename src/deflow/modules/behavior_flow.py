@@ -32,7 +32,7 @@ class BehaviorFlow(LightningModule):
         encoder: settings of the image encoder, see `Impala`; not read for states.
         solver: of the ODE.
         ema: if given, an average of the weights that keeps this share of itself at every update, in [0, 1), proposes in
-            evaluation mode.
+            evaluation mode, in which a frozen flow is too.
     """
 
     def __init__(

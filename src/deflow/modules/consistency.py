@@ -67,7 +67,7 @@ class ConsistencyPolicy(LightningModule):
         ema: share of itself that the teacher keeps whenever it moves, in [0, 1).
     """
 
-    levels: Tensor
+    step_levels: Tensor
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ConsistencyPolicy(LightningModule):
         self.online = ConsistencyNet(of_observation, spec.action_dim, hidden, time_features, activation)
         self.teacher = copy.deepcopy(self.online).requires_grad_(False)
         self.steps, self.ema = steps, ema
-        self.register_buffer("levels", torch.linspace(HIGHEST, LAST_STEP, steps), persistent=False)
+        self.register_buffer("step_levels", torch.linspace(HIGHEST, LAST_STEP, steps), persistent=False)
 
     def consistency_loss(self, batch: Batch, z: Tensor, levels: Tensor) -> Tensor:
         """The loss, a scalar.
@@ -124,8 +124,8 @@ class ConsistencyPolicy(LightningModule):
 
     def _sample(self, net: ConsistencyNet, observations: Tensor, z: Tensor) -> Tensor:
         features = net.encode(observations)
-        x = self._denoise(net, features, HIGHEST * z[0], self.levels[0].expand(z.shape[1], 1))
-        for level, noise in zip(self.levels[1:], z[1:], strict=True):
+        x = self._denoise(net, features, HIGHEST * z[0], self.step_levels[0].expand(z.shape[1], 1))
+        for level, noise in zip(self.step_levels[1:], z[1:], strict=True):
             noisy = x + (level.square() - LOWEST**2).sqrt() * noise
             x = self._denoise(net, features, noisy, level.expand(len(x), 1))
         return x.clamp(-1.0, 1.0)

@@ -151,7 +151,7 @@ class ScoreModel(BehaviorDiffusion):
         dropout: share of the hidden values that an update leaves out, in [0, 1).
         encoder: settings of the image encoder, see `Impala`; not read for states.
         ema: if given, an average of the weights that keeps this share of itself at every update, in [0, 1), gives the
-            score in evaluation mode.
+            score in evaluation mode, in which a frozen model is too.
     """
 
     def __init__(

@@ -92,7 +92,7 @@ class FlowCritic(LightningModule):
         field_hidden: widths of the field's hidden layers, where they are others.
 
     Raises:
-        UserError: if the lowest value is not below the highest.
+        UserError: if the lowest value is not below the highest, or flows shall start around a 0 that is not possible.
     """
 
     bin_edges: Tensor
@@ -122,6 +122,8 @@ class FlowCritic(LightningModule):
         low, high = float(value_range[0]), float(value_range[1])
         if not low < high:
             raise UserError(f"agent.critic.value_range must be [lowest, highest], got {list(value_range)}")
+        if noise_around == "zero" and not low <= 0 <= high:
+            raise UserError(f"agent.critic.noise_around=zero needs 0 in agent.critic.value_range, got {[low, high]}")
         seen = ENCODINGS[encoding]
         more = spec.action_dim + seen.bins + len(seen.multiples)
         self.online = EnsembleMLP(
@@ -134,10 +136,7 @@ class FlowCritic(LightningModule):
         self.tau = tau
         self.steps, self.samples, self.distil_from = steps, samples, distil_from
         self.low, self.scale = (low, high - low) if units == "range" else (0.0, 1.0)
-        self.bottom, self.width = (
-            (low - self.low) / self.scale,
-            (high - low) / self.scale,
-        )  # the range, in the field's units
+        self.bottom, self.width = (low - self.low) / self.scale, (high - low) / self.scale  # in the field's units
         self.noise_width = noise_width
         self.noise_anchor = 0.5 if noise_around == "middle" else -low / (high - low)
         margin = seen.margin * self.width

@@ -72,7 +72,7 @@ class GaussianPolicy(LightningModule):
         log_probabilities = self.log_probabilities(mean, actions)
         loss = -(log_probabilities if weights is None else weights * log_probabilities).mean()
         squared_error = (mean.detach() - actions).square().mean()
-        return loss, {"loss": loss.detach(), "squared_error": squared_error, "std": self.log_std.detach().exp().mean()}
+        return loss, {"loss": loss.detach(), "squared_error": squared_error, "std": self.std.detach().mean()}
 
     def mean(self, observations: Tensor, keep: Tensor | None = None) -> Tensor:
         """mu, shape (batch, action_dim), not clipped."""
@@ -81,8 +81,8 @@ class GaussianPolicy(LightningModule):
 
     def log_probabilities(self, mean: Tensor, actions: Tensor) -> Tensor:
         """Log densities of actions around `mean`, summed over the dimensions, shape (batch,)."""
-        log_std = self.log_std.clamp(*LOG_STD_RANGE)
-        return (-0.5 * ((actions - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        standard = (actions - mean) / self.std
+        return (-0.5 * standard.square() - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def mode(self, observations: Tensor) -> Tensor:
         """The likeliest actions, shape (batch, action_dim)."""
@@ -90,4 +90,9 @@ class GaussianPolicy(LightningModule):
 
     def sample(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions from standard normal noise `z`, both of shape (batch, action_dim)."""
-        return (self.mean(observations) + self.log_std.clamp(*LOG_STD_RANGE).exp() * z).clamp(-1.0, 1.0)
+        return (self.mean(observations) + self.std * z).clamp(-1.0, 1.0)
+
+    @property
+    def std(self) -> Tensor:
+        """sigma, shape (action_dim,)."""
+        return self.log_std.clamp(*LOG_STD_RANGE).exp()

@@ -43,7 +43,7 @@ class StateValue(LightningModule, ABC):
         """The regression.
 
         Args:
-            observations: shape (batch, observation_dim).
+            observations: shape (batch, *observation_shape).
             target_values: of the data's actions by the target critics, shape (members, batch), without gradient.
         """
 

@@ -12,7 +12,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Average(nn.Module):
-    """A slowly moving copy of a network that acts in its place in evaluation mode.
+    """A slowly moving copy of a network that stands in for it in evaluation mode, in which a frozen part is too.
 
     Args:
         network: of which it is an average.
