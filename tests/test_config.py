@@ -71,6 +71,10 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["agent=nonsense"], "unknown agent 'nonsense': choose one of bc, cac, cal_ql, cal_ql_original, deflow"),
         (["+nonsense=5"], "no setting 'nonsense': choose among name, seed"),
         (["seed=abc"], "seed must be a whole number from 0 to 4294967295, got 'abc'"),
+        (
+            ["task=scene", "agent=srpo", "stages=srpo", "updates=abc"],
+            "updates must be a whole number of at least 1, got 'abc'",
+        ),
         (["seed=1"], "nothing to train on: choose task=NAME or experiment=NAME"),
         (["task=scen"], "unknown task 'scen' (did you mean 'scene'?): choose one of antmaze-large-diverse-v2, "),
         (["task=nonsense"], "unknown task 'nonsense': choose one of antmaze-large-diverse-v2, "),

@@ -46,7 +46,14 @@ PARENT = "DEFLOW_PARENT"  # variable with the number of the process that starts 
 
 
 OmegaConf.register_new_resolver("run_folder", new_run_folder, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("times", lambda factor, count: round(factor * count), replace=True)
+
+
+def times(factor: float, count: Any) -> Any:
+    """`${times:1.5,${updates}}` in a YAML file; what is no number is left to the check of the settings."""
+    return round(factor * count) if isinstance(count, int | float) else count
+
+
+OmegaConf.register_new_resolver("times", times, replace=True)
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable[[], None]]:

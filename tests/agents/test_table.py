@@ -241,3 +241,8 @@ def test_a_frozen_part_gives_its_average() -> None:
     assert average.of(network) is average.network
     agent.begin_stage("behavior", ["behavior"], first_step=0)
     assert average.of(network) is network
+
+
+def test_srpos_schedule_follows_the_updates() -> None:
+    stages = compose_config("task=scene", "agent=srpo", "stages=srpo", "updates=10").stages
+    assert [stage.steps for stage in stages.values()] == [20, 15, 10]
