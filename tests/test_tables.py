@@ -37,7 +37,7 @@ def test_every_number_of_a_table_is_a_setting(agent: str) -> None:
         for stages in ("joint", "offline_to_online", "online") if STAGES & row.keys() else ("joint",):
             config = compose_config(f"task={task}", f"agent={agent}", f"stages={stages}")
             check(config)
-            changed = row.get("joint" if stages == "joint" else "offline_to_online", {})
+            changed = row.get(stages, {} if stages == "joint" else row.get("offline_to_online", {}))
             for key, value in {**row, **changed}.items():
                 assert key in STAGES or value == at(config, key)
 

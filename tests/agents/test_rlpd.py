@@ -171,7 +171,7 @@ def test_runs_from_before_the_aggregate_was_read_go_on_as_they_began() -> None:
 
 
 def test_stages_that_do_not_fit_name_those_that_do() -> None:
-    with pytest.raises(UserError, match=r"parts critic, actor; better, use stages=joint, .* or stages=from_scratch"):
+    with pytest.raises(UserError, match=r"parts critic, actor, or use stages=joint, .* or stages=from_scratch"):
         make().begin_stage("behavior", ("behavior_flow",), first_step=0)
 
 
@@ -183,7 +183,7 @@ def test_a_run_from_scratch(point_data: Path, tmp_path: Path) -> None:
     assert summary["agent"] == "RLPD"
 
 
-@pytest.mark.parametrize("name", ["rlpd", "rlpd_original", "cal_ql", "rebrac"])
+@pytest.mark.parametrize("name", ["rlpd", "rlpd_original", "cal_ql", "rebrac", "iql", "idql", "srpo", "cac"])
 def test_a_critic_that_is_a_flow_is_refused(name: str) -> None:
     overrides = (f"agent={name}", "agent/critic=flow", "agent.critic.value_range=[-1,0]", "networks.hidden=[8]")
     with pytest.raises(UserError, match="needs an ensemble of critics: use agent/critic=ensemble"):
