@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.errors import UserError
 from deflow.pipeline import train
@@ -246,3 +247,28 @@ def test_a_frozen_part_gives_its_average() -> None:
 def test_srpos_schedule_follows_the_updates() -> None:
     stages = compose_config("task=scene", "agent=srpo", "stages=srpo", "updates=10").stages
     assert [stage.steps for stage in stages.values()] == [20, 15, 10]
+
+
+@pytest.mark.parametrize("agent", ["idql", "cac"])
+def test_a_resumed_run_goes_on_to_the_same_bits(
+    agent: str, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["experiment=pointmaze", f"agent={agent}", *SMALL[agent], "checkpoint_every=2"]
+    settings += ["++stages.joint.cosine_decay=true", "eval.every=100"]
+    train(tiny_config(point_data, *settings), tmp_path / "whole")
+    training_step = Agent.training_step
+
+    def dies(agent: Agent, batch: object, batch_idx: int) -> torch.Tensor:
+        if agent.global_step == 3:
+            raise SystemExit("killed")
+        return training_step(agent, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Agent, "training_step", dies)
+        with pytest.raises(SystemExit):
+            train(tiny_config(point_data, *settings), tmp_path / "killed")
+    train(compose_config(f"resume={tmp_path / 'killed'}"), tmp_path / "killed")
+    final = "checkpoints/0_joint/final.ckpt"
+    whole, resumed = (torch.load(tmp_path / name / final)["state_dict"] for name in ("whole", "killed"))
+    for name, expected in whole.items():
+        assert torch.equal(resumed[name], expected), name
