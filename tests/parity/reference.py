@@ -30,7 +30,7 @@ class Reference:
 
     def __init__(self, name: str) -> None:
         with np.load(Path(__file__).parent / f"{name}.npz") as file:
-            self.arrays = {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind != "U"}
+            self.arrays = {key: torch.from_numpy(file[key]) for key in file.files}
 
     def __getitem__(self, key: str) -> Tensor:
         return self.arrays[key]
@@ -39,17 +39,13 @@ class Reference:
         """The arrays of `group` (params, grads, ...) by our parameter names."""
         found = {}
         for name, parameter in agent.named_parameters():
-            keys = [f"{group}/{key}" for key in self.keys(name)]
-            if all(key in self.arrays for key in keys):
-                value = torch.cat([self[key] for key in keys], -1) if len(keys) > 1 else self[keys[0]]
+            key = f"{group}/{_key(name)}"
+            if key in self.arrays:
+                value = self[key]
                 if value.ndim == 2 and not name.startswith("critic"):
                     value = value.mT  # torch keeps kernels as (out, in)
                 found[name] = value.reshape(parameter.shape).contiguous()
         return found
-
-    def keys(self, name: str) -> list[str]:
-        """The original's name of one of our parameters, or of those that are side by side in it."""
-        return [_key(name)]
 
 
 def _key(name: str) -> str:
