@@ -29,3 +29,13 @@ class ActorCritic(Agent):
 
     def action_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         return self.critic.values(observations, actions).mean(0)
+
+
+def take_best(actions: Tensor, scores: Tensor) -> Tensor:
+    """The action with the highest score of each state, shape (batch, action_dim).
+
+    Args:
+        actions: shape (batch, candidates, action_dim).
+        scores: shape (batch, candidates).
+    """
+    return actions[torch.arange(len(actions), device=actions.device), scores.argmax(1)]

@@ -291,9 +291,11 @@ class Agent(LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
+            if (limit := group.get("clip")) is None:
+                continue
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            if gradients and group.get("clip") is not None:
-                self.clip(gradients, group["clip"])
+            if gradients:
+                self.clip(gradients, limit)
         if self.drifts:
             for parameter in (p for part in set(self._active) - set(self._due) for p in self.parameters_of(part)):
                 parameter.grad = torch.zeros_like(parameter)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.actor_critic import ActorCritic, take_best
 from deflow.agents.base import ALMOST_0, Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.distributed import mean_over_ranks, world_size
@@ -147,8 +147,7 @@ class CAC(ActorCritic):
         actions = self.actor.sample(observations, of_steps)
         values = self.critic.target_values(observations, actions).amin(0).reshape(batch, candidates)
         gumbel = -torch.special.log_ndtr(z[..., -1]).neg().log()  # of a normal number: the softmax' own draw
-        best = (values + gumbel).argmax(1)
-        return actions.reshape(batch, candidates, -1)[torch.arange(batch, device=best.device), best]
+        return take_best(actions.reshape(batch, candidates, -1), values + gumbel)
 
     def panels(self) -> list[Panel]:
         terms = {"train/actor/consistency": "consistency", "train/actor/value_loss": "value, before eta"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.actor_critic import ActorCritic, take_best
 from deflow.agents.base import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
@@ -131,8 +131,7 @@ class DeFlow(ActorCritic):
             chain.append(self.refiner.refine(observations, chain[-1]))
         choice = torch.stack(chain[1:] if self.refine_steps == 1 else chain, dim=1)
         values = self.critic.values(observations, choice.reshape(-1, action_dim)).mean(0)
-        best = values.reshape(batch, -1).argmax(dim=1)
-        return choice.reshape(batch, -1, action_dim)[torch.arange(batch, device=best.device), best]
+        return take_best(choice.reshape(batch, -1, action_dim), values.reshape(batch, -1))
 
     @property
     def cached_flow(self) -> BehaviorFlow:

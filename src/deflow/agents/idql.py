@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deflow.agents.actor_critic import take_best
 from deflow.agents.base import Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.panels import Panel, loss_panel
@@ -99,8 +100,8 @@ class IDQL(ImplicitQ):
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         batch, _, candidates, action_dim = z.shape
         actions = self.behavior.sample(observations, z.movedim(0, 1).flatten(1, 2))
-        best = self.critic.target_values(observations, actions).amin(0).reshape(batch, candidates).argmax(1)
-        return actions.reshape(batch, candidates, action_dim)[torch.arange(batch, device=best.device), best]
+        values = self.critic.target_values(observations, actions).amin(0)
+        return take_best(actions.reshape(batch, candidates, action_dim), values.reshape(batch, candidates))
 
     def panels(self) -> list[Panel]:
         return [loss_panel("behavior"), *self.value_panels()]

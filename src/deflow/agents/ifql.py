@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deflow.agents.actor_critic import take_best
 from deflow.agents.base import Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.noise import FlowNoise
@@ -73,8 +73,8 @@ class IFQL(ImplicitQ):
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         batch, candidates, action_dim = z.shape
         actions = self.behavior_flow.propose(observations, z.reshape(-1, action_dim))
-        best = self.critic.values(observations, actions).amin(0).reshape(batch, candidates).argmax(1)
-        return actions.reshape(batch, candidates, action_dim)[torch.arange(batch, device=best.device), best]
+        values = self.critic.values(observations, actions).amin(0)
+        return take_best(actions.reshape(z.shape), values.reshape(batch, candidates))
 
     def panels(self) -> list[Panel]:
         return [loss_panel("behavior_flow"), *self.value_panels()]
