@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
-from deflow.data.augment import PADDING, maybe_crop, shift
+from deflow.data.augment import PADDING, crop, draw_shifts, shift, shift_on_device
 from deflow.data.memory.frame_file import FrameFile
 from deflow.data.memory.proposals import ProposalCache
 from deflow.data.memory.replay import Replay
@@ -136,7 +136,7 @@ def test_an_environment_stacks_frames_as_the_data_do(data: Transitions) -> None:
 def test_a_crop_moves_s_and_its_successor_alike() -> None:
     images = torch.arange(SIZE * SIZE, dtype=torch.uint8).reshape(1, 1, SIZE, SIZE, 1).repeat(500, 2, 1, 1, 1)
     batch = Batch(images, *(torch.zeros(500) for _ in range(3)), images + 100, torch.zeros(500))
-    cropped = maybe_crop(batch, 1.0, torch.Generator().manual_seed(0))
+    cropped = crop(batch, draw_shifts(500, 1.0, torch.Generator().manual_seed(0)))
     assert torch.equal(cropped.observations + 100, cropped.next_observations)
     assert torch.equal(cropped.observations[:, 0], cropped.observations[:, 1])  # and all frames
     corners = cropped.observations[:, 0, PADDING, PADDING, 0]  # from a row and a column at most PADDING away
@@ -147,15 +147,19 @@ def test_a_crop_moves_s_and_its_successor_alike() -> None:
     assert moved[0, 0, -1, -1, 0] == SIZE * SIZE - 2  # the lower border repeated; one to the left
 
 
-def test_half_of_the_batches_are_cropped_and_states_draw_nothing() -> None:
+def test_pixel_by_pixel_is_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (50, 2, 9, 7, 3), dtype=torch.uint8, generator=generator)
+    shifts = draw_shifts(50, 1.0, generator)
+    assert torch.equal(shift_on_device(images, shifts), shift(images, shifts))
+
+
+def test_half_of_the_batches_are_cropped() -> None:
     images = torch.arange(SIZE, dtype=torch.uint8)[None, None, :, None, None].repeat(4, 1, 1, SIZE, 1)
     batch = Batch(images, *(torch.zeros(4) for _ in range(3)), images, torch.zeros(4))
     generator = torch.Generator().manual_seed(0)
-    same = [maybe_crop(batch, 0.5, generator) is batch for _ in range(400)]
+    same = [crop(batch, draw_shifts(4, 0.5, generator)) is batch for _ in range(400)]
     assert 150 < sum(same) < 250
-    before = generator.get_state()
-    maybe_crop(batch, 0.0, generator)
-    assert torch.equal(generator.get_state(), before)
 
 
 def test_cached_proposals_are_those_of_the_stacked_frames(data: Transitions, tmp_path: Path) -> None:
@@ -164,7 +168,7 @@ def test_cached_proposals_are_those_of_the_stacked_frames(data: Transitions, tmp
     rows = torch.arange(len(data.states))
     z = torch.randn(2 * len(rows), 3, generator=torch_generator(torch.device("cpu"), 0, "proposals", 0))
     expected = flow.propose(data.observations(rows), z).reshape(len(rows), 2, 3)
-    drawn = cache.draw(rows, torch.Generator().manual_seed(0))
+    drawn = cache.of(rows, cache.draw(len(rows), torch.Generator().manual_seed(0)))
     assert (drawn[:, None] - expected).abs().amax(-1).amin(-1).max() < 1e-3  # one of the two, in half precision
 
 

@@ -36,7 +36,7 @@ from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
 from deflow.cores import set_threads
-from deflow.data.datamodule import BatchStream, SeedStream
+from deflow.data.datamodule import BatchStream, SeedStream, Stream
 from deflow.data.memory.proposals import ProposalCache
 from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import Transitions
@@ -48,7 +48,6 @@ from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.online import Collector, OnlineStream
 from deflow.policy import Policy
 from deflow.report import write_json
-from deflow.seeding import torch_generator
 from deflow.timing import bfloat16_gain, in_turns, product_seconds, ratio, seconds_of_updates
 from deflow.training import LIGHTNING_WARNINGS
 from deflow.types import Lookahead, Spec
@@ -144,7 +143,7 @@ def updates(config: DictConfig, agent: Agent) -> dict[str, Any]:
     for stage, (settings, stream) in stages.items():
         agent.begin_stage(stage, first_step=0, **settings)
         result[stage] = {name: config.updates / median(seconds[stage, name]) for name in config.precisions}
-        result[stage]["gflop"] = _gflop(agent, stream)
+        result[stage]["gflop"] = gflop(agent, stream)
         if {"fp32", "bf16"} <= set(config.precisions):
             result[stage]["bf16_over_fp32"] = ratio(seconds[stage, "fp32"], seconds[stage, "bf16"])
     if "extraction_cached" in stages:
@@ -169,9 +168,9 @@ def stage_loops(config: DictConfig, agent: Agent, stages: Stages) -> dict[tuple[
 
 def stages_of(config: DictConfig, agent: Agent) -> Stages:
     """What `begin_stage` gets and the batches, of every stage in which the agent can train."""
-    transitions = random_transitions(agent)
+    transitions = random_transitions(agent).on(agent.device)
     drawn = transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), SPAN
-    cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half())
+    cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half()).to(agent.device)
     plain_stream, cached_stream = BatchStream(*drawn), BatchStream(*drawn, proposals=cache)
     stages: Stages = {"joint": ({"train": "all"}, plain_stream)}
     behavior = [part for part in agent.parts if part.startswith("behavior")]
@@ -395,10 +394,10 @@ def _precision(name: str) -> Iterator[AbstractContextManager]:
         torch.set_float32_matmul_precision(before)
 
 
-def _gflop(agent: Agent, stream: BatchStream) -> float:
+def gflop(agent: Agent, stream: Stream) -> float:
     """Products of one update, forward and backward."""
     batch = stream.batch(0)
-    noise = agent.draw_noise(batch, torch_generator(agent.device, 0))
+    noise = agent.next_noise(batch)
     with _OperationCount() as counter:
         torch.stack([loss for _, loss, _ in agent.losses(batch, noise)]).sum().backward()
     return counter.operations / 1e9

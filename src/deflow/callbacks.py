@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from deflow import distributed, signals
 from deflow.agents.base import Agent
+from deflow.agents.graphed_update import GraphedUpdate
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.online import OnlineStream
@@ -178,6 +179,18 @@ class OnlineProgress(Callback):
             logger.log_metrics(metrics, step=pl_module.run_step)
 
 
+class UpdatesAsOneLaunch(Callback):
+    """Lets the updates of a stage be recorded, see `GraphedUpdate`."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Agent)
+        pl_module.whole_update = GraphedUpdate(pl_module, trainer.optimizers[0])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Agent)
+        pl_module.whole_update = None  # and with it the memory of its recordings
+
+
 class StageClock(Callback):
     """Seconds spent on updates alone; updates done in this process."""
 
@@ -185,6 +198,10 @@ class StageClock(Callback):
         self.seconds, self.updates = 0.0, 0
         self.first_update_at: float | None = None  # seconds since the epoch
         self._since: float | None = None
+        self._before = 0  # updates of other processes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._since is None:
@@ -193,7 +210,7 @@ class StageClock(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.updates += 1
+        self.updates = trainer.global_step - self._before
         if self.first_update_at is None:
             self.first_update_at = time.time()
 
@@ -206,6 +223,8 @@ class StageClock(Callback):
     def pause(self) -> None:
         """Stand still until the next update."""
         if self._since is not None:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # what was launched is not done
             self.seconds += time.perf_counter() - self._since
             self._since = None
 
@@ -263,6 +282,11 @@ class StageProgress(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return self.stage
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)  # not the block's first
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Any]:  # type: ignore[override]
         metrics = super().get_metrics(trainer, pl_module)

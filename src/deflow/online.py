@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from deflow import distributed
 from deflow.agents.base import Agent
-from deflow.data.augment import maybe_crop
+from deflow.data.augment import crop, draw_shifts
 from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import ACTION_BOUND, Transitions, returns_to_go
 from deflow.data.sources.source import Source
@@ -263,7 +263,7 @@ class OnlineStream(IterableDataset):
         online_share: of new transitions in a batch; None draws uniformly from the ring.
         seed_parts: seed and names that tell this stream's draws from all others.
         span: of each transition.
-        crop_probability: of a batch of images, see `maybe_crop`.
+        crop_probability: of a batch of images, see `draw_shifts`.
 
     Raises:
         UserError: for a share outside [0, 1], or no updates.
@@ -340,7 +340,9 @@ class OnlineStream(IterableDataset):
                 self.replay.add(self.collector.step())
             generator = torch_generator(torch.device("cpu"), *self._seed_parts, distributed.rank(), number)
             batch = self.replay.sample(self._batch_size, self._online_share, generator, self._span)
-            yield maybe_crop(batch, self._crop_probability, generator)
+            if self._crop_probability:
+                batch = crop(batch, draw_shifts(self._batch_size, self._crop_probability, generator))
+            yield batch
 
     def rounds(self, number: int) -> int:
         """Steps that every environment has taken when batch `number` is drawn: one before the first batch."""

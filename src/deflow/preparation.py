@@ -101,6 +101,8 @@ def _make_absolute(config: DictConfig) -> None:
 
 def _set_up_torch(config: DictConfig) -> None:
     seed_everything(config.seed, verbose=False)
+    if config.matmul_precision == AUTO:
+        config.matmul_precision = "highest" if config.trainer.accelerator == "cpu" else "high"
     torch.set_float32_matmul_precision(config.matmul_precision)
     set_threads(config.threads)
 

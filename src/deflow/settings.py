@@ -153,7 +153,8 @@ class Train(TypedDict):
     checkpoint_every: Count
     video: Video
     diversity: Diversity
-    matmul_precision: Literal["highest", "high", "medium"]
+    matmul_precision: Literal["auto", "highest", "high", "medium"]
+    one_launch: bool
     compile: bool
     threads: Count | None
     paths: Paths

@@ -21,14 +21,10 @@ def seconds_of_updates(agent: Agent, stream: Iterable[Batch], context: AbstractC
     optimizer = agent.configure_optimizers()
     started = time.perf_counter()
     for number, batch in enumerate(stream):
+        agent.begin_update(number)
+        agent.seed_noise("noise", number)
         with context or nullcontext():
-            agent.begin_update(number)
-            losses = agent.losses(batch, agent.noise(batch, "noise", number))
-            loss = torch.stack([loss for _, loss, _ in losses]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        agent.on_before_optimizer_step(optimizer)
-        optimizer.step()
+            agent.update(optimizer, batch)
     return time.perf_counter() - started
 
 

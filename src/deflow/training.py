@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from deflow.callbacks import (
     StageClock,
     StageProgress,
     SystemMetrics,
+    UpdatesAsOneLaunch,
     asked_to_stop,
 )
 from deflow.checkpoints import OF_A_STAGE, TO_RESUME, check_weights, load_checkpoint
@@ -37,6 +39,8 @@ from deflow.run_folder import EPISODES_FILE, REPLAY
 from deflow.signals import Stopped
 
 log = logging.getLogger(__name__)
+
+MOST_AT_ONCE = 50  # updates in a block, after which a signal is heeded
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
 
 # Lightning's advice that does not apply: `BatchStream` needs no workers, has the length of the whole stage, and goes on
@@ -86,12 +90,17 @@ def _train_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, firs
     online = _online(run, name, stage)
     clock = StageClock()
     between_updates = _between_updates(run, name, stage, checkpoints, clock)
-    run.data.begin_stage(name, stage.steps, _proposals(run, stage), online, between_updates)
     callbacks: list[Callback] = [clock, StageProgress(name), between_updates]
     if online is not None:
         callbacks.insert(0, OnlineProgress(online))
     callbacks += [SystemMetrics(tracker) for tracker in run.trackers if tracker.wants_system_metrics]
     trainer = _make_trainer(run, stage, callbacks)
+    run.learner.to(trainer.strategy.root_device)  # the end of the stage before moved it away
+    at_once = None
+    if _records(run, trainer):
+        trainer.callbacks.append(UpdatesAsOneLaunch())  # type: ignore[attr-defined]
+        at_once = _updates_at_once(run)
+    run.data.begin_stage(name, stage.steps, _proposals(run, stage), online, between_updates, at_once)
     try:
         _fit(run, trainer, checkpoints / LAST)
     finally:
@@ -136,6 +145,24 @@ def _make_trainer(run: Run, stage: DictConfig, callbacks: list[Callback]) -> Tra
         val_check_interval=min(run.config.validate_every, stage.steps),
         log_every_n_steps=min(run.config.trainer.log_every_n_steps, stage.steps),
     )
+
+
+def _records(run: Run, trainer: Trainer) -> bool:
+    """Whether the stage's updates are recorded; said if they are not on a GPU, where it makes a difference."""
+    if not run.config.one_launch or trainer.strategy.root_device.type != "cuda":
+        return False
+    obstacle = "several processes take part in it" if trainer.world_size > 1 else run.learner.unrecordable
+    if obstacle is not None:
+        log.info("an update goes to the GPU kernel by kernel: %s", obstacle)
+    return obstacle is None
+
+
+def _updates_at_once(run: Run) -> int:
+    """So many updates that nothing is ever due in the midst of them."""
+    config = run.config
+    rhythms = config.trainer.log_every_n_steps, config.validate_every, config.eval.every, config.checkpoint_every
+    common = math.gcd(*rhythms)
+    return max(number for number in range(1, MOST_AT_ONCE + 1) if common % number == 0)
 
 
 def _fit(run: Run, trainer: Trainer, last: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -28,6 +28,28 @@ class Batch(NamedTuple):
     base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s
     next_base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s'
     returns: Tensor | None = None  # (batch,): the discounted return that the data earned from s on
+
+
+class Drawn(NamedTuple):
+    """A batch that is not yet put together: what was drawn, and how to make the batch of it on the data's device."""
+
+    choices: Tensor  # int64
+    gather: Callable[[Tensor], Batch]
+
+    def batch(self) -> Batch:
+        """The batch itself."""
+        return self.gather(self.choices)
+
+
+class Block(NamedTuple):
+    """The batches of several consecutive updates, none of them put together yet."""
+
+    choices: Tensor  # int64, those of the updates along the first axis
+    gather: Callable[[Tensor], Batch]  # of one of them
+
+    def one_by_one(self) -> list[Drawn]:
+        """The batches of the updates."""
+        return [Drawn(choices, self.gather) for choices in self.choices]
 
 
 class Lookahead(NamedTuple):

@@ -59,7 +59,7 @@ def test_an_update_never_waits(overrides: str) -> None:
             agent.begin_update(number)
             noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
             losses = list(agent.losses(batch, noise))
-            agent._watch.see(losses, number)
+            agent._watch.see(losses)
             optimizer.zero_grad()
             torch.stack([loss for _, loss, _ in losses]).sum().backward()
             agent.on_before_optimizer_step(optimizer)

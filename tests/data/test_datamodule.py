@@ -173,7 +173,7 @@ def test_proposals_are_those_of_the_flow(transitions: Transitions, flow: Behavio
     make = partial(ProposalCache.load_or_compute, flow, transitions, 4, 0, tmp_path / "proposals.npy")
     cache, again = make(), make()
     rows = torch.arange(50)
-    drawn = [c.draw(rows, torch.Generator().manual_seed(0)) for c in (cache, again)]
+    drawn = [c.of(rows, c.draw(len(rows), torch.Generator().manual_seed(0))) for c in (cache, again)]
     assert torch.equal(*drawn)
     assert drawn[0].shape == (50, 3)
     z = torch.randn(len(transitions.states) * 4, 3, generator=torch_generator(torch.device("cpu"), 0, "proposals", 0))

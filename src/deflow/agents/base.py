@@ -19,9 +19,10 @@ from deflow.agents.panels import Panel, loss_panel
 from deflow.agents.watch import LossWatch
 from deflow.distributed import rank
 from deflow.errors import UserError
+from deflow.flow.ode import ADAPTIVE
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.seeding import torch_generator
-from deflow.types import Batch, Metrics, Spec
+from deflow.seeding import fold_seed
+from deflow.types import Batch, Block, Drawn, Metrics, Spec
 
 Loss = tuple[str, Tensor, Metrics]
 
@@ -41,7 +42,7 @@ class Traits(NamedTuple):
 
     reads_returns: bool = False  # whether the losses read `Batch.returns`
     trains_jointly: bool = False  # whether policy and values only make sense when they train in the same stage
-    stackable: bool = True  # whether the losses are plain enough for several seeds to be one `vmap`, see `SeedStack`
+    differentiates_flow: bool = False  # whether the losses have a gradient through the flow's solution
 
 
 class Agent(LightningModule, ABC):
@@ -87,6 +88,10 @@ class Agent(LightningModule, ABC):
         self._refuse_unknown("agent.optimizer.parts", getattr(optimizer, "parts", ()))
         self._moments: dict[str, list[dict[str, Any] | None]] = {}
         self._seed = seed
+        self._generator: torch.Generator | None = None
+        self.compiled = False  # whether the losses are
+        # If given, does all of an update by itself, and Lightning only keeps count.
+        self.whole_update: Callable[..., list[Loss]] | None = None
         self._refuse_unknown("agent.every", every)
         self.every = dict(every)
         self.begin_stage(UNNAMED, "all", first_step=0)
@@ -220,6 +225,11 @@ class Agent(LightningModule, ABC):
             for group in state["param_groups"]:
                 self._moments[group["name"]] = [state["state"].get(number) for number in group["params"]]
 
+    @property
+    def due(self) -> tuple[str, ...]:
+        """Parts that train in the update at hand; outside of updates, in the current stage."""
+        return self._due
+
     def trains(self, part: str) -> bool:
         """Whether `part` trains in the update at hand; outside of updates, in the current stage."""
         return part in self._due
@@ -233,6 +243,26 @@ class Agent(LightningModule, ABC):
     def run_step(self) -> int:
         """Updates since the start of the run, over all stages."""
         return self._first_step + self.global_step
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, whoever moved them there."""
+        return next(self.parameters()).device
+
+    @property
+    def unrecordable(self) -> str | None:
+        """Why an update cannot be recorded on a GPU, see `OneLaunch`; None if it can."""
+        if self.uses_torchdiffeq:
+            return "torchdiffeq takes part in it"
+        if not getattr(self._make_optimizer, "recordable", False):
+            return "its optimizer may keep numbers in Python"
+        return None
+
+    @property
+    def uses_torchdiffeq(self) -> bool:
+        """Whether torchdiffeq takes part in the losses: it waits for the device, and several seeds cannot share it."""
+        solvers = [module.solver for module in self.modules() if isinstance(module, BehaviorFlow)]
+        return self.traits.differentiates_flow or any(solver.method in ADAPTIVE for solver in solvers)
 
     @property
     def has_rhythm(self) -> bool:
@@ -252,6 +282,7 @@ class Agent(LightningModule, ABC):
             return (on_cpu if batch.rewards.is_cpu else elsewhere)(batch, noise)
 
         self.losses = losses  # type: ignore[method-assign]
+        self.compiled = True
 
     # What Lightning calls.
 
@@ -271,16 +302,34 @@ class Agent(LightningModule, ABC):
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.begin_update(self.global_step)
-        losses = list(self.losses(batch, self.noise(batch, self._stage, "noise", rank(), self.global_step)))
-        self._watch.see(losses, self.global_step + 1)
-        self._latest |= {part: metrics for part, _, metrics in losses}
+    def training_step(self, batch: Batch | Block, batch_idx: int) -> Tensor:
+        batches: Sequence[Batch | Drawn] = batch.one_by_one() if isinstance(batch, Block) else [batch]
+        for number, one in enumerate(batches):
+            if number:
+                self._count_another_update()
+            self.begin_update(self.global_step)
+            self.seed_noise(self._stage, "noise", rank(), self.global_step)
+            losses = self._seen_losses(whole(one)) if self.whole_update is None else self.whole_update(one)
+            self._latest |= {part: metrics for part, _, metrics in losses}
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._watch.check(self._stage)
+            self._watch.check(self._stage, self.global_step + 1)
             self.log_dict(_named("train", self._latest) | {"step": float(self.run_step + 1)})
             self.log_dict(self._shown(), prog_bar=True, logger=False)
-        return torch.stack([loss for _, loss, _ in losses]).sum()
+        return _sum(losses)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if self.whole_update is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()  # `training_step`, and the two that follow
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        if self.whole_update is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.whole_update is None:
+            super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.begin_update(None)
@@ -309,7 +358,7 @@ class Agent(LightningModule, ABC):
             torch._foreach_lerp_(targets, onlines, tau)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._watch.check(self._stage)
+        self._watch.check(self._stage, self.global_step)
         if self.has_rhythm:  # the next row of the log may need them
             checkpoint[LATEST] = {part: _on_cpu(metrics) for part, metrics in self._latest.items()}
 
@@ -318,9 +367,64 @@ class Agent(LightningModule, ABC):
 
     # Helpers.
 
+    def update(self, optimizer: Optimizer, batch: Batch) -> list[Loss]:
+        """All of an update, without Lightning: losses, their gradient, the targets' step and the optimizer's.
+
+        Args:
+            optimizer: of the stage.
+            batch: of the update, whose noise is the generators' next.
+
+        Returns:
+            The losses, detached.
+        """
+        optimizer.zero_grad()
+        losses = list(self.losses(batch, self.next_noise(batch)))
+        with torch.autocast(self.device.type, enabled=False):  # which is for the losses alone
+            _sum(losses).backward()
+            return self.step(optimizer, losses)
+
+    def step(self, optimizer: Optimizer, losses: Sequence[Loss]) -> list[Loss]:
+        """What follows the gradients in an update; the losses, detached."""
+        self._watch.see(losses)
+        self.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        return [(part, loss.detach(), metrics) for part, loss, metrics in losses]
+
+    def _count_another_update(self) -> None:
+        """Let Lightning, which takes a block of updates for one, count one more, and do what follows each."""
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.batch_progress.increment_by(1, loop.batch_progress.is_last_batch)
+        loop.automatic_optimization.optim_progress.optimizer.step.increment_by(1)
+        loop._batches_that_stepped += 1
+        for config in self.trainer.lr_scheduler_configs:
+            self.lr_scheduler_step(config.scheduler, None)
+
+    def _seen_losses(self, batch: Batch) -> list[Loss]:
+        losses = list(self.losses(batch, self.next_noise(batch)))
+        self._watch.see(losses)
+        return losses
+
     def noise(self, batch: Batch, *names: int | str) -> Any:
         """The random numbers that belong to the agent's seed and `names`."""
-        return self.draw_noise(batch, torch_generator(self.device, self._seed, *names))
+        self.seed_noise(*names)
+        return self.next_noise(batch)
+
+    def seed_noise(self, *names: int | str) -> None:
+        """Let the next noise be what belongs to the agent's seed and `names`."""
+        (generator,) = self.generators
+        generator.manual_seed(fold_seed(self._seed, *names))
+
+    def next_noise(self, batch: Batch) -> Any:
+        """The generators' next random numbers."""
+        (generator,) = self.generators
+        return self.draw_noise(batch, generator)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Those of the noise, on the agent's device."""
+        if self._generator is None or self._generator.device != self.device:
+            self._generator = torch.Generator(self.device)
+        return [self._generator]
 
     def draw_act_noise(self, states: int, generator: torch.Generator) -> Tensor:
         """The noise of a decision in so many states, shape (states, *act_noise_shape), on the agent's device."""
@@ -352,6 +456,15 @@ class Agent(LightningModule, ABC):
         latest = _named("", self._latest)
         headline = self.headline or {part: f"{part}/loss" for part in self._active}
         return {name: latest[f"/{metric}"] for name, metric in headline.items() if f"/{metric}" in latest}
+
+
+def whole(batch: Batch | Drawn) -> Batch:
+    """The batch, put together if it is not yet."""
+    return batch.batch() if isinstance(batch, Drawn) else batch
+
+
+def _sum(losses: Sequence[Loss]) -> Tensor:
+    return torch.stack([loss for _, loss, _ in losses]).sum()
 
 
 def _half_cosine(steps: int | None, step: int) -> float:

@@ -40,7 +40,7 @@ class FBRAC(ActorCritic):
     """
 
     behavior_flow: BehaviorFlow
-    traits = Traits(trains_jointly=True, stackable=False)  # torchdiffeq writes into tensors that are not stacked
+    traits = Traits(trains_jointly=True, differentiates_flow=True)
 
     def __init__(
         self,

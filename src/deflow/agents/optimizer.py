@@ -32,6 +32,8 @@ class PartwiseAdam:
         fused: one kernel for all tensors of a group.
     """
 
+    recordable = True  # on a GPU, see `OneLaunch`
+
     def __init__(
         self,
         lr: Positive = 3e-4,
@@ -49,4 +51,5 @@ class PartwiseAdam:
         """An optimizer of parameter groups that are named after their part; what a group says itself goes first."""
         common = {"clip": self.clip}
         named = [{**common, **self.parts.get(group["name"], {}), **group} for group in groups]
-        return torch.optim.AdamW(named, **self._settings)
+        on_gpu = groups[0]["params"][0].is_cuda  # what the optimizer keeps is then there, too
+        return torch.optim.AdamW(named, capturable=on_gpu, **self._settings)

@@ -11,8 +11,6 @@ from torch.func import functional_call, vmap
 
 from deflow.agents.base import ALMOST_0, Agent, Loss
 from deflow.errors import UserError
-from deflow.flow.ode import ADAPTIVE
-from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.types import Batch, Columns, Metrics, stack
 
 
@@ -34,8 +32,7 @@ class SeedStack(Agent):
     def __init__(self, agents: Sequence[Agent]) -> None:
         self._alike = tuple(agents)  # not registered: their parts are
         first = agents[0]
-        solvers = [module.solver for module in first.modules() if isinstance(module, BehaviorFlow)]
-        if not first.traits.stackable or any(solver.method in ADAPTIVE for solver in solvers):
+        if first.uses_torchdiffeq:
             raise UserError(
                 "seeds > 1 needs a fixed-grid solver and another agent than FBRAC: train the seeds one by one"
             )
@@ -43,6 +40,7 @@ class SeedStack(Agent):
         super().__init__(first.spec, parts, first._make_optimizer, first._seed, first.every)
         self.traits, self.headline, self.drifts = first.traits, first.headline, first.drifts
         self._stacked: dict[str, Tensor] = {}
+        self._of_first = (_Losses(first),)  # in a tuple, as it is no part either
 
     @property
     def agents(self) -> tuple[Agent, ...]:
@@ -64,8 +62,6 @@ class SeedStack(Agent):
             agent.start_from(checkpoint)
 
     def configure_optimizers(self) -> Any:
-        for agent in self._alike:
-            agent.to(self.device)  # where the weights already are: they only have to know
         self._stacked = _stack_parameters(self._alike)
         return super().configure_optimizers()
 
@@ -79,15 +75,23 @@ class SeedStack(Agent):
         for gradient in gradients:
             gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
-    def noise(self, batch: Batch, *names: int | str) -> Any:
-        return stack([agent.noise(_select(batch, i), *names) for i, agent in enumerate(self._alike)])
+    def seed_noise(self, *names: int | str) -> None:
+        for agent in self._alike:
+            agent.seed_noise(*names)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        return [generator for agent in self._alike for generator in agent.generators]
+
+    def next_noise(self, batch: Batch) -> Any:
+        return stack([agent.next_noise(_select(batch, i)) for i, agent in enumerate(self._alike)])
 
     def losses(self, batch: Batch, noise: Any) -> Iterator[Loss]:
-        of_agent = _Losses(self._alike[0])
+        (of_first,) = self._of_first
 
         def of_one(parameters: dict[str, Tensor], batch: Batch, noise: Any) -> dict[str, tuple[Tensor, Metrics]]:
             parameters = {f"agent.{name}": parameter for name, parameter in parameters.items()}
-            return functional_call(of_agent, parameters, (batch, noise))
+            return functional_call(of_first, parameters, (batch, noise))
 
         of_seeds = vmap(of_one, in_dims=(0, _first_axis(batch), _first_axis(noise)))(self._stacked, batch, noise)
         for part, (losses, metrics) in of_seeds.items():

@@ -12,28 +12,43 @@ from deflow.types import Metrics
 
 
 class LossWatch:
-    """Remembers on the device the first step at which each part's loss was NaN or infinite."""
+    """Remembers on the device the first update at which each part's loss was NaN or infinite.
+
+    What it keeps is changed in place alone, so that an update can be recorded as a CUDA graph.
+    """
 
     def __init__(self) -> None:
-        self._bad_steps: dict[tuple[str, ...], Tensor] = {}  # of parts that train together; -1: none
+        self._seen: Tensor | None = None  # updates
+        self._bad: dict[tuple[str, ...], Tensor] = {}  # of parts that train together: the first bad one; -1: none
 
-    def see(self, losses: Sequence[tuple[str, Tensor, Metrics]], step: int) -> None:
-        """Look at the losses of an update of the stage, counted from 1."""
+    def see(self, losses: Sequence[tuple[str, Tensor, Metrics]]) -> None:
+        """Look at the losses of an update."""
         parts = tuple(part for part, _, _ in losses)
         finite = torch.stack([loss.detach() for _, loss, _ in losses]).isfinite()
-        before = self._bad_steps.get(parts)
-        if before is None:
-            before = torch.full(finite.shape, -1, device=finite.device)
-        self._bad_steps[parts] = torch.where(finite | (before >= 0), before, step)
+        if self._seen is None:
+            self._seen = torch.zeros((), dtype=torch.int64, device=finite.device)
+        self._seen += 1
+        if parts not in self._bad:
+            self._bad[parts] = torch.full(finite.shape, -1, dtype=torch.int64, device=finite.device)
+        bad = self._bad[parts]
+        bad.copy_(torch.where(finite | (bad >= 0), bad, self._seen))
 
-    def check(self, stage: str) -> None:
+    def check(self, stage: str, step: int) -> None:
         """Read what was seen, for which the device is waited for.
 
+        Args:
+            stage: what the updates are of.
+            step: number of the newest of them, counted from 1.
+
         Raises:
-            NonFiniteLossError: naming the first part and step.
+            NonFiniteLossError: naming the first part and update.
         """
-        steps = [pair for parts, steps in self._bad_steps.items() for pair in zip(steps.tolist(), parts, strict=True)]
-        bad = [(step, part) for step, part in steps if step >= 0]
-        if bad:
-            step, part = min(bad, key=lambda pair: pair[0])
-            raise NonFiniteLossError(f"the loss of '{part}' is not finite at update {step} of stage '{stage}'")
+        if self._seen is None:
+            return
+        before = step - int(self._seen)  # updates of the stage that another process has made
+        numbers = [pair for parts, bad in self._bad.items() for pair in zip(bad.tolist(), parts, strict=True)]
+        found = [(number, part) for number, part in numbers if number >= 0]
+        if found:
+            number, part = min(found, key=lambda pair: pair[0])
+            update = before + number
+            raise NonFiniteLossError(f"the loss of '{part}' is not finite at update {update} of stage '{stage}'")

@@ -10,22 +10,40 @@ from deflow.types import Batch
 PADDING = 3  # pixels by which an image is extended on every side, its border repeated, before it is cut to size again
 
 
-def maybe_crop(batch: Batch, probability: float, generator: torch.Generator) -> Batch:
-    """The batch with its images shifted, all of them or none; `s` and `s'` of a transition by the same.
+def draw_shifts(rows: int, probability: float, generator: torch.Generator) -> Tensor:
+    """By how many pixels `crop` shifts the images of a batch, all at random or all by none; int64 of shape (2, rows).
 
     Source: OGBench's and FQL's reference code.
 
     Args:
-        batch: of images, unless the probability is 0.
-        probability: that the batch is cropped, in [0, 1]; with 0 nothing is drawn.
-        generator: of the draws.
+        rows: of the batch.
+        probability: that its images are shifted, in (0, 1].
+        generator: of the draws, on the CPU.
     """
-    if probability == 0 or torch.rand((), generator=generator) >= probability:
+    if torch.rand((), generator=generator) >= probability:
+        return torch.zeros(2, rows, dtype=torch.int64)
+    return torch.randint(2 * PADDING + 1, (2, rows), generator=generator) - PADDING
+
+
+def crop(batch: Batch, shifts: Tensor) -> Batch:
+    """The batch with its images shifted, `s` and `s'` of a transition by the same; see `draw_shifts`."""
+    if shifts.is_cpu and not shifts.any():
         return batch
-    shifts = torch.randint(2 * PADDING + 1, (2, len(batch.observations)), generator=generator) - PADDING
+    move = shift if shifts.is_cpu else shift_on_device
     return batch._replace(
-        observations=shift(batch.observations, shifts), next_observations=shift(batch.next_observations, shifts)
+        observations=move(batch.observations, shifts), next_observations=move(batch.next_observations, shifts)
     )
+
+
+def shift_on_device(images: Tensor, shifts: Tensor) -> Tensor:
+    """As `shift`, pixel by pixel, which is the slower way on a CPU, but waits for nothing."""
+    batch, frames, height, width, _ = images.shape
+    device = images.device
+    rows = (torch.arange(height, device=device) + shifts[0, :, None]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) + shifts[1, :, None]).clamp(0, width - 1)
+    of_batch = torch.arange(batch, device=device).view(batch, 1, 1, 1)
+    of_frames = torch.arange(frames, device=device).view(1, frames, 1, 1)
+    return images[of_batch, of_frames, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def shift(images: Tensor, shifts: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ class Impala(Encoder):
         self.activation: Activation = activation
 
     def forward(self, observations: Tensor) -> Tensor:
-        x = observations.movedim(-1, -3).flatten(-4, -3).float() / 255.0
+        # Channels stay last in memory, where a GPU's convolutions want them.
+        x = (observations.movedim(-4, -2).flatten(-2).float() / 255.0).movedim(-1, -3)
         for stack in self.stacks:
             x = stack(x)
         return activate(self.linear(F.relu(x).flatten(-3)), self.activation)

@@ -34,10 +34,22 @@ class ProposalCache:
         self._count = proposals.shape[1]
         self._flat = proposals.flatten(0, 1)
 
-    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """One proposal for each of `rows`, float32, shape (batch, action_dim)."""
-        picks = torch.randint(self._count, rows.shape, generator=generator)
+    def draw(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Which of its proposals each of so many states is to get, int64."""
+        return torch.randint(self._count, (rows,), generator=generator)
+
+    def of(self, rows: Tensor, picks: Tensor) -> Tensor:
+        """The proposals of the states `rows` that were drawn, float32, shape (batch, action_dim)."""
         return self._flat.index_select(0, rows * self._count + picks).float()
+
+    def to(self, device: torch.device) -> ProposalCache:
+        """The same on a device."""
+        return ProposalCache(self._flat.unflatten(0, (-1, self._count)).to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the proposals take."""
+        return self._flat.nbytes
 
     @classmethod
     def load_or_compute(

@@ -83,12 +83,37 @@ class Transitions:
     @cached_property
     def has_successor(self) -> Tensor:
         """Whether a transition starts at each row, bool of shape (rows,)."""
-        return torch.zeros(len(self.states), dtype=torch.bool).index_fill_(0, self.starts, True)
+        none = torch.zeros(len(self.states), dtype=torch.bool, device=self.device)
+        return none.index_fill_(0, self.starts, True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data lie."""
+        return self.states.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return sum(column.nbytes for column in self._columns().values())
+
+    def on(self, device: torch.device) -> Transitions:
+        """A copy on a device, in the networks' units already, so that no batch needs to be converted."""
+        columns: dict[str, Any] = self._columns()
+        if self.units.mean is not None:
+            columns["states"] = torch.from_numpy(self.units.observed(self.states.numpy()))
+        if self.units.low is not None:
+            columns["actions"] = torch.from_numpy(self.units.decided(self.actions.numpy()))
+        columns["rewards"] = self.units.learned(self.rewards)
+        return replace(self, units=AS_THEY_ARE, **{name: column.to(device) for name, column in columns.items()})
+
+    def _columns(self) -> dict[str, Tensor]:
+        names = ("states", "actions", "rewards", "masks", "starts", "returns")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @cached_property
     def first_rows(self) -> Tensor:
         """The row with which each row's trajectory begins, int64 of shape (rows,)."""
-        rows = torch.arange(len(self.states))
+        rows = torch.arange(len(self.states), device=self.device)
         begins = ~self.has_successor.roll(1)
         begins[0] = True
         return torch.where(begins, rows, 0).cummax(0).values
@@ -96,7 +121,7 @@ class Transitions:
     @cached_property
     def last_rows(self) -> Tensor:
         """The row with which each row's trajectory ends, int64 of shape (rows,)."""
-        rows = torch.arange(len(self.states))
+        rows = torch.arange(len(self.states), device=self.device)
         ends = torch.where(self.has_successor, len(self.states) - 1, rows)
         return ends.flip(0).cummin(0).values.flip(0)
 
@@ -108,7 +133,7 @@ class Transitions:
         if self.states.ndim == 2:
             states = self.states.index_select(0, rows)
             return states if self.units.mean is None else torch.from_numpy(self.units.observed(states.numpy()))
-        back = torch.arange(self.frames - 1, -1, -1)
+        back = torch.arange(self.frames - 1, -1, -1, device=self.device)
         of_frames = torch.maximum(rows[:, None] - back, self.first_rows.index_select(0, rows)[:, None])
         return self.states.index_select(0, of_frames.flatten()).unflatten(0, of_frames.shape)
 
@@ -142,7 +167,7 @@ class Transitions:
         """
         if horizon == 1:
             return self.starts  # not a copy: they may be mapped, and more than fit into memory
-        whole = torch.ones(len(self.starts), dtype=torch.bool)
+        whole = torch.ones(len(self.starts), dtype=torch.bool, device=self.device)
         for step in range(1, horizon):
             whole &= self.has_successor[(self.starts + step).clamp(max=len(self.states) - 1)]
         if not whole.any():
