@@ -26,7 +26,8 @@ from deflow.types import Batch, Spec, stack
 from tests.agents.tester import random_batch
 from tests.conftest import CKPT, compose_config, tiny_config
 
-UPDATES = WARM_UPS + 6
+UPDATES = 2 * WARM_UPS + 7  # enough that updates of two kinds are recorded
+FAR = 431  # steps from one update to the next: what a step changes has changed, whatever it is
 SPEC = Spec(5, 3)
 
 
@@ -97,7 +98,7 @@ def train(agent: Agent, recorded: bool, batches: Sequence[Batch], **stage: Any) 
     update = GraphedUpdate(agent, optimizer) if recorded else lambda batch: agent.update(optimizer, batch)
     seen = []
     for number, batch in enumerate(batches):
-        agent.begin_update(number)
+        agent.begin_update(FAR * number)
         agent.seed_noise("noise", number)
         seen.append([loss.clone() for _, loss, _ in update(batch)])
         if isinstance(configured, dict):
@@ -137,7 +138,7 @@ def test_recorded_updates_make_the_same_bits(overrides: str, seeds: int) -> None
     of_seeds = [[random_batch(make(overrides), seed=10 * n + s) for n in range(UPDATES)] for s in range(seeds)]
     batches = of_seeds[0] if seeds == 1 else [stack(several) for several in zip(*of_seeds, strict=True)]
     losses = [
-        train(agent, recorded, batches, cosine_decay_steps=20)
+        train(agent, recorded, batches, cosine_decay_steps=20_000)
         for agent, recorded in zip(agents, (False, True), strict=True)
     ]
     assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(*losses, strict=True))
@@ -149,7 +150,7 @@ def test_recorded_updates_make_the_same_bits(overrides: str, seeds: int) -> None
 def test_the_watch_sees_what_is_recorded() -> None:
     agent = make("agent=flow_bc")
     batches = [random_batch(agent, seed=n) for n in range(UPDATES)]
-    bad = WARM_UPS + 3  # counted from 1
+    bad = UPDATES - 1  # counted from 1
     batches[bad - 1] = batches[bad - 1]._replace(actions=batches[0].actions * torch.nan)
     train(agent, True, batches)
     with pytest.raises(NonFiniteLossError, match=f"at update {100 + bad} of stage 'test'"):

@@ -226,9 +226,13 @@ class Agent(LightningModule, ABC):
                 self._moments[group["name"]] = [state["state"].get(number) for number in group["params"]]
 
     @property
-    def due(self) -> tuple[str, ...]:
-        """Parts that train in the update at hand; outside of updates, in the current stage."""
-        return self._due
+    def kind_of_update(self) -> tuple[tuple[str, ...], ...]:
+        """What Python decides of the update at hand: the parts that are due, and those whose targets move.
+
+        An agent whose updates differ in more than that adds it, or keeps it in a tensor that it writes in
+        `begin_update`: a recorded update, see `GraphedUpdate`, is that of its kind.
+        """
+        return self._due, tuple(part for part in self._active if self.moves_targets(part))
 
     def trains(self, part: str) -> bool:
         """Whether `part` trains in the update at hand; outside of updates, in the current stage."""

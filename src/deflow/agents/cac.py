@@ -70,6 +70,7 @@ class CAC(ActorCritic):
     actor: ConsistencyPolicy
     traits = Traits(trains_jointly=True)
     _number = 0  # of the update at hand, over all stages
+    _count: Tensor | None = None  # boundaries of the consistency model's time axis in it
 
     def __init__(
         self,
@@ -96,6 +97,10 @@ class CAC(ActorCritic):
         super().begin_update(step)
         if step is not None:
             self._number = self._first_step + step
+        count = growing_count(self._number % PERIOD, PERIOD, FIRST_COUNT, LAST_COUNT)
+        if self._count is None or self._count.device != self.device:
+            self._count = torch.empty((), device=self.device)
+        self._count.fill_(count)  # a number would stay in a recorded update as it was
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> ConsistencyNoise:
         (rows, action_dim), device, steps = batch.actions.shape, batch.actions.device, self.actor.steps
@@ -103,9 +108,10 @@ class CAC(ActorCritic):
             steps * (1 + self.backup_samples) + 1, rows, action_dim, generator=generator, device=device
         )
         z, z_next, consistency = normal.split([steps, steps * self.backup_samples, 1])
-        count = growing_count(self._number % PERIOD, PERIOD, FIRST_COUNT, LAST_COUNT)
-        lower = torch.randint(count - 1, (rows, 1), generator=generator, device=device)
-        boundaries = karras_times(torch.cat([lower, lower + 1], dim=1), count, LOWEST, HIGHEST, RHO)
+        assert self._count is not None
+        last = self._count - 2  # lower boundary
+        lower = ((last + 1) * torch.rand(rows, 1, generator=generator, device=device)).floor().minimum(last)
+        boundaries = karras_times(torch.cat([lower, lower + 1], dim=1), self._count, LOWEST, HIGHEST, RHO)
         first = torch.rand((), generator=generator, device=device)
         return ConsistencyNoise(
             z, z_next.reshape(steps, -1, action_dim), consistency[0], boundaries, (first > 0.5).float()

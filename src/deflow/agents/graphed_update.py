@@ -15,7 +15,7 @@ from deflow.types import Batch, Drawn
 class GraphedUpdate:
     """Draws the batch and the noise, computes losses and gradients, steps the optimizer and moves the targets.
 
-    There is a recording for each set of parts that are due together; see `OneLaunch`.
+    There is a recording for each kind of update, see `Agent.kind_of_update`.
 
     Args:
         agent: on a GPU, in the stage of the updates.
@@ -23,18 +23,18 @@ class GraphedUpdate:
     """
 
     def __init__(self, agent: Agent, optimizer: Optimizer) -> None:
-        self._of_due: dict[tuple[str, ...], OneLaunch[list[Loss]]] = {}
+        self._of_kind: dict[tuple[tuple[str, ...], ...], OneLaunch[list[Loss]]] = {}
         self._agent, self._optimizer = agent, optimizer
         keep_rates_on(agent.device, optimizer)
 
     def __call__(self, batch: Batch | Drawn) -> list[Loss]:
-        """One update of the parts that are due, see `Agent.update`; the next one overwrites the losses."""
-        due = self._agent.due
-        if due not in self._of_due:
+        """The update at hand, see `Agent.update`; the next one of its kind overwrites the losses."""
+        kind = self._agent.kind_of_update
+        if kind not in self._of_kind:
             agent, optimizer = self._agent, self._optimizer
             update = Agent.update if agent.compiled else _update  # compiled losses have one gradient
-            self._of_due[due] = OneLaunch(lambda batch: update(agent, optimizer, whole(batch)), agent.generators)
-        return self._of_due[due](batch)
+            self._of_kind[kind] = OneLaunch(lambda batch: update(agent, optimizer, whole(batch)), agent.generators)
+        return self._of_kind[kind](batch)
 
 
 def _update(agent: Agent, optimizer: Optimizer, batch: Batch) -> list[Loss]:

@@ -57,6 +57,9 @@ class SeedStack(Agent):
         for agent in self._alike:
             agent.begin_update(step)
 
+    def moves_targets(self, part: str) -> bool:
+        return self._alike[0].moves_targets(part)
+
     def start_from(self, checkpoint: Any) -> None:
         for agent in self._alike:
             agent.start_from(checkpoint)

@@ -31,7 +31,7 @@ def vp_levels(times: Tensor) -> tuple[Tensor, Tensor]:
     return signal, (1 - signal.square()).sqrt()
 
 
-def karras_times(index: Tensor, count: int, low: float, high: float, rho: float) -> Tensor:
+def karras_times(index: Tensor, count: int | Tensor, low: float, high: float, rho: float) -> Tensor:
     r"""Boundary number `index` of `count` between the noise levels `low` and `high`, rising; of the index' shape.
 
     :math:`t_i = (low^{1/\rho} + i / (N - 1) (high^{1/\rho} - low^{1/\rho}))^\rho`, i = 0 ... N - 1 (arXiv 2206.00364).
