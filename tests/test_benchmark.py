@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deflow.benchmark import SPAN, _gflop, benchmark, random_transitions
+from deflow.benchmark import SPAN, gflop, benchmark, random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
@@ -61,7 +61,7 @@ def test_the_count_of_products() -> None:
     agent = build_agent(compose_config("agent=flow_bc", *TINY, config_name="benchmark").agent, Spec(5, 3))
     stream = BatchStream(random_transitions(agent), 32, 0, 1, (0, "test"), SPAN)
     layers = [9 * 16, 16 * 16, 16 * 3]
-    assert _gflop(agent, stream) == pytest.approx(2 * 32 * (3 * sum(layers) - layers[0]) / 1e9)
+    assert gflop(agent, stream) == pytest.approx(2 * 32 * (3 * sum(layers) - layers[0]) / 1e9)
 
 
 @pytest.mark.parametrize("override", ["measure=[updates,nonsense]", "precisions=[nonsense]"])

@@ -25,6 +25,7 @@ from tests.commands import run, start, tiny_overrides
 from tests.conftest import compose_config
 
 BATCH = 256
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 class SummedLoss(nn.Module):
@@ -52,26 +53,29 @@ def update(agent: DeFlow, module: nn.Module, batch: Any, noise: Any) -> dict[str
     return found | {f"weight/{n}": p.detach() for n, p in agent.named_parameters()}
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    agent = make_agent()
+    device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    agent = make_agent().to(device)
     batch = random_batch(agent, BATCH)
-    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))
+    noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))  # on the CPU, for any backend
     mine = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
-    batch = batch._replace(**{k: v[mine] for k, v in batch._asdict().items() if v is not None})
-    noise = type(noise)(*(draw[mine] for draw in noise))
-    torch.save(update(agent, DistributedDataParallel(SummedLoss(agent)), batch, noise), f"{folder}/{rank}.pt")
+    batch = batch._replace(**{k: v[mine].to(device) for k, v in batch._asdict().items() if v is not None})
+    noise = type(noise)(*(draw[mine].to(device) for draw in noise))
+    found = update(agent, DistributedDataParallel(SummedLoss(agent)), batch, noise)
+    torch.save({name: value.cpu() for name, value in found.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_halves_make_the_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=TWO_GPUS)])
+def test_two_halves_make_the_whole(backend: str, tmp_path: Path) -> None:
     # Every loss is a mean over the batch: with g_i the gradient of one sample, rank r computes the mean over its 128,
     # DDP averages the ranks: (1/2) (1/128 sum_{i<128} g_i + 1/128 sum_{i>=128} g_i) = 1/256 sum g_i.
     # The value term is -mean(Q) / scale with scale = mean |Q| over all 256: were it each rank's own mean, the two
     # halves would be weighted differently. The multiplier's gradient is -(mean da^2 - delta), again a mean.
     multiprocessing.set_forkserver_preload([__name__])  # or each rank imports everything for itself
-    multiprocessing.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
+    multiprocessing.start_processes(one_rank, args=(str(tmp_path), backend), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     agent = make_agent()
     batch = random_batch(agent, BATCH)
@@ -83,10 +87,18 @@ def test_two_halves_make_the_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(ranks[0][name], expected, **tolerance, msg=name)
 
 
+@pytest.mark.parametrize("trainer", ["ddp_sim", pytest.param("ddp", marks=TWO_GPUS)])
 @pytest.mark.parametrize("stages", ["offline_to_online", "staged"])
-def test_ddp_sim_trains(stages: str, point_data: Path, tmp_path: Path) -> None:
+def test_two_processes_train(stages: str, trainer: str, point_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    overrides = ("trainer=ddp_sim", f"stages={stages}", "online_updates=6", "eval.every=6", "eval.episodes=3")
+    overrides = (
+        f"trainer={trainer}",
+        "trainer.devices=2",
+        f"stages={stages}",
+        "online_updates=6",
+        "eval.every=6",
+        "eval.episodes=3",
+    )
     result = run("train.py", *tiny_overrides(point_data, folder, *overrides))
     assert result.returncode == 0, result.stderr
     summary = json.loads((folder / "summary.json").read_text())

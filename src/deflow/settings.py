@@ -154,7 +154,6 @@ class Train(TypedDict):
     video: Video
     diversity: Diversity
     matmul_precision: Literal["auto", "highest", "high", "medium"]
-    one_launch: bool
     compile: bool
     threads: Count | None
     paths: Paths
@@ -278,6 +277,7 @@ COMMANDS: dict[str, Any] = {
 class TrainerArguments(TypedDict, total=False):
     """Lightning has more, but they end a stage early or count updates otherwise than the stages do."""
 
+    one_launch: bool  # ours, see `OneLaunch`
     accelerator: Literal["cpu", "gpu", "cuda", "mps", "auto"]
     devices: Count | Literal["auto", -1] | Sequence[Natural]
     num_nodes: Count

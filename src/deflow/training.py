@@ -40,6 +40,7 @@ from deflow.signals import Stopped
 
 log = logging.getLogger(__name__)
 
+ONE_LAUNCH = "one_launch"  # the one setting of `trainer` that is not Lightning's
 MOST_AT_ONCE = 50  # updates in a block, after which a signal is heeded
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
 
@@ -131,6 +132,7 @@ def _between_updates(run: Run, name: str, stage: DictConfig, checkpoints: Path, 
 
 def _make_trainer(run: Run, stage: DictConfig, callbacks: list[Callback]) -> Trainer:
     make_trainer = instantiate(run.config.trainer, _partial_=True)
+    make_trainer.keywords.pop(ONE_LAUNCH, None)
     if run.learner.has_rhythm and run.config.trainer.get("strategy") == "ddp":
         # A part that is not due has no gradient, for which the other processes would wait.
         make_trainer.keywords["strategy"] = "ddp_find_unused_parameters_true"
@@ -149,7 +151,7 @@ def _make_trainer(run: Run, stage: DictConfig, callbacks: list[Callback]) -> Tra
 
 def _records(run: Run, trainer: Trainer) -> bool:
     """Whether the stage's updates are recorded; said if they are not on a GPU, where it makes a difference."""
-    if not run.config.one_launch or trainer.strategy.root_device.type != "cuda":
+    if not run.config.trainer.get(ONE_LAUNCH, True) or trainer.strategy.root_device.type != "cuda":
         return False
     obstacle = "several processes take part in it" if trainer.world_size > 1 else run.learner.unrecordable
     if obstacle is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from deflow import distributed
-from deflow.data.datamodule import BatchStream, OfflineDataModule
+from deflow.data.datamodule import BatchStream, OfflineDataModule, Prefetched, SeedStream
 from deflow.data.memory.proposals import ProposalCache
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
 from deflow.types import Lookahead, Spec
+from deflow.units import Units
 
 ONE_STEP = Lookahead(discount=0.9)
 
@@ -238,3 +240,58 @@ def test_nothing_is_drawn_before_a_stage_begins(transitions: Transitions) -> Non
         data.train_dataloader()
     data.begin_stage("joint", steps=3)
     assert len(list(data.train_dataloader())) == 3
+
+
+def test_a_batch_is_put_together_where_the_data_lie() -> None:
+    # On "meta" nothing is computed, but whatever is made elsewhere is refused, as on a GPU.
+    rng, rows, elsewhere = np.random.default_rng(0), 60, torch.device("meta")
+    columns = {"actions": np.zeros((rows, 2)), "rewards": rng.normal(size=rows), "masks": np.ones(rows)}
+    valids = np.arange(1, rows + 1) % 20 != 0
+    states = {"observations": rng.normal(size=(rows, 4)), **columns, "valids": valids}
+    frames = {"observations": rng.integers(0, 256, (rows, 9, 9, 3), dtype=np.uint8), **columns, "valids": valids}
+    for arrays, span, crop in (
+        (states, Lookahead(0.9, 3), 0.0),
+        (states, Lookahead(0.9, 2, 2), 0.0),
+        (frames, Lookahead(0.9), 1.0),
+    ):
+        data = Transitions.from_compact(arrays, "test", frames=2).with_returns(0.9)
+        proposals = ProposalCache(torch.zeros(rows, 4, 2, dtype=torch.half))
+        here = BatchStream(data, 8, 0, 1, (0, "test"), span, proposals, crop)
+        starts = data.chunk_starts(span.horizon)
+        moved = BatchStream(data, 8, 0, 1, (0, "test"), span, proposals.to(elsewhere), crop)
+        moved.starts, moved.transitions = starts.to(elsewhere), data.on(elsewhere)
+        for own, other in zip(here.batch(0), moved.batch(0), strict=True):
+            assert other.device == elsewhere
+            assert (other.shape, other.dtype) == (own.shape, own.dtype)
+
+
+def test_a_copy_is_in_the_networks_units() -> None:
+    units = Units(low=(-2.0, -4.0), high=(2.0, 4.0), mean=(1.0, 2.0), std=(3.0, 0.5), reward=(0.5, -1.0))
+    rng, rows = np.random.default_rng(0), 50
+    columns = {"actions": rng.uniform(-4, 4, (rows, 2)), "rewards": rng.normal(size=rows), "masks": np.ones(rows)}
+    arrays = {"observations": rng.normal(size=(rows, 2)), **columns, "valids": np.arange(rows) < rows - 1}
+    data = replace(Transitions.from_compact(arrays, "test"), units=units).with_returns(0.9)
+    copied = data.on(torch.device("cpu"))
+    streams = [BatchStream(of, 32, 0, 1, (0, "test"), ONE_STEP) for of in (data, copied)]
+    for own, other in zip(*(stream.batch(0) for stream in streams), strict=True):
+        assert own is other or torch.equal(own, other)
+
+
+def test_batches_made_ahead_are_the_streams(transitions: Transitions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # which needs a GPU's driver
+    stream = BatchStream(transitions, 8, 3, 20, (0, "test"), ONE_STEP)
+    ahead = list(Prefetched(stream, threads=2))
+    assert len(ahead) == 17
+    for own, other in zip(stream, ahead, strict=True):
+        assert torch.equal(own.observations, other.observations)
+
+
+def test_blocks_are_the_batches_and_end_at_multiples(transitions: Transitions) -> None:
+    streams = [BatchStream(transitions, 8, 3, 18, (seed, "test"), ONE_STEP) for seed in range(2)]
+    for stream in (streams[0], SeedStream(streams)):
+        stream.at_once = 5
+        blocks = list(stream)
+        assert [len(block.choices) for block in blocks] == [2, 5, 5, 3]
+        batches = [drawn.batch() for block in blocks for drawn in block.one_by_one()]
+        for number, batch in enumerate(batches, start=3):
+            assert torch.equal(batch.observations, stream.batch(number).observations)
