@@ -55,7 +55,8 @@ def bin_folder(wheel: Path) -> Path:
 
 def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     source = {path.relative_to(ROOT / "src") for pattern in ("*.py", "*.safetensors") for path in files("src", pattern)}
-    source |= {Path("deflow") / path.relative_to(ROOT) for path in files("configs", "*.yaml")}
+    configs = [path for pattern in ("*.yaml", "*.csv") for path in files("configs", pattern)]
+    source |= {Path("deflow") / path.relative_to(ROOT) for path in configs}
     packed = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == source
 
