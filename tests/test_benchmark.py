@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deflow.benchmark import SPAN, gflop, benchmark, random_transitions
+from deflow.benchmark import SPAN, benchmark, gflop, random_transitions
 from deflow.build import build_agent
 from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
