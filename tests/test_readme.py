@@ -1,4 +1,4 @@
-"""What the README and docs/data.md say is so: commands compose, overrides exist, the example agent passes its test."""
+"""What the README and the pages on data, GPUs and tables say is so: commands compose, overrides exist, the example agent passes its test."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.commands import ROOT
 from tests.conftest import compose_config
 
 README = (ROOT / "README.md").read_text()
-DATA = (ROOT / "docs" / "data.md").read_text()
-COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", README + DATA, re.MULTILINE)
+DATA, *OTHERS = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "gpu", "tables"))
+COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", "".join([README, DATA, *OTHERS]), re.MULTILINE)
 
 
 def test_the_first_commands_are_make() -> None:

@@ -89,6 +89,15 @@ def benchmark() -> None:
     _benchmark()
 
 
+@entry_point("reproduce")
+def reproduce(config: DictConfig, folder: Path) -> None:
+    """Make a published table: the runs that are missing, then ours beside the papers': table=NAME."""
+    with quick_imports():
+        from deflow.reproduction.reproduce import reproduce
+
+    reproduce(config)
+
+
 @entry_point("train_expert")
 def train_expert(config: DictConfig, folder: Path) -> None:
     """Train a walking ant like the one that makes the antmaze data."""
@@ -105,6 +114,7 @@ COMMANDS = {
     "inspect": inspect_data,
     "distill": distill,
     "benchmark": benchmark,
+    "reproduce": reproduce,
     "train-expert": train_expert,
 }
 

@@ -358,7 +358,7 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
             check_folder(Path(job.run.dir), "hydra.run.dir")
     elif command == "evaluate":
         check_folder(Path(config.ckpt).parent, "ckpt")  # its result is written beside it
-    elif command in ("generate", "inspect_data"):
+    elif command in ("generate", "inspect_data", "reproduce"):
         check_folder(Path(config.out), "out")
     else:
         check_file(Path(config.out), "out")

@@ -55,10 +55,10 @@ def describe(config: DictConfig, task: str, data: dict[str, Any], folder: Path) 
         "version": version("deflow"),
         "folder": str(folder.absolute()),
     }
-    commit = _commit()
+    made_by = commit()
     return Description(
         name=f"{agent} {_seeds(config)} {_short(task)}",
-        tags=tags | ({"commit": commit} if commit else {}),
+        tags=tags | ({"commit": made_by} if made_by else {}),
         settings=varied(config),
     )
 
@@ -107,7 +107,7 @@ def _seeds(config: DictConfig) -> str:
     return f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
 
 
-def _commit() -> str:
+def commit() -> str:
     """Git's name of the code, with "-dirty" if it was changed since; empty if it is not a clone."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deflow.agents.panels import Panel
+from deflow.description import commit
 from deflow.evaluation.rollout import Episode
 from deflow.files import replacing
 from deflow.loggers import Row
@@ -81,6 +82,7 @@ def summarise_run(
         "data": data,
         **protocol,
         "iav": config["iav"]["result"],
+        "commit": commit() or None,
         "versions": {name: version(name) for name in ("deflow", "torch", "lightning", "ogbench", "mujoco", "numpy")},
     }
 

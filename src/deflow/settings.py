@@ -254,6 +254,21 @@ class Benchmark(TypedDict):
     agent: Component
 
 
+class Reproduce(TypedDict):
+    table: str | None
+    rows: Sequence[str] | None
+    tasks: Sequence[TaskId] | None
+    agents: Sequence[str] | None
+    seeds: Count
+    settings: Mapping[str, Any]  # checked by each run
+    dry: bool
+    compare: Sequence[str] | None
+    jobs: Count | None
+    threads: Count
+    out: str
+    paths: Paths
+
+
 class TrainExpert(TypedDict):
     steps: Count
     out: str
@@ -270,6 +285,7 @@ COMMANDS: dict[str, Any] = {
     "generate": Generate,
     "inspect_data": InspectData,
     "benchmark": Benchmark,
+    "reproduce": Reproduce,
     "train_expert": TrainExpert,
 }
 

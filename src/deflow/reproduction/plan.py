@@ -1,0 +1,173 @@
+"""Plan: which runs make a table, where each lies, and the command that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from deflow.errors import UserError
+from deflow.reproduction import published
+from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
+
+QUICK = "quick"
+ONLINE = "offline_to_online"
+QUICK_AGENTS = ("bc", "iql", "rebrac", "fql", "deflow")
+QUICK_TASKS = {"cube-single": None, "scene": 1}  # OGBench's default for cube-single; scene's is too hard for few data
+EPISODES = 200  # of the data that QUICK generates
+STAGES = {
+    ("srpo", False): "srpo",
+    ("rlpd", True): "from_scratch",
+}  # (agent, whether online) -> stages; else joint, or offline_to_online
+
+State = Literal["done", "begun", "missing"]
+
+
+class Dataset(NamedTuple):
+    """Data that a run needs and that are generated first."""
+
+    name: str
+    path: Path
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of `generate.py`."""
+        return f"dataset={self.name}", f"out={self.path.parent}", f"episodes={EPISODES}", "seed=0"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a table.
+
+    Attributes:
+        row: the environment, as `published` names it.
+        task: of OGBench; None where a row is one task.
+        agent: a choice of the group agent.
+        seed: of the run.
+        folder: of the run.
+        settings: arguments of `train.py`, those of the folder excepted.
+        dataset: what is generated first, if it is not there.
+    """
+
+    row: str
+    task: int | None
+    agent: str
+    seed: int
+    folder: Path
+    settings: tuple[str, ...]
+    dataset: Dataset | None = None
+
+    @property
+    def state(self) -> State:
+        """How far it is."""
+        if (self.folder / SUMMARY_FILE).exists():
+            return "done"
+        return "begun" if (self.folder / CONFIG_FILE).exists() else "missing"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of `train.py`: those that begin the run, or that go on with it."""
+        return (f"resume={self.folder}",) if self.state == "begun" else (*self.settings, f"hydra.run.dir={self.folder}")
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        task = "" if self.task is None else f" task {self.task}"
+        return f"{self.agent} on {self.row}{task}, seed {self.seed}"
+
+
+def names() -> list[str]:
+    """Of the tables that can be made."""
+    return [*(table for table in published.tables() if not table.startswith("optiflow")), QUICK]
+
+
+def plan(
+    table: str,
+    logs: Path,
+    data: Path,
+    seeds: int,
+    rows: Sequence[str] | None = None,
+    tasks: Sequence[int] | None = None,
+    agents: Sequence[str] | None = None,
+    settings: Sequence[str] = (),
+) -> list[Job]:
+    """The runs of a table, all agents and tasks of a seed before those of the next, so that it fills up evenly.
+
+    Args:
+        table: one of `names`.
+        logs: folder under which the runs' folders lie.
+        data: folder for data that are generated.
+        seeds: runs of each cell, from seed 0 on.
+        rows: some of the table's rows; None: all.
+        tasks: some of OGBench's tasks 1 to 5; None: all that the table has.
+        agents: some of its agents; None: all.
+        settings: further arguments of `train.py`, for every run.
+
+    Raises:
+        UserError: for a name that is not in the table, listing the right ones.
+    """
+    _refuse_unknown("table", [table], names())
+    known = _rows(table)
+    _refuse_unknown(f"row of {table}", rows or (), known)
+    columns = QUICK_AGENTS if table == QUICK else dict.fromkeys(cell.agent for cell in published.published(table))
+    _refuse_unknown(f"agent of {table}", agents or (), list(columns))
+    cells = [
+        (row, task)
+        for row in rows or known
+        for task in known[row]
+        if tasks is None or task is None or task in tasks or table == QUICK
+    ]
+    if not cells:
+        raise UserError(f"table {table} has none of the tasks {list(tasks or ())}: OGBench's are 1 to 5")
+    return [
+        _job(table, row, task, agent, seed, logs, data, settings)
+        for seed in range(seeds)
+        for row, task in cells
+        for agent in agents or columns
+    ]
+
+
+def _rows(table: str) -> dict[str, list[int | None]]:
+    """Row -> its tasks."""
+    if table == QUICK:
+        return {row: [task] for row, task in QUICK_TASKS.items()}
+    found: dict[str, list[int | None]] = {}
+    for cell in published.published(table):
+        if cell.row != published.AVERAGE:
+            found.setdefault(cell.row, [])
+            if cell.task not in found[cell.row]:
+                found[cell.row].append(cell.task)
+    # A row with tasks of its own has their mean beside them, which is no run.
+    return {row: [task for task in of_row if task is not None] or of_row for row, of_row in found.items()}
+
+
+def _job(
+    table: str, row: str, task: int | None, agent: str, seed: int, logs: Path, data: Path, settings: Sequence[str]
+) -> Job:
+    online = table == ONLINE
+    stages = STAGES.get((agent, online), ONLINE if online else "joint")
+    chosen = [f"agent={agent}", f"stages={stages}", f"seed={seed}", "logger=csv", *settings]
+    place = logs / table / (row if task is None else f"{row}-task{task}") / agent / f"seed_{seed}"
+    if table != QUICK:
+        return Job(row, task, agent, seed, place, (*published.overrides(table, row, task), *chosen))
+    dataset = Dataset(f"{row}-play-v0", data / f"{row}-play-v0.npz")
+    experiment = ["experiment=original_comparison", f"task={row.replace('-', '_')}", f"task_id={task or 'null'}"]
+    return Job(row, task, agent, seed, place, (*experiment, f"data.source.path={dataset.path}", *chosen), dataset)
+
+
+def _refuse_unknown(what: str, chosen: Sequence[str], known: Sequence[str] | dict[str, list[int | None]]) -> None:
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"unknown {what} '{name}': choose among {', '.join(known)}")
+
+
+def commands(jobs: Sequence[Job]) -> Iterator[str]:
+    """What would be typed to do what is not done."""
+    datasets = dict.fromkeys(job.dataset for job in jobs if job.state == "missing")
+    for dataset in datasets:
+        if dataset is not None and not dataset.path.exists():
+            yield " ".join(("python generate.py", *dataset.arguments))
+    for job in jobs:
+        if job.state != "done":
+            yield " ".join(("python train.py", *job.arguments))

@@ -1,0 +1,149 @@
+"""`reproduce.py`: the runs of a published table, and what they come to beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from deflow.benchmark import SPAN, random_transitions
+from deflow.build import build_agent
+from deflow.config import CONFIG_DIR, plain
+from deflow.cores import usable_cores
+from deflow.data.datamodule import BatchStream
+from deflow.errors import UserError
+from deflow.files import replacing
+from deflow.reproduction.plan import Job, commands, plan
+from deflow.reproduction.results import Result, read_results, refuse_mixture, result_of, write_results
+from deflow.reproduction.runs import generate_missing, run_all
+from deflow.reproduction.table import cells_of, compare, draw_curves, draw_profile, latex, markdown, summary
+from deflow.timing import seconds_of_updates
+from deflow.types import Spec
+
+log = logging.getLogger(__name__)
+
+TYPICAL = Spec(observation_dim=29, action_dim=8)  # of a task, for an estimate of time
+TIMED = 3  # updates, after as many that warm up
+
+
+def reproduce(config: DictConfig) -> list[Result]:
+    """Do the runs of a table that are missing, and write the table; or compare two files of results.
+
+    Writes `TABLE.jsonl`, `TABLE.md`, `TABLE.tex`, `TABLE_curves.png` and `TABLE_profile.png` into `config.out`, also of
+    the runs that are done when others have failed.
+
+    Returns:
+        The results of the table, or nothing after a dry run or a comparison.
+
+    Raises:
+        UserError: for a table, row or agent that there is not, results of two protocols, or if runs failed, after all.
+    """
+    if config.compare is not None:
+        print(_compared(config.compare))
+        return []
+    if config.table is None:
+        raise UserError("name a table to make, such as table=quick, or two results files, compare=[A.jsonl,B.jsonl]")
+    logs, data = Path(config.paths.logs).absolute() / "reproduce", Path(config.paths.data).expanduser().absolute()
+    chosen = config.rows, config.tasks, config.agents
+    jobs = plan(config.table, logs, data, config.seeds, *chosen, settings=list(_arguments(plain(config.settings))))
+    threads = config.threads or 1
+    at_once = config.jobs or max(1, usable_cores() // threads)
+    if config.dry:
+        print("\n".join(commands(jobs)))
+    _show_plan(jobs, at_once, threads)
+    if config.dry:
+        return []
+    generate_missing(jobs)
+    failed = run_all(jobs, at_once, threads)
+    results = [result_of(config.table, job) for job in jobs if job.state == "done"]
+    if results:
+        refuse_mixture(results)
+        _write(config.table, results, Path(config.out))
+    if failed:
+        again = ", ".join(f"{job.name} (see {job.folder}.log)" for job in failed)
+        raise UserError(f"{len(failed)} of {len(jobs)} runs failed, go on by the same command: {again}")
+    return results
+
+
+def _arguments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Of `train.py`, from what the command line says under `settings`."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _arguments(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={json.dumps(value) if not isinstance(value, str) else value}"
+
+
+def _compared(paths: Sequence[str]) -> str:
+    if len(paths) != 2:
+        raise UserError("compare=[A.jsonl,B.jsonl] takes two results files")
+    first, second = (read_results(Path(path)) for path in paths)
+    return compare(first, second)
+
+
+def _write(table: str, results: Sequence[Result], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder / f"{table}.jsonl", results)
+    cells = cells_of(table, results)
+    of_all = summary(results)
+    text = markdown(table, cells) + ("\nOver all tasks that every agent has:\n\n" + of_all if of_all else "")
+    for name, content in ((f"{table}.md", text), (f"{table}.tex", latex(cells))):
+        with replacing(folder / name) as part:
+            part.write_text(content)
+    draw_curves(results, folder / f"{table}_curves.png")
+    draw_profile(results, folder / f"{table}_profile.png")
+    print(text)
+    log.info("%s, .tex, .jsonl and pictures are in %s", f"{table}.md", folder)
+
+
+def _show_plan(jobs: Sequence[Job], at_once: int, threads: int) -> None:
+    """How many runs there are, how far they are, and how long those take that are missing."""
+    table = Table(title=f"{len(jobs)} runs, {at_once} at a time with {threads} threads each")
+    for column in ("row", "agent", "done", "begun", "missing", "updates of a run", "hours left, about"):
+        table.add_column(column)
+    speeds: dict[tuple[str, str], tuple[int, float]] = {}
+    total = 0.0
+    for row, agent in dict.fromkeys((job.row, job.agent) for job in jobs):
+        of_cell = [job for job in jobs if (job.row, job.agent) == (row, agent)]
+        states = [job.state for job in of_cell]
+        left = len(states) - states.count("done")
+        updates, hours = "", 0.0
+        if left:
+            steps, seconds = speeds.setdefault((row, agent), _cost(of_cell[0], threads))
+            updates, hours = f"{steps:,}", left * steps * seconds / 3600
+        total += hours
+        counts = [str(states.count(state)) for state in ("done", "begun", "missing")]
+        table.add_row(row, agent, *counts, updates, f"{hours:.1f}" if left else "")
+    table.caption = f"about {total / at_once:.1f} hours, evaluations and data excepted"
+    Console().print(table)
+
+
+def _cost(job: Job, threads: int) -> tuple[int, float]:
+    """Updates of a run, all stages together, and seconds of one, timed here on random data."""
+    config = _composed([setting for setting in job.settings if not setting.startswith("hydra.")])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        agent = build_agent(config.agent, TYPICAL)
+        agent.begin_stage("timed", "all", first_step=0)
+        stream = BatchStream(random_transitions(agent), config.data.batch_size, 0, TIMED, (0, "timed"), SPAN)
+        seconds = [seconds_of_updates(agent, stream) for _ in range(2)][-1] / TIMED
+    finally:
+        torch.set_num_threads(before)
+    return sum(stage.steps for stage in config.stages.values()), seconds
+
+
+def _composed(overrides: Iterable[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return compose("train", overrides=list(overrides))
+    with initialize_config_dir(CONFIG_DIR, version_base=None):
+        return compose("train", overrides=list(overrides))

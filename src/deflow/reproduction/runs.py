@@ -1,0 +1,102 @@
+"""The runs of a plan: each in a process of its own, several at a time, none twice."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from joblib import Parallel, delayed
+
+from deflow.errors import UserError
+from deflow.reproduction.plan import Dataset, Job
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+def generate_missing(jobs: Sequence[Job]) -> None:
+    """Make the data that the runs need and that are not there.
+
+    Raises:
+        UserError: if that failed, naming its log.
+    """
+    needed: dict[Dataset | None, None] = dict.fromkeys(job.dataset for job in jobs if job.state == "missing")
+    for dataset in needed:
+        if dataset is not None and not dataset.path.exists():
+            log.info("generating %s", dataset.path)
+            dataset.path.parent.mkdir(parents=True, exist_ok=True)
+            output = dataset.path.with_suffix(".log")
+            if _run("generate", dataset.arguments, output):
+                raise UserError(f"{dataset.name} could not be generated: see {output}")
+
+
+def run_all(jobs: Sequence[Job], at_once: int, threads: int) -> list[Job]:
+    """Do what is not done yet; a run that fails leaves the others alone.
+
+    Args:
+        jobs: of a plan.
+        at_once: runs side by side.
+        threads: of torch, in each.
+
+    Returns:
+        Those that failed.
+    """
+    todo = [job for job in jobs if job.state != "done"]
+    outcomes = Parallel(n_jobs=at_once, backend="threading")(delayed(_do)(job, threads) for job in todo)
+    return [job for job, is_done in zip(todo, outcomes, strict=True) if not is_done]
+
+
+def _do(job: Job, threads: int) -> bool:
+    """Whether the run is done, or at work in another process."""
+    output = job.folder.with_suffix(".log")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(job.folder.with_suffix(".lock"), timeout=0):
+            if job.state == "done":
+                return True
+            log.info("%s %s", "going on:" if job.state == "begun" else "training:", job.name)
+            more = () if job.state == "begun" else (f"threads={threads}",)
+            status = _run("train", (*job.arguments, *more), output)
+    except Timeout:
+        log.info("%s is at work in another process", job.name)
+        return True
+    if status:
+        log.warning("%s failed: see %s", job.name, output)
+    return status == 0
+
+
+def _run(command: str, arguments: Sequence[str], output: Path) -> int:
+    """The exit status of a `deflow` command; it ends with this process, whatever ends that."""
+    with output.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deflow", command, *arguments], stdout=file, stderr=file, **_tied_to_this_process()
+        )
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+
+
+def _tied_to_this_process() -> dict[str, Any]:
+    """On Linux the kernel sends SIGTERM to a run whose parent is gone: the run then writes a checkpoint and ends."""
+    if sys.platform != "linux":
+        return {}
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def ask() -> None:  # between fork and exec, where nothing may be imported
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it went before it was asked
+            os._exit(1)
+
+    return {"preexec_fn": ask}

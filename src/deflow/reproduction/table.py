@@ -1,0 +1,317 @@
+"""A table of results: ours, the papers', and whether the two agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from deflow.errors import UserError
+from deflow.files import replacing
+from deflow.reproduction.plan import ONLINE
+from deflow.reproduction.published import OGBENCH_TASKS, Published, find, published, tables
+from deflow.reproduction.results import Result, why_not_published
+from deflow.reproduction.statistics import (
+    Estimate,
+    Interval,
+    Verdict,
+    interquartile_mean,
+    interval,
+    mean_and_deviation,
+    performance_profile,
+    probability_of_improvement,
+    seed_interval,
+    stratified_bootstrap,
+    verdict,
+)
+
+RERUN = "optiflow_state"  # a third party's re-run of the baselines: how far two honest runs of a cell are apart
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the runs of an agent on one task, or on all tasks of a row, came to; in % or D4RL's score."""
+
+    row: str
+    task: int | None  # None: the row's mean over its tasks, or its only one
+    agent: str
+    seeds: int
+    mean: float
+    deviation: float | None
+    interval: Interval | None  # 95%, of the mean over seeds
+    before: float | None  # online: the mean before
+    published: Published | None
+    verdict: Verdict | None
+    reason: str | None  # why there is none
+
+
+def cells_of(table: str, results: Sequence[Result]) -> list[Cell]:
+    """A cell for each task and agent, and one for each row that has several tasks, in the results' order."""
+    cells = []
+    for row in dict.fromkeys(result.row for result in results):
+        tasks = list(dict.fromkeys(result.task for result in results if result.row == row))
+        groups: list[tuple[int | None, list[int | None]]] = [(task, [task]) for task in tasks]
+        if len(tasks) > 1:
+            groups.append((None, tasks))
+        for task, of_tasks in groups:
+            found = [result for result in results if result.row == row and result.task in of_tasks]
+            for agent in dict.fromkeys(result.agent for result in found):
+                of_agent = [result for result in found if result.agent == agent]
+                cells.append(_cell(table, row, task, agent, of_agent))
+    return cells
+
+
+def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[Result]) -> Cell:
+    scores = _by_task(results)
+    mean, deviation = mean_and_deviation(scores)
+    known = find(table, row, agent, task) if table in tables() else None
+    reason = next((why for why in (why_not_published(table, result) for result in results) if why), None)
+    if reason is None and task is None and len(scores) not in (1, len(OGBENCH_TASKS)):
+        reason = "the published mean is over more tasks"
+    if reason is None and known is None:
+        reason = "not published"
+    spread = _interval(scores, results[0].episodes, is_share=table == ONLINE or not table.startswith("d4rl"))
+    return Cell(
+        row=row,
+        task=task,
+        agent=agent,
+        seeds=min(len(values) for values in scores),
+        mean=mean,
+        deviation=deviation,
+        interval=spread,
+        before=None if results[0].before is None else float(np.mean([result.before for result in results])),
+        published=known if reason is None else None,
+        verdict=None if reason is not None or known is None else _verdict(table, known, Estimate(mean, spread)),
+        reason=reason,
+    )
+
+
+def _by_task(results: Sequence[Result]) -> list[np.ndarray]:
+    tasks = dict.fromkeys((result.row, result.task) for result in results)
+    return [
+        np.array([result.value for result in results if (result.row, result.task) == task], np.float64)
+        for task in tasks
+    ]
+
+
+def _interval(scores: Sequence[np.ndarray], episodes: int, is_share: bool) -> Interval | None:
+    """Of the mean over seeds of a seed's mean over tasks."""
+    if len({len(values) for values in scores}) > 1:
+        return stratified_bootstrap(scores, lambda tasks: float(np.mean([values.mean() for values in tasks])))
+    of_seeds = np.mean(scores, axis=0)
+    if is_share and (of_seeds.min() >= 0) and (of_seeds.max() <= 100):
+        low, high = interval(of_seeds / 100, episodes * len(scores))
+        return max(0.0, 100 * low), min(100.0, 100 * high)
+    return seed_interval(of_seeds)
+
+
+def _verdict(table: str, known: Published, ours: Estimate) -> Verdict:
+    target = known.after if known.mean is None else known.mean
+    assert target is not None
+    return verdict(ours, target, known.deviation, known.seeds or 1, tolerance(known.row, known.agent))
+
+
+def tolerance(row: str, agent: str) -> float:
+    """How far two honest published runs of a cell are apart, in %: a third party ran many again.
+
+    Where a cell was not, and at least, it is the median over those that were.
+    """
+    again = {(cell.row, cell.agent): cell.mean for cell in published(RERUN)}
+    first = {(cell.row, cell.agent): cell.mean for cell in published("ogbench_state") if cell.task is None}
+    distances = {
+        key: abs(mean - other)
+        for key, mean in again.items()
+        if mean is not None and (other := first.get(key)) is not None
+    }
+    usual = median(distances.values())
+    return max(usual, distances.get((row, agent), usual))
+
+
+def markdown(title: str, cells: Sequence[Cell]) -> str:
+    """Every cell in a line of its own, and below it why some have no verdict."""
+    lines = [
+        f"## {title}",
+        "",
+        "| task | agent | seeds | ours | 95% | published | difference | verdict |",
+        "|---" * 8 + "|",
+    ]
+    for cell in cells:
+        lines.append("| " + " | ".join(_columns(cell)) + " |")
+    reasons = dict.fromkeys(cell.reason for cell in cells if cell.reason is not None)
+    lines += [
+        "",
+        "ours: mean ± standard deviation over seeds; 95%: of the mean over seeds (Student's t), or over episodes",
+    ]
+    lines[-1] += " (Wilson) where there is one seed or all are equal."
+    if any(cell.verdict for cell in cells):
+        lines[-1] += (
+            " A cell is inside if that interval meets the published one, which is at least as wide as two honest"
+        )
+        lines[-1] += " published runs of a cell differ."
+    if reasons:
+        lines += ["", "No verdict: " + "; ".join(str(reason) for reason in reasons) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _columns(cell: Cell) -> Iterator[str]:
+    yield cell.row if cell.task is None else f"{cell.row} task {cell.task}"
+    yield cell.agent
+    yield str(cell.seeds)
+    yield (f"{cell.before:.0f} → " if cell.before is not None else "") + _plus_minus(cell.mean, cell.deviation)
+    yield "-" if cell.interval is None else f"{cell.interval[0]:.0f} to {cell.interval[1]:.0f}"
+    known = cell.published
+    if known is None:
+        yield from ("-", "-", "-")
+        return
+    target = known.after if known.mean is None else known.mean
+    assert target is not None
+    yield f"{known.before:.0f} → {target:.0f}" if known.before is not None else _plus_minus(target, known.deviation)
+    yield f"{round(cell.mean - target):+d}"
+    yield str(cell.verdict)
+
+
+def _plus_minus(mean: float, deviation: float | None) -> str:
+    return f"{mean:.0f}" if deviation is None else f"{mean:.0f} ± {deviation:.0f}"
+
+
+def latex(cells: Sequence[Cell]) -> str:
+    """Tasks down, agents across, for the package booktabs; published numbers in parentheses."""
+    agents = list(dict.fromkeys(cell.agent for cell in cells))
+    places = {(cell.row, cell.task, cell.agent): cell for cell in cells}
+    lines = [
+        r"\begin{tabular}{l" + "c" * len(agents) + "}",
+        r"\toprule",
+        " & ".join(["", *agents]) + r" \\",
+        r"\midrule",
+    ]
+    for row, task in dict.fromkeys((cell.row, cell.task) for cell in cells):
+        line = [row if task is None else f"{row} {task}"]
+        for agent in agents:
+            cell = places.get((row, task, agent))
+            line.append("--" if cell is None else _in_latex(cell))
+        lines.append(" & ".join(line).replace("_", r"\_") + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _in_latex(cell: Cell) -> str:
+    deviation = "" if cell.deviation is None else rf" \pm {cell.deviation:.0f}"
+    before = "" if cell.before is None else rf"{cell.before:.0f} \to "
+    known = cell.published
+    target = None if known is None else (known.after if known.mean is None else known.mean)
+    return f"${before}{cell.mean:.0f}{deviation}$" + ("" if target is None else f" ({target:.0f})")
+
+
+def summary(results: Sequence[Result]) -> str:
+    """What all tasks together say of each agent: interquartile mean, and the probability that it is better than others.
+
+    Over the tasks that all agents have.
+    """
+    scores = _common(results)
+    if len(scores) < 2:
+        return ""
+    lines = ["| agent | IQM | 95% | " + " | ".join(f"better than {agent}" for agent in scores) + " |"]
+    lines.append("|---" * (3 + len(scores)) + "|")
+    for agent, own in scores.items():
+        spread = stratified_bootstrap(own, interquartile_mean)
+        # Where all seeds are equal nothing is known of their spread.
+        known = f"{spread[0]:.0f} to {spread[1]:.0f}" if spread is not None and spread[0] < spread[1] else "-"
+        line = [agent, f"{interquartile_mean(own):.0f}", known]
+        line += ["-" if other is own else f"{probability_of_improvement(own, other):.2f}" for other in scores.values()]
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _common(results: Sequence[Result]) -> dict[str, list[np.ndarray]]:
+    """Agent -> the scores of each task that all agents have."""
+    agents = list(dict.fromkeys(result.agent for result in results))
+    having = {agent: {(r.row, r.task) for r in results if r.agent == agent} for agent in agents}
+    shared = set.intersection(*having.values()) if having else set()
+    found = [result for result in results if (result.row, result.task) in shared]
+    return {agent: _by_task([r for r in found if r.agent == agent]) for agent in agents} if shared else {}
+
+
+def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
+    """Two files of results, such as of two versions of the code, cell by cell, as Markdown.
+
+    Raises:
+        UserError: if they have no cell in common, or one of another protocol.
+    """
+    both = [_grouped(results) for results in (ours, others)]
+    shared = [key for key in both[0] if key in both[1]]
+    if not shared:
+        raise UserError("the two files have no cell in common")
+    lines = ["| task | agent | A | B | B - A | P(B > A) |", "|---" * 6 + "|"]
+    for key in shared:
+        a, b = (of_file[key] for of_file in both)
+        if a[0].identity != b[0].identity:
+            differing = next(name for name, value in a[0].identity.items() if b[0].identity.get(name) != value)
+            raise UserError(f"{key[0]} of {key[2]} is of another protocol in the two files: {differing} differs")
+        values = [np.array([result.value for result in results]) for results in (a, b)]
+        shown = [_plus_minus(*mean_and_deviation([of_one])) + f" ({len(of_one)})" for of_one in values]
+        better = probability_of_improvement([values[1]], [values[0]])
+        name = key[0] if key[1] is None else f"{key[0]} task {key[1]}"
+        difference = values[1].mean() - values[0].mean()
+        lines.append(f"| {name} | {key[2]} | {shown[0]} | {shown[1]} | {difference:+.1f} | {better:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _grouped(results: Sequence[Result]) -> dict[tuple[str, int | None, str], list[Result]]:
+    grouped: dict[tuple[str, int | None, str], list[Result]] = {}
+    for result in results:
+        grouped.setdefault((result.row, result.task, result.agent), []).append(result)
+    return grouped
+
+
+def draw_curves(results: Sequence[Result], path: Path) -> None:
+    """Learning curves, a panel a task, with the range of the seeds around their mean."""
+    tasks = list(dict.fromkeys((result.row, result.task) for result in results))
+
+    def draw(panels: Sequence[Axes]) -> None:
+        for axes, task in zip(panels, tasks, strict=True):
+            _curves(axes, task, results)
+
+    _draw(path, len(tasks), draw)
+
+
+def _curves(axes: Axes, task: tuple[str, int | None], results: Sequence[Result]) -> None:
+    found = [result for result in results if (result.row, result.task) == task]
+    for agent in dict.fromkeys(result.agent for result in found):
+        curves = [result.curve for result in found if result.agent == agent]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        values = np.array([[curve[step] for step in steps] for curve in curves])
+        axes.plot(steps, values.mean(0), marker="o", markersize=3, label=f"{agent} ({len(curves)})")
+        axes.fill_between(steps, values.min(0), values.max(0), alpha=0.15)
+    axes.set_title(task[0] if task[1] is None else f"{task[0]} task {task[1]}")
+    axes.set_xlabel("updates")
+    axes.legend(fontsize="small")
+
+
+def draw_profile(results: Sequence[Result], path: Path) -> None:
+    """Performance profiles over the tasks that all agents have."""
+    scores = _common(results)
+
+    def draw(panels: Sequence[Axes]) -> None:
+        (axes,) = panels
+        highest = max((values.max() for of_agent in scores.values() for values in of_agent), default=1.0)
+        thresholds = np.linspace(0, max(highest, 1.0), 101)
+        for agent, own in scores.items():
+            axes.plot(thresholds, performance_profile(own, thresholds), label=agent)
+        axes.set_xlabel("score")
+        axes.set_ylabel("share of runs above it")
+        axes.legend(fontsize="small")
+
+    _draw(path, 1, draw)
+
+
+def _draw(path: Path, panels: int, draw: Callable[[Sequence[Axes]], None]) -> None:
+    columns = min(panels, 3)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    draw([figure.add_subplot(rows, columns, number + 1) for number in range(panels)])
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)

@@ -1,0 +1,43 @@
+"""Runs that were never made: the files that a table is read from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from deflow.reproduction.plan import Job
+
+EPISODES = 50
+
+
+def write_run(job: Job, successes: Sequence[float], **changed: Any) -> None:
+    """A finished run with these evaluations; `changed` goes into its summary."""
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.yaml").touch()
+    rows = [f"{1000 * (number + 1)},{value}" for number, value in enumerate(successes)]
+    (job.folder / "metrics.csv").write_text("step,eval/success\n" + "\n".join(rows) + "\n")
+    last = successes[-3:]
+    summary = {
+        "task": job.row,
+        "agent": job.agent,
+        "seed": job.seed,
+        "seeds": 1,
+        "horizon": 1,
+        "n_step": 1,
+        "eval/success": {
+            "last": successes[-1],
+            "mean_of_last_three": sum(last) / len(last),
+            "last_of_stage": {"joint": successes[0], "online": successes[-1]},
+        },
+        "eval_episodes": EPISODES,
+        "updates_per_second": {"joint": 10.0},
+        "seconds": 60.0,
+        "data": {"name": "data-v0", "generated": False},
+        "protocol": "OGBench single-task",
+        "success_timing": "pre",
+        "transitions": {"train": 1000},
+        "commit": "abc",
+        "versions": {"deflow": "0.1.0"},
+    }
+    (job.folder / "summary.json").write_text(json.dumps(summary | changed))

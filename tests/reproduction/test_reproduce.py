@@ -1,0 +1,241 @@
+"""From a table's name to its runs, and from runs to the table."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deflow.errors import UserError
+from deflow.reproduction import runs
+from deflow.reproduction.plan import Job, commands, names, plan
+from deflow.reproduction.reproduce import reproduce
+from deflow.reproduction.results import read_results, refuse_mixture, result_of, why_not_published, write_results
+from deflow.reproduction.runs import run_all
+from deflow.reproduction.table import cells_of, compare, latex, markdown, summary, tolerance
+from tests.commands import ROOT
+from tests.conftest import compose_config
+from tests.reproduction.runs import write_run
+
+
+def jobs_of(folder: Path, table: str = "ogbench_state", seeds: int = 2, **chosen: Any) -> list[Job]:
+    return plan(table, folder / "logs", folder / "data", seeds, **chosen)
+
+
+# The plan.
+
+
+@pytest.mark.parametrize(
+    "table,rows,count",
+    [
+        ("ogbench_state", None, 10 * 5 * 11),
+        ("ogbench_state", ["cube-single"], 5 * 11),
+        ("d4rl_antmaze", None, 6 * 10),  # of DeFlow only the mean is published; it runs all the same
+        ("offline_to_online", ["antmaze-umaze-v2"], 7),
+        ("quick", None, 2 * 5),
+    ],
+)
+def test_every_cell_of_a_table_is_a_run(table: str, rows: list[str] | None, count: int, tmp_path: Path) -> None:
+    found = jobs_of(tmp_path, table, seeds=1, rows=rows)
+    expected = count if table != "d4rl_antmaze" else 6 * len({job.agent for job in found})
+    assert len(found) == len({job.folder for job in found}) == expected
+
+
+@pytest.mark.parametrize("table", names())
+def test_every_run_can_be_composed(table: str, tmp_path: Path) -> None:
+    of_agents = {job.agent: job for job in jobs_of(tmp_path, table, seeds=1)}
+    for job in of_agents.values():
+        config = compose_config(*job.settings)
+        assert config.stages
+        assert config.logger._target_.endswith("no_logger") or config.logger is not None
+
+
+def test_stages_are_those_of_the_agent(tmp_path: Path) -> None:
+    chosen = {"rows": ["antmaze-umaze-v2"], "agents": ["rlpd", "fql"], "seeds": 1}
+    assert [job.settings[2] for job in jobs_of(tmp_path, "offline_to_online", **chosen)] == [
+        "stages=from_scratch",
+        "stages=offline_to_online",
+    ]
+
+
+@pytest.mark.parametrize(
+    "table,chosen,says",
+    [
+        ("nothing", {}, "unknown table 'nothing': choose among d4rl_adroit, "),
+        ("quick", {"rows": ["cube"]}, "unknown row of quick 'cube': choose among cube-single, scene"),
+        ("quick", {"agents": ["sac"]}, "unknown agent of quick 'sac': choose among bc, iql, rebrac, fql, deflow"),
+        ("ogbench_visual", {"tasks": [3]}, "has none of the tasks"),
+    ],
+)
+def test_what_is_not_there_lists_what_is(table: str, chosen: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        jobs_of(tmp_path, table, **chosen)
+
+
+def test_a_dry_run_says_what_would_be_typed(tmp_path: Path) -> None:
+    made, begun, missing = jobs_of(tmp_path, "quick", seeds=3, rows=["scene"], agents=["bc"])
+    write_run(made, [0.5])
+    begun.folder.mkdir(parents=True)
+    (begun.folder / "config.yaml").touch()
+    generates, goes_on, starts = commands([made, begun, missing])
+    assert generates.startswith("python generate.py dataset=scene-play-v0 ")
+    assert goes_on == f"python train.py resume={begun.folder}"
+    assert starts.endswith(f"seed=2 logger=csv hydra.run.dir={missing.folder}")
+
+
+# Running it.
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = jobs_of(tmp_path, "quick", seeds=3, rows=["scene"], agents=["bc"])
+    places = {job.folder: job for job in jobs}
+    calls: list[str] = []
+
+    def fake(command: str, arguments: Sequence[str], output: Path) -> int:
+        job = next(job for folder, job in places.items() if any(str(folder) in word for word in arguments))
+        calls.append(arguments[0])
+        if job.seed == 1 and len(calls) <= 3:
+            (job.folder / "config.yaml").parent.mkdir(parents=True)
+            (job.folder / "config.yaml").touch()
+            return 1
+        (job.folder / "config.yaml").unlink(missing_ok=True)
+        if job.folder.exists():
+            job.folder.rmdir()
+        write_run(job, [0.5])
+        return 0
+
+    monkeypatch.setattr(runs, "_run", fake)
+    assert run_all(jobs, at_once=2, threads=1) == [jobs[1]]
+    assert [job.state for job in jobs] == ["done", "begun", "done"]
+    assert run_all(jobs, at_once=1, threads=1) == []
+    assert len(calls) == 4  # nothing twice
+    assert calls[-1] == f"resume={jobs[1].folder}"
+
+
+def test_a_killed_reproduction_goes_on(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
+    data = tiny_data("cube-single", "play")
+    settings = {"updates": 4000, "eval.every": 4000, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 20}
+    settings |= {"validate_every": 4000, "diversity.states": 0, "networks.hidden": "[8]", "data.batch_size": 16}
+    command = [sys.executable, "reproduce.py", "table=quick", "rows=[cube-single]", "agents=[bc]", "seeds=1"]
+    command += [f"paths.data={data}", f"paths.logs={tmp_path}", f"out={tmp_path / 'out'}"]
+    command += [f"+settings.{name}={value}" for name, value in settings.items()]
+    run = tmp_path / "reproduce" / "quick" / "cube-single" / "bc" / "seed_0"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = run / "checkpoints" / "0_joint" / "last.ckpt"
+    while not last.exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "going on: bc on cube-single, seed 0" in again.stdout + again.stderr
+    (result,) = read_results(tmp_path / "out" / "quick.jsonl")
+    assert result.identity["generated"] is False  # its file does not say so
+    assert (tmp_path / "out" / "quick_curves.png").stat().st_size > 5000
+    assert "| cube-single | bc | 1 |" in (tmp_path / "out" / "quick.md").read_text()
+
+
+# What it comes to.
+
+
+def test_a_cell_is_held_against_the_published_one(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, seeds=3, rows=["cube-single"], agents=["fql", "bc"], tasks=[1, 2])
+    for job in jobs:
+        success = {"fql": 0.95 + 0.02 * job.seed, "bc": 0.5}[job.agent]
+        write_run(job, [0.0, success, success, success])
+    results = [result_of("ogbench_state", job) for job in jobs]
+    cells = {(cell.task, cell.agent): cell for cell in cells_of("ogbench_state", results)}
+    assert set(cells) == {(task, agent) for task in (1, 2, None) for agent in ("fql", "bc")}
+    whole = cells[None, "fql"]
+    assert (whole.mean, whole.seeds, whole.verdict) == (pytest.approx(97.0), 3, None)
+    assert whole.reason == "the published mean is over more tasks"
+    assert whole.deviation == pytest.approx(np.std([95, 97, 99]))
+    assert cells[2, "bc"].verdict == "above"
+    assert cells[2, "bc"].interval is not None
+    assert cells[2, "bc"].interval[0] < 50 < cells[2, "bc"].interval[1]  # seeds are equal: over episodes
+    text = markdown("ogbench_state", list(cells.values()))
+    assert "| cube-single task 2 | fql | 3 | 97 ± 2 | 92 to 100 | 97 | +0 | inside |" in text
+    assert r"cube-single 2 & $97 \pm 2$ (97) & $50 \pm 0$ (3) \\" in latex(list(cells.values()))
+    assert "| fql | 97 |" in summary(results)
+
+
+def test_the_mean_of_all_tasks_is_held_against_the_published_one(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, seeds=2, rows=["cube-single"], agents=["fql"])
+    for job in jobs:
+        write_run(job, [0.9 + 0.05 * job.seed])
+    *_, whole = cells_of("ogbench_state", [result_of("ogbench_state", job) for job in jobs])
+    assert (whole.task, whole.verdict) == (None, "inside")
+    assert whole.published is not None
+    assert whole.published.mean == 96
+
+
+def test_online_shows_before_and_after(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path, "offline_to_online", seeds=1, rows=["puzzle-4x4"], agents=["fql"])
+    write_run(job, [0.08, 0.2, 0.4])
+    (cell,) = cells_of("offline_to_online", [result_of("offline_to_online", job)])
+    assert (cell.before, cell.mean, cell.verdict) == (8.0, 40.0, "inside")
+    assert "| 8 → 40 |" in markdown("offline_to_online", [cell])
+
+
+@pytest.mark.parametrize(
+    "changed,why",
+    [
+        ({"data": {"name": "data-v0", "generated": True}}, "generated here"),
+        ({"success_timing": "post"}, "read otherwise"),
+        ({"horizon": 5}, "span several steps"),
+        ({"protocol": "Minari data and environment"}, "Minari"),
+    ],
+)
+def test_two_protocols_never_meet(changed: dict[str, Any], why: str, tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, rows=["cube-single"], agents=["fql"], tasks=[2])
+    write_run(jobs[0], [0.9])
+    write_run(jobs[1], [0.9], **changed)
+    results = [result_of("ogbench_state", job) for job in jobs]
+    assert why_not_published("ogbench_state", results[0]) is None
+    assert why in str(why_not_published("ogbench_state", results[1]))
+    (cell,) = cells_of("ogbench_state", results[1:])
+    assert (cell.verdict, cell.published) == (None, None)
+    assert why in markdown("ogbench_state", [cell])
+    with pytest.raises(UserError, match="cannot stand in one table"):
+        refuse_mixture(results)
+
+
+def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:
+    files = []
+    for name, success in (("a", 0.5), ("b", 0.75)):
+        jobs = jobs_of(tmp_path / name, rows=["scene"], agents=["fql"], tasks=[1])
+        for job in jobs:
+            write_run(job, [success + 0.1 * job.seed])
+        files.append(tmp_path / f"{name}.jsonl")
+        write_results(files[-1], [result_of("ogbench_state", job) for job in jobs])
+    a, b = map(read_results, files)
+    assert "| scene task 1 | fql | 55 ± 5 (2) | 80 ± 5 (2) | +25.0 | 1.00 |" in compare(a, b)
+    line = json.loads(files[0].read_text().splitlines()[0])
+    line["identity"]["generated"] = True
+    files[0].write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="another protocol in the two files: generated differs"):
+        compare(read_results(files[0]), b)
+    with pytest.raises(UserError, match="there is no results file"):
+        read_results(tmp_path / "none.jsonl")
+    files[0].write_text("nothing\n")
+    with pytest.raises(UserError, match="is no results file"):
+        read_results(files[0])
+
+
+def test_honest_runs_differ_by_what_was_measured() -> None:
+    assert tolerance("cube-single", "iql") == pytest.approx(83 - 50.1)
+    assert 1 < tolerance("cube-single", "srpo") < 10  # was not run again: the median of those that were
+
+
+def test_nothing_to_do_is_said() -> None:
+    with pytest.raises(UserError, match="name a table"):
+        reproduce(compose_config(config_name="reproduce"))
+    with pytest.raises(UserError, match="takes two results files"):
+        reproduce(compose_config("compare=[a.jsonl]", config_name="reproduce"))
