@@ -1,4 +1,4 @@
-"""What the README and the pages on data, GPUs and tables say is so: commands compose, overrides exist, the example agent passes its test."""
+"""What the README and the pages on data, GPUs and tables say is so: commands compose, the example passes its test."""
 
 from __future__ import annotations
 
