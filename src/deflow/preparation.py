@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from deflow.run_folder import CONFIG_FILE, EPISODES_FILE, METRICS_FILE
 from deflow.settings import AUTO
 from deflow.tracking import Tracker
 
+log = logging.getLogger(__name__)
+
+BESIDE = "train.py -m seed=0,1 threads=1 hydra/launcher=joblib"
 TIMED_UPDATES = 4  # of each round in which `trainer.precision=auto` compares
 
 
@@ -52,6 +56,10 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         data.source.meet_environment(data.source.spec())
     decide(config, data.transitions)
     agents, learner = build_agents(config, data.source)
+    if config.seeds > 1 and config.trainer.accelerator == "cpu":
+        log.info(
+            "seeds=%d gains little on a CPU: a process a seed, one thread each, is faster (%s)", config.seeds, BESIDE
+        )
     if learner.traits.reads_returns:
         data.add_returns()
     if config.ckpt is not None and not (resume and is_in_last_stage(config, folder)):
