@@ -36,7 +36,7 @@ def write_run(job: Job, successes: Sequence[float], **changed: Any) -> None:
         "data": {"name": "data-v0", "generated": False},
         "protocol": "OGBench single-task",
         "success_timing": "pre",
-        "transitions": {"train": 1000},
+        "transitions": {"train": 1_000_000},
         "commit": "abc",
         "versions": {"deflow": "0.1.0"},
     }

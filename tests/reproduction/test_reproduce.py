@@ -190,6 +190,7 @@ def test_online_shows_before_and_after(tmp_path: Path) -> None:
         ({"data": {"name": "data-v0", "generated": True}}, "generated here"),
         ({"success_timing": "post"}, "read otherwise"),
         ({"horizon": 5}, "span several steps"),
+        ({"transitions": {"train": 200_000}}, "fewer than OGBench's"),
         ({"protocol": "Minari data and environment"}, "Minari"),
     ],
 )
@@ -205,6 +206,15 @@ def test_two_protocols_never_meet(changed: dict[str, Any], why: str, tmp_path: P
     assert why in markdown("ogbench_state", [cell])
     with pytest.raises(UserError, match="cannot stand in one table"):
         refuse_mixture(results)
+
+
+def test_changed_settings_are_another_protocol(tmp_path: Path) -> None:
+    settings = ["+trainer.max_epochs=1", "compile=true", "updates=20", "agent.critic.members=3"]
+    (job,) = jobs_of(tmp_path, seeds=1, rows=["scene"], agents=["fql"], tasks=[1], settings=settings)
+    write_run(job, [0.9])
+    result = result_of("ogbench_state", job)
+    assert result.identity["changed"] == ["agent.critic.members=3", "updates=20"]
+    assert why_not_published("ogbench_state", result) == "its settings are others (agent.critic.members=3 updates=20)"
 
 
 def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:

@@ -21,6 +21,12 @@ STAGES = {
     ("rlpd", True): "from_scratch",
 }  # (agent, whether online) -> stages; else joint, or offline_to_online
 
+# Settings that say how a run is made, not what it is.
+TECHNICAL = (
+    *("trainer", "compile", "threads", "logger", "paths", "data.device", "data.source.path", "matmul_precision"),
+    *("checkpoint_every", "validate_every", "eval.num_envs", "video", "diversity"),
+)
+
 State = Literal["done", "begun", "missing"]
 
 
@@ -47,6 +53,7 @@ class Job:
         seed: of the run.
         folder: of the run.
         settings: arguments of `train.py`, those of the folder excepted.
+        changed: those of them by which the user departs from the table's protocol.
         dataset: what is generated first, if it is not there.
     """
 
@@ -56,6 +63,7 @@ class Job:
     seed: int
     folder: Path
     settings: tuple[str, ...]
+    changed: tuple[str, ...] = ()
     dataset: Dataset | None = None
 
     @property
@@ -149,11 +157,13 @@ def _job(
     stages = STAGES.get((agent, online), ONLINE if online else "joint")
     chosen = [f"agent={agent}", f"stages={stages}", f"seed={seed}", "logger=csv", *settings]
     place = logs / table / (row if task is None else f"{row}-task{task}") / agent / f"seed_{seed}"
+    changed = tuple(sorted(s for s in settings if not s.lstrip("+").startswith(TECHNICAL)))
     if table != QUICK:
-        return Job(row, task, agent, seed, place, (*published.overrides(table, row, task), *chosen))
+        return Job(row, task, agent, seed, place, (*published.overrides(table, row, task), *chosen), changed)
     dataset = Dataset(f"{row}-play-v0", data / f"{row}-play-v0.npz")
     experiment = ["experiment=original_comparison", f"task={row.replace('-', '_')}", f"task_id={task or 'null'}"]
-    return Job(row, task, agent, seed, place, (*experiment, f"data.source.path={dataset.path}", *chosen), dataset)
+    from_data = f"data.source.path={dataset.path}"
+    return Job(row, task, agent, seed, place, (*experiment, from_data, *chosen), changed, dataset)
 
 
 def _refuse_unknown(what: str, chosen: Sequence[str], known: Sequence[str] | dict[str, list[int | None]]) -> None:

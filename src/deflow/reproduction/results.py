@@ -16,6 +16,7 @@ from deflow.reproduction.plan import ONLINE, QUICK, Job
 from deflow.reproduction.published import tables
 from deflow.run_folder import METRICS_FILE, SUMMARY_FILE
 
+OGBENCH_TRANSITIONS = 1_000_000  # at least, of a published data set
 PUBLISHED_TIMING = "pre"  # success as OGBench's and FQL's code read it, see `SuccessRule`
 
 
@@ -87,7 +88,7 @@ def result_of(table: str, job: Job) -> Result:
         before=None if before is None else unit * before,
         curve={int(row["step"]): unit * row[measure] for row in rows if measure in row},
         episodes=summary["eval_episodes"],
-        identity=_identity(summary),
+        identity=_identity(summary) | {"changed": list(job.changed)},
         command=" ".join(("python train.py", *job.settings)),
         commit=summary.get("commit"),
         versions=summary["versions"],
@@ -132,8 +133,12 @@ def why_not_published(table: str, result: Result) -> str | None:
     if table == QUICK or table not in tables():
         return "a table of its own"
     identity = result.identity
+    if identity["changed"]:
+        return f"its settings are others ({' '.join(identity['changed'])})"
     if identity["generated"]:
         return "its data were generated here"
+    if table.startswith("ogbench") and identity["transitions"] < OGBENCH_TRANSITIONS:
+        return "its data are fewer than OGBench's"
     if identity["success_timing"] not in (None, PUBLISHED_TIMING):
         return f"success is read otherwise ({identity['success_timing']})"
     if identity["horizon"] > 1 or identity["n_step"] > 1:
