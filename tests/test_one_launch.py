@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,3 +182,28 @@ def test_a_run_in_blocks_is_the_run(
     assert blocks["global_step"] == 30
     rows = [read_metrics(tmp_path / kind / "metrics.csv") for kind in ("plain", "blocks")]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    "overrides,says",
+    [
+        ("", None),
+        ("trainer.gradient_clip_val=1", "agent.optimizer.clip"),
+        ("trainer.precision=16-mixed", "bf16-mixed needs no scale"),
+        ("agent=fbrac", "torchdiffeq"),
+        ("solver=dopri5", "torchdiffeq"),
+        ("trainer.one_launch=false", ""),
+    ],
+)
+def test_what_is_not_recorded_is_said(overrides: str, says: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    config = compose_config("experiment=cube_single", "trainer=gpu", *overrides.split())
+    run = SimpleNamespace(config=config, learner=build_agent(config.agent, SPEC))
+    strategy, clip = SimpleNamespace(root_device=torch.device("cuda")), config.trainer.gradient_clip_val
+    trainer = SimpleNamespace(strategy=strategy, world_size=1, gradient_clip_val=clip)
+    with caplog.at_level("INFO"):
+        assert training._records(run, trainer) == (says is None)
+    assert (says or "") in caplog.text
+    trainer.world_size = 2
+    assert not training._records(run, trainer)
+    trainer.world_size, run.learner._make_optimizer = 1, partial(torch.optim.SGD, lr=0.1)
+    assert not training._records(run, trainer)

@@ -188,7 +188,12 @@ class UpdatesAsOneLaunch(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Agent)
-        pl_module.whole_update = None  # and with it the memory of its recordings
+        pl_module.whole_update = None
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()  # gradients lie in the memory of the recordings, which is free now
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 class StageClock(Callback):

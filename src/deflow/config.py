@@ -360,6 +360,8 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         check_folder(Path(config.ckpt).parent, "ckpt")  # its result is written beside it
     elif command in ("generate", "inspect_data", "reproduce"):
         check_folder(Path(config.out), "out")
+        if command == "reproduce":
+            check_folder(Path(config.paths.logs), "paths.logs")
     else:
         check_file(Path(config.out), "out")
 

@@ -46,6 +46,7 @@ RLPD = "deflow.agents.rlpd.RLPD"
 WITHOUT_DISCOUNT = ("deflow.modules.critic.Critic", "deflow.modules.flow_critic.FlowCritic")  # batches have it
 
 OF_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_"}  # the keys that are no arguments of the target
+OF_THE_STAGES = {"one_launch"}  # read by `run_stages` and not by the Trainer
 OF_THE_BUILDER = {"horizon"}  # read by `build_agent` and not by the agent
 DEEPEST = 40  # levels; a file may hold a structure that contains itself
 
@@ -142,6 +143,8 @@ def _check_target(node: dict[str, Any], key: str, file: Path) -> None:
     known = set(inspect.signature(found).parameters) | OF_HYDRA
     if isinstance(found, type) and issubclass(found, Agent):
         known |= OF_THE_BUILDER
+    if target == "lightning.Trainer":
+        known |= OF_THE_STAGES
     unknown = sorted(set(node) - known)
     if unknown:
         raise UserError(f"{where} gives {target} the unknown argument '{unknown[0]}'")

@@ -153,10 +153,16 @@ def _records(run: Run, trainer: Trainer) -> bool:
     """Whether the stage's updates are recorded; said if they are not on a GPU, where it makes a difference."""
     if not run.config.trainer.get(ONE_LAUNCH, True) or trainer.strategy.root_device.type != "cuda":
         return False
-    obstacle = "several processes take part in it" if trainer.world_size > 1 else run.learner.unrecordable
-    if obstacle is not None:
-        log.info("an update goes to the GPU kernel by kernel: %s", obstacle)
-    return obstacle is None
+    obstacles = {
+        "several processes take part in it": trainer.world_size > 1,
+        "Lightning clips its gradients (agent.optimizer.clip is part of an update)": bool(trainer.gradient_clip_val),
+        "Lightning scales its losses (bf16-mixed needs no scale)": run.config.trainer.precision == "16-mixed",
+        f"{run.learner.unrecordable}": run.learner.unrecordable is not None,
+    }
+    found = [reason for reason, holds in obstacles.items() if holds]
+    if found:
+        log.info("an update goes to the GPU kernel by kernel: %s", ", ".join(found))
+    return not found
 
 
 def _updates_at_once(run: Run) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import pytest
 
 from deflow.errors import UserError
 from deflow.reproduction import runs
-from deflow.reproduction.plan import Job, commands, names, plan
-from deflow.reproduction.reproduce import reproduce
+from deflow.reproduction.plan import Job, commands, names, plan, refuse_other_settings
+from deflow.reproduction.reproduce import _done, reproduce
 from deflow.reproduction.results import read_results, refuse_mixture, result_of, why_not_published, write_results
 from deflow.reproduction.runs import run_all
 from deflow.reproduction.table import cells_of, compare, latex, markdown, summary, tolerance
@@ -71,7 +72,12 @@ def test_stages_are_those_of_the_agent(tmp_path: Path) -> None:
         ("nothing", {}, "unknown table 'nothing': choose among d4rl_adroit, "),
         ("quick", {"rows": ["cube"]}, "unknown row of quick 'cube': choose among cube-single, scene"),
         ("quick", {"agents": ["sac"]}, "unknown agent of quick 'sac': choose among bc, iql, rebrac, fql, deflow"),
-        ("ogbench_visual", {"tasks": [3]}, "has none of the tasks"),
+        ("ogbench_visual", {"tasks": [3]}, "unknown task of visual-cube-single in ogbench_visual '3': choose among 1"),
+        ("ogbench_state", {"rows": ["scene"], "tasks": [1, 9]}, "'9': choose among 1, 2, 3, 4, 5"),
+        ("ogbench_state", {"agents": []}, "an empty list chooses nothing"),
+        ("quick", {"settings": ["seed=3"]}, "seed is the table's to set"),
+        ("quick", {"settings": ["agent=fql"]}, "agent is the table's to set"),
+        ("quick", {"settings": ["task_id=3"]}, "task_id is the table's to set"),
     ],
 )
 def test_what_is_not_there_lists_what_is(table: str, chosen: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -84,10 +90,18 @@ def test_a_dry_run_says_what_would_be_typed(tmp_path: Path) -> None:
     write_run(made, [0.5])
     begun.folder.mkdir(parents=True)
     (begun.folder / "config.yaml").touch()
-    generates, goes_on, starts = commands([made, begun, missing])
+    generates, goes_on, starts = commands([made, begun, missing], threads=2)
     assert generates.startswith("python generate.py dataset=scene-play-v0 ")
     assert goes_on == f"python train.py resume={begun.folder}"
-    assert starts.endswith(f"seed=2 logger=csv hydra.run.dir={missing.folder}")
+    assert starts.endswith(f"seed=2 logger=csv hydra.run.dir={missing.folder} threads=2")
+
+
+def test_what_is_typed_survives_a_shell(tmp_path: Path) -> None:
+    (job,) = jobs_of(
+        tmp_path / "my logs", seeds=1, rows=["scene"], agents=["fql"], tasks=[1], settings=["b=it's [8, 8]"]
+    )
+    (command,) = commands([job], threads=1)
+    assert shlex.split(command)[2:] == [*job.arguments, "threads=1"]
 
 
 # Running it.
@@ -112,7 +126,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypa
         return 0
 
     monkeypatch.setattr(runs, "_run", fake)
-    assert run_all(jobs, at_once=2, threads=1) == [jobs[1]]
+    (said,) = run_all(jobs, at_once=2, threads=1)
+    assert said == f"bc on scene task 1, seed 1 failed, see {jobs[1].folder}.log"
     assert [job.state for job in jobs] == ["done", "begun", "done"]
     assert run_all(jobs, at_once=1, threads=1) == []
     assert len(calls) == 4  # nothing twice
@@ -174,6 +189,65 @@ def test_the_mean_of_all_tasks_is_held_against_the_published_one(tmp_path: Path)
     assert (whole.task, whole.verdict) == (None, "inside")
     assert whole.published is not None
     assert whole.published.mean == 96
+
+
+def test_one_task_is_not_the_mean_of_five(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, seeds=2, rows=["cube-single"], agents=["fql", "deflow"])
+    for job in jobs:
+        if job.agent == "fql" or job.task == 3:
+            write_run(job, [0.9 + 0.05 * job.seed])
+    results = [result_of("ogbench_state", job) for job in jobs if job.state == "done"]
+    cells = {cell.agent: cell for cell in cells_of("ogbench_state", results) if cell.task is None}
+    assert cells["fql"].verdict == "inside"
+    assert (cells["deflow"].verdict, cells["deflow"].reason) == (None, "the published mean is over more tasks")
+
+
+@pytest.mark.parametrize("table,row", [("ogbench_state", "scene"), ("d4rl_antmaze", "antmaze-umaze-v2")])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_zero_is_never_0_to_0(table: str, row: str, seeds: int, tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, table, seeds=seeds, rows=[row], agents=["fql"])
+    for job in jobs[1:]:  # one task has a seed less
+        write_run(job, [0.0])
+    results = [result_of(table, job) for job in jobs if job.state == "done"]
+    for cell in cells_of(table, results) if results else ():
+        assert cell.interval is not None
+        assert cell.interval[1] > 0.5
+
+
+def test_a_score_of_one_run_has_no_verdict(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path, "d4rl_adroit", seeds=1, rows=["pen-human-v1"], agents=["fql"])
+    write_run(job, [0.5], **{"eval/score": {"last": 53.0}})
+    (job.folder / "metrics.csv").write_text("step,eval/score\n1000,53\n")
+    (cell,) = cells_of("d4rl_adroit", [result_of("d4rl_adroit", job)])
+    assert (cell.mean, cell.interval, cell.verdict) == (53.0, None, None)
+
+
+def test_a_run_of_other_settings_is_not_taken(tmp_path: Path) -> None:
+    chosen = {"rows": ["scene"], "agents": ["fql"], "tasks": [1], "seeds": 1}
+    (job,) = jobs_of(tmp_path, **chosen)
+    write_run(job, [0.5])
+    job.made_by.write_text("\n".join(job.settings))
+    refuse_other_settings([job])
+    with pytest.raises(UserError, match=r"was begun with other settings \(agent.alpha=3\)"):
+        refuse_other_settings(jobs_of(tmp_path, settings=["agent.alpha=3"], **chosen))
+
+
+@pytest.mark.parametrize("name,content", [("summary.json", "{"), ("metrics.csv", None)])
+def test_a_damaged_run_is_left_out_and_named(name: str, content: str | None, tmp_path: Path) -> None:
+    whole, broken = jobs_of(tmp_path, seeds=2, rows=["scene"], agents=["fql"], tasks=[1])
+    for job in (whole, broken):
+        write_run(job, [0.5])
+    path = broken.folder / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    if name == "summary.json":
+        assert broken.state == "begun"  # `train.py` makes it anew
+        return
+    results, damaged = _done("ogbench_state", [whole, broken])
+    assert [result.seed for result in results] == [0]
+    assert len(damaged) == (content is None)
 
 
 def test_online_shows_before_and_after(tmp_path: Path) -> None:

@@ -80,6 +80,10 @@ def _side_by_side(losses: Iterator[Loss]) -> list[Loss]:
 
 
 def keep_rates_on(device: torch.device, optimizer: Optimizer) -> None:
-    """Hold the learning rates as tensors: a number would be recorded as it is, whatever a schedule makes of it."""
+    """Hold the learning rates as tensors: a number would be recorded as it is, whatever a schedule makes of it.
+
+    A checkpoint brings along how its optimizer was made, which may have been elsewhere.
+    """
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+        group["capturable"] = device.type == "cuda"

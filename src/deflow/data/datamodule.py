@@ -355,6 +355,7 @@ class OfflineDataModule(LightningDataModule):
         device, caches = self._networks_device(), self._proposals or ()
         if self._device == "cpu" or device.type != "cuda":
             return self.transitions, self._proposals
+        torch.cuda.empty_cache()  # what the stage before has left
         free, total = torch.cuda.mem_get_info(device)
         data, proposals = self.transitions.nbytes, sum(cache.nbytes for cache in caches)
         taken = "data %.0f MiB, proposals %.0f MiB, %s %.0f MiB", data / MEBI, proposals / MEBI, device, total / MEBI

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from deflow.errors import UserError
+from deflow.report import read_summary
 from deflow.reproduction import published
 from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
 
@@ -26,6 +28,8 @@ TECHNICAL = (
     *("trainer", "compile", "threads", "logger", "paths", "data.device", "data.source.path", "matmul_precision"),
     *("checkpoint_every", "validate_every", "eval.num_envs", "video", "diversity"),
 )
+
+OF_THE_PLAN = ("seed", "seeds", "agent", "task", "task_id", "stages", "experiment", "resume", "ckpt")
 
 State = Literal["done", "begun", "missing"]
 
@@ -69,7 +73,7 @@ class Job:
     @property
     def state(self) -> State:
         """How far it is."""
-        if (self.folder / SUMMARY_FILE).exists():
+        if read_summary(self.folder / SUMMARY_FILE) is not None:
             return "done"
         return "begun" if (self.folder / CONFIG_FILE).exists() else "missing"
 
@@ -77,6 +81,11 @@ class Job:
     def arguments(self) -> tuple[str, ...]:
         """Of `train.py`: those that begin the run, or that go on with it."""
         return (f"resume={self.folder}",) if self.state == "begun" else (*self.settings, f"hydra.run.dir={self.folder}")
+
+    @property
+    def made_by(self) -> Path:
+        """The file beside the folder that holds the settings with which the run was begun."""
+        return self.folder.with_suffix(".settings")
 
     @property
     def name(self) -> str:
@@ -118,22 +127,43 @@ def plan(
     _refuse_unknown("table", [table], names())
     known = _rows(table)
     _refuse_unknown(f"row of {table}", rows or (), known)
-    columns = QUICK_AGENTS if table == QUICK else dict.fromkeys(cell.agent for cell in published.published(table))
-    _refuse_unknown(f"agent of {table}", agents or (), list(columns))
-    cells = [
-        (row, task)
-        for row in rows or known
-        for task in known[row]
-        if tasks is None or task is None or task in tasks or table == QUICK
-    ]
-    if not cells:
-        raise UserError(f"table {table} has none of the tasks {list(tasks or ())}: OGBench's are 1 to 5")
+    columns = QUICK_AGENTS if table == QUICK else tuple(dict.fromkeys(c.agent for c in published.published(table)))
+    _refuse_unknown(f"agent of {table}", agents or (), columns)
+    if [] in (rows, agents, tasks):
+        raise UserError("an empty list chooses nothing: leave out rows, agents or tasks for all of them")
+    chosen = {row: known[row] for row in rows or known}
+    if tasks is not None:
+        for row, of_row in chosen.items():
+            _refuse_unknown(f"task of {row} in {table}", list(map(str, tasks)), list(map(str, of_row)))
+        chosen = {row: list(dict.fromkeys(tasks)) for row in chosen}
+    for name in (setting.lstrip("+").partition("=")[0] for setting in settings):
+        if name in OF_THE_PLAN or name.startswith("hydra."):
+            raise UserError(f"{name} is the table's to set: choose rows, tasks, agents and seeds")
     return [
         _job(table, row, task, agent, seed, logs, data, settings)
         for seed in range(seeds)
-        for row, task in cells
-        for agent in agents or columns
+        for row, of_row in chosen.items()
+        for task in of_row
+        for agent in dict.fromkeys(agents or columns)
     ]
+
+
+def refuse_other_settings(jobs: Sequence[Job]) -> None:
+    """A run that was begun with other settings is not a run of this plan.
+
+    Raises:
+        UserError: naming the run, and its settings.
+    """
+    for job in jobs:
+        if job.state == "missing" or not job.made_by.exists():
+            continue
+        before, now = job.made_by.read_text().split("\n"), list(job.settings)
+        differing = [setting for setting in (*before, *now) if (setting in before) != (setting in now)]
+        if differing:
+            raise UserError(
+                f"{job.folder} was begun with other settings ({' '.join(differing)}): go on with its own, or choose "
+                "another paths.logs"
+            )
 
 
 def _rows(table: str) -> dict[str, list[int | None]]:
@@ -166,18 +196,19 @@ def _job(
     return Job(row, task, agent, seed, place, (*experiment, from_data, *chosen), changed, dataset)
 
 
-def _refuse_unknown(what: str, chosen: Sequence[str], known: Sequence[str] | dict[str, list[int | None]]) -> None:
+def _refuse_unknown(what: str, chosen: Sequence[str], known: Iterable[str]) -> None:
     for name in chosen:
         if name not in known:
             raise UserError(f"unknown {what} '{name}': choose among {', '.join(known)}")
 
 
-def commands(jobs: Sequence[Job]) -> Iterator[str]:
-    """What would be typed to do what is not done."""
+def commands(jobs: Sequence[Job], threads: int) -> Iterator[str]:
+    """What would be typed, in a shell, to do what is not done."""
     datasets = dict.fromkeys(job.dataset for job in jobs if job.state == "missing")
     for dataset in datasets:
         if dataset is not None and not dataset.path.exists():
-            yield " ".join(("python generate.py", *dataset.arguments))
+            yield shlex.join(("python", "generate.py", *dataset.arguments))
     for job in jobs:
         if job.state != "done":
-            yield " ".join(("python train.py", *job.arguments))
+            more = () if job.state == "begun" else (f"threads={threads}",)
+            yield shlex.join(("python", "train.py", *job.arguments, *more))

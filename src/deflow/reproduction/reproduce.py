@@ -22,7 +22,7 @@ from deflow.cores import usable_cores
 from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
 from deflow.files import replacing
-from deflow.reproduction.plan import Job, commands, plan
+from deflow.reproduction.plan import Job, commands, plan, refuse_other_settings
 from deflow.reproduction.results import Result, read_results, refuse_mixture, result_of, write_results
 from deflow.reproduction.runs import generate_missing, run_all
 from deflow.reproduction.table import cells_of, compare, draw_curves, draw_profile, latex, markdown, summary
@@ -32,6 +32,7 @@ from deflow.types import Spec
 log = logging.getLogger(__name__)
 
 TYPICAL = Spec(observation_dim=29, action_dim=8)  # of a task, for an estimate of time
+PLAN_WIDTH = 100  # columns
 TIMED = 3  # updates, after as many that warm up
 
 
@@ -57,21 +58,39 @@ def reproduce(config: DictConfig) -> list[Result]:
     jobs = plan(config.table, logs, data, config.seeds, *chosen, settings=list(_arguments(plain(config.settings))))
     threads = config.threads or 1
     at_once = config.jobs or max(1, usable_cores() // threads)
+    refuse_other_settings(jobs)
+    on_gpu = config.settings.get("trainer") not in (None, "cpu")
+    at_once = 1 if on_gpu and config.jobs is None else at_once
+    _composed(jobs[0].settings)  # a mistake in the settings is every run's
+    _show_plan(jobs, at_once, threads, on_gpu)
     if config.dry:
-        print("\n".join(commands(jobs)))
-    _show_plan(jobs, at_once, threads)
-    if config.dry:
+        print("\n".join(commands(jobs, threads)))
         return []
+    refuse_mixture(_done(config.table, jobs)[0])
     generate_missing(jobs)
-    failed = run_all(jobs, at_once, threads)
-    results = [result_of(config.table, job) for job in jobs if job.state == "done"]
+    not_done = run_all(jobs, at_once, threads)
+    results, damaged = _done(config.table, jobs)
     if results:
         refuse_mixture(results)
         _write(config.table, results, Path(config.out))
-    if failed:
-        again = ", ".join(f"{job.name} (see {job.folder}.log)" for job in failed)
-        raise UserError(f"{len(failed)} of {len(jobs)} runs failed, go on by the same command: {again}")
+    if not_done or damaged:
+        raise UserError(
+            f"the table lacks {len(jobs) - len(results)} of {len(jobs)} runs, go on by the same command: "
+            + "; ".join([*not_done, *damaged])
+        )
     return results
+
+
+def _done(table: str, jobs: Sequence[Job]) -> tuple[list[Result], list[str]]:
+    """The results of the runs that are done, and what is wrong with those that cannot be read."""
+    results, damaged = [], []
+    for job in jobs:
+        if job.state == "done":
+            try:
+                results.append(result_of(table, job))
+            except UserError as error:
+                damaged.append(str(error))
+    return results, damaged
 
 
 def _arguments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -80,7 +99,8 @@ def _arguments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from _arguments(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}={json.dumps(value) if not isinstance(value, str) else value}"
+            written = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            yield f"{prefix}{key}={written}"
 
 
 def _compared(paths: Sequence[str]) -> str:
@@ -105,12 +125,12 @@ def _write(table: str, results: Sequence[Result], folder: Path) -> None:
     log.info("%s, .tex, .jsonl and pictures are in %s", f"{table}.md", folder)
 
 
-def _show_plan(jobs: Sequence[Job], at_once: int, threads: int) -> None:
+def _show_plan(jobs: Sequence[Job], at_once: int, threads: int, on_gpu: bool) -> None:
     """How many runs there are, how far they are, and how long those take that are missing."""
     table = Table(title=f"{len(jobs)} runs, {at_once} at a time with {threads} threads each")
     for column in ("row", "agent", "done", "begun", "missing", "updates of a run", "hours left, about"):
         table.add_column(column)
-    speeds: dict[tuple[str, str], tuple[int, float]] = {}
+    speeds: dict[str, float] = {}  # of agents, the first of whose tasks stands for all
     total = 0.0
     for row, agent in dict.fromkeys((job.row, job.agent) for job in jobs):
         of_cell = [job for job in jobs if (job.row, job.agent) == (row, agent)]
@@ -118,28 +138,36 @@ def _show_plan(jobs: Sequence[Job], at_once: int, threads: int) -> None:
         left = len(states) - states.count("done")
         updates, hours = "", 0.0
         if left:
-            steps, seconds = speeds.setdefault((row, agent), _cost(of_cell[0], threads))
-            updates, hours = f"{steps:,}", left * steps * seconds / 3600
+            job_config = _composed(of_cell[0].settings)
+            steps = sum(stage.steps for stage in job_config.stages.values())
+            updates = f"{steps:,}"
+            if not on_gpu:
+                if agent not in speeds:
+                    speeds[agent] = _seconds(job_config, threads)
+                hours = left * steps * speeds[agent] / 3600
         total += hours
         counts = [str(states.count(state)) for state in ("done", "begun", "missing")]
-        table.add_row(row, agent, *counts, updates, f"{hours:.1f}" if left else "")
-    table.caption = f"about {total / at_once:.1f} hours, evaluations and data excepted"
-    Console().print(table)
+        table.add_row(row, agent, *counts, updates, f"{hours:.1f}" if hours else "")
+    if total:
+        table.caption = (
+            f"about {total / at_once:.1f} hours by timing {TIMED} updates here, evaluations and data excepted"
+        )
+    console = Console(stderr=True)
+    console.width = max(console.width, PLAN_WIDTH)
+    console.print(table)
 
 
-def _cost(job: Job, threads: int) -> tuple[int, float]:
-    """Updates of a run, all stages together, and seconds of one, timed here on random data."""
-    config = _composed([setting for setting in job.settings if not setting.startswith("hydra.")])
+def _seconds(config: DictConfig, threads: int) -> float:
+    """Of a joint update, timed here on random data."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         agent = build_agent(config.agent, TYPICAL)
         agent.begin_stage("timed", "all", first_step=0)
         stream = BatchStream(random_transitions(agent), config.data.batch_size, 0, TIMED, (0, "timed"), SPAN)
-        seconds = [seconds_of_updates(agent, stream) for _ in range(2)][-1] / TIMED
+        return [seconds_of_updates(agent, stream) for _ in range(2)][-1] / TIMED
     finally:
         torch.set_num_threads(before)
-    return sum(stage.steps for stage in config.stages.values()), seconds
 
 
 def _composed(overrides: Iterable[str]) -> DictConfig:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,10 +65,18 @@ def result_of(table: str, job: Job) -> Result:
     """The result of a run that is done.
 
     Raises:
-        UserError: if it has no evaluation.
+        UserError: if it has no evaluation, or its files are damaged.
     """
+    try:
+        return _result_of(table, job)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{job.folder} is damaged ({type(error).__name__}: {error}): move it away") from error
+
+
+def _result_of(table: str, job: Job) -> Result:
     summary = read_summary(job.folder / SUMMARY_FILE)
-    assert summary is not None
+    if summary is None:
+        raise UserError(f"{job.folder} is not done")
     measure, unit = ("eval/score", 1.0) if "eval/score" in summary else ("eval/success", 100.0)
     if measure not in summary:
         raise UserError(f"{job.folder} has no evaluation: a table needs runs with an environment")
@@ -77,6 +87,8 @@ def result_of(table: str, job: Job) -> Result:
     else:
         before = None
         value = found["last" if table.startswith("d4rl") else "mean_of_last_three"]
+    if not math.isfinite(value):
+        raise ValueError(f"{measure} is {value}")
     rows = read_metrics(job.folder / METRICS_FILE)
     *_, speed = summary["updates_per_second"].values()
     return Result(
@@ -89,7 +101,7 @@ def result_of(table: str, job: Job) -> Result:
         curve={int(row["step"]): unit * row[measure] for row in rows if measure in row},
         episodes=summary["eval_episodes"],
         identity=_identity(summary) | {"changed": list(job.changed)},
-        command=" ".join(("python train.py", *job.settings)),
+        command=shlex.join(("python", "train.py", *job.settings)),
         commit=summary.get("commit"),
         versions=summary["versions"],
         updates_per_second=speed,
@@ -121,10 +133,9 @@ def refuse_mixture(results: Iterable[Result]) -> None:
     for result in results:
         other = first.setdefault((result.row, result.task), result)
         for name, value in result.identity.items():
-            if other.identity[name] != value:
+            if (others := other.identity.get(name)) != value:
                 raise UserError(
-                    f"{other.folder} and {result.folder} cannot stand in one table: {name} is {other.identity[name]} "
-                    f"and {value}"
+                    f"{other.folder} and {result.folder} cannot stand in one table: {name} is {others} and {value}"
                 )
 
 
@@ -165,6 +176,13 @@ def read_results(path: Path) -> list[Result]:
         raise UserError(f"there is no results file {path}")
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [Result(**line | {"curve": {int(at): value for at, value in line["curve"].items()}}) for line in lines]
+        results = [
+            Result(**line | {"value": float(line["value"]), "curve": {int(at): v for at, v in line["curve"].items()}})
+            for line in lines
+        ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is no results file of reproduce.py: {error}") from error
+    if not results:
+        raise UserError(f"{path} holds no results")
+    refuse_mixture(results)
+    return results

@@ -35,11 +35,11 @@ def generate_missing(jobs: Sequence[Job]) -> None:
             log.info("generating %s", dataset.path)
             dataset.path.parent.mkdir(parents=True, exist_ok=True)
             output = dataset.path.with_suffix(".log")
-            if _run("generate", dataset.arguments, output):
+            if _run("generate", dataset.arguments, output) and not dataset.path.exists():  # another's, meanwhile
                 raise UserError(f"{dataset.name} could not be generated: see {output}")
 
 
-def run_all(jobs: Sequence[Job], at_once: int, threads: int) -> list[Job]:
+def run_all(jobs: Sequence[Job], at_once: int, threads: int) -> list[str]:
     """Do what is not done yet; a run that fails leaves the others alone.
 
     Args:
@@ -48,30 +48,29 @@ def run_all(jobs: Sequence[Job], at_once: int, threads: int) -> list[Job]:
         threads: of torch, in each.
 
     Returns:
-        Those that failed.
+        What is to be said of those that are not done now.
     """
     todo = [job for job in jobs if job.state != "done"]
     outcomes = Parallel(n_jobs=at_once, backend="threading")(delayed(_do)(job, threads) for job in todo)
-    return [job for job, is_done in zip(todo, outcomes, strict=True) if not is_done]
+    return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _do(job: Job, threads: int) -> bool:
-    """Whether the run is done, or at work in another process."""
+def _do(job: Job, threads: int) -> str | None:
+    """What is to be said of the run, unless it is done."""
     output = job.folder.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(job.folder.with_suffix(".lock"), timeout=0):
             if job.state == "done":
-                return True
+                return None
             log.info("%s %s", "going on:" if job.state == "begun" else "training:", job.name)
             more = () if job.state == "begun" else (f"threads={threads}",)
+            if job.state == "missing":
+                job.made_by.write_text("\n".join(job.settings))
             status = _run("train", (*job.arguments, *more), output)
     except Timeout:
-        log.info("%s is at work in another process", job.name)
-        return True
-    if status:
-        log.warning("%s failed: see %s", job.name, output)
-    return status == 0
+        return f"{job.name} is at work in another process"
+    return f"{job.name} failed, see {output}" if status else None
 
 
 def _run(command: str, arguments: Sequence[str], output: Path) -> int:

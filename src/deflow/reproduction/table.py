@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from deflow.errors import UserError
 from deflow.files import replacing
-from deflow.reproduction.plan import ONLINE
 from deflow.reproduction.published import OGBENCH_TASKS, Published, find, published, tables
 from deflow.reproduction.results import Result, why_not_published
 from deflow.reproduction.statistics import (
@@ -30,6 +29,7 @@ from deflow.reproduction.statistics import (
     verdict,
 )
 
+ADROIT = ("pen", "door", "hammer", "relocate")  # rows whose score is no share of successes
 RERUN = "optiflow_state"  # a third party's re-run of the baselines: how far two honest runs of a cell are apart
 
 
@@ -71,11 +71,14 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
     mean, deviation = mean_and_deviation(scores)
     known = find(table, row, agent, task) if table in tables() else None
     reason = next((why for why in (why_not_published(table, result) for result in results) if why), None)
-    if reason is None and task is None and len(scores) not in (1, len(OGBENCH_TASKS)):
+    tasks = {result.task for result in results}
+    if reason is None and task is None and tasks not in ({None}, set(OGBENCH_TASKS)):
         reason = "the published mean is over more tasks"
     if reason is None and known is None:
         reason = "not published"
-    spread = _interval(scores, results[0].episodes, is_share=table == ONLINE or not table.startswith("d4rl"))
+    spread = _interval(scores, results[0].episodes, is_share=not row.startswith(ADROIT))
+    if reason is None and spread is None:
+        reason = "nothing is known of the spread of one run's score"
     return Cell(
         row=row,
         task=task,
@@ -100,14 +103,13 @@ def _by_task(results: Sequence[Result]) -> list[np.ndarray]:
 
 
 def _interval(scores: Sequence[np.ndarray], episodes: int, is_share: bool) -> Interval | None:
-    """Of the mean over seeds of a seed's mean over tasks."""
-    if len({len(values) for values in scores}) > 1:
-        return stratified_bootstrap(scores, lambda tasks: float(np.mean([values.mean() for values in tasks])))
-    of_seeds = np.mean(scores, axis=0)
-    if is_share and (of_seeds.min() >= 0) and (of_seeds.max() <= 100):
-        low, high = interval(of_seeds / 100, episodes * len(scores))
-        return max(0.0, 100 * low), min(100.0, 100 * high)
-    return seed_interval(of_seeds)
+    """Of the mean over seeds of a seed's mean over tasks; of the seeds that all tasks have."""
+    seeds = min(len(values) for values in scores)
+    of_seeds = np.mean([values[:seeds] for values in scores], axis=0)
+    if not is_share:
+        return None if np.ptp(of_seeds) == 0 else seed_interval(of_seeds)
+    low, high = interval(of_seeds.clip(0, 100) / 100, episodes * len(scores))
+    return max(0.0, 100 * low), min(100.0, 100 * high)
 
 
 def _verdict(table: str, known: Published, ours: Estimate) -> Verdict:
@@ -186,7 +188,7 @@ def latex(cells: Sequence[Cell]) -> str:
     lines = [
         r"\begin{tabular}{l" + "c" * len(agents) + "}",
         r"\toprule",
-        " & ".join(["", *agents]) + r" \\",
+        " & ".join(["", *agents]).replace("_", r"\_") + r" \\",
         r"\midrule",
     ]
     for row, task in dict.fromkeys((cell.row, cell.task) for cell in cells):
@@ -249,7 +251,8 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
     for key in shared:
         a, b = (of_file[key] for of_file in both)
         if a[0].identity != b[0].identity:
-            differing = next(name for name, value in a[0].identity.items() if b[0].identity.get(name) != value)
+            names = a[0].identity | b[0].identity
+            differing = next(name for name in names if a[0].identity.get(name) != b[0].identity.get(name))
             raise UserError(f"{key[0]} of {key[2]} is of another protocol in the two files: {differing} differs")
         values = [np.array([result.value for result in results]) for results in (a, b)]
         shown = [_plus_minus(*mean_and_deviation([of_one])) + f" ({len(of_one)})" for of_one in values]
@@ -282,12 +285,13 @@ def _curves(axes: Axes, task: tuple[str, int | None], results: Sequence[Result])
     found = [result for result in results if (result.row, result.task) == task]
     for agent in dict.fromkeys(result.agent for result in found):
         curves = [result.curve for result in found if result.agent == agent]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        values = np.array([[curve[step] for step in steps] for curve in curves])
-        axes.plot(steps, values.mean(0), marker="o", markersize=3, label=f"{agent} ({len(curves)})")
-        axes.fill_between(steps, values.min(0), values.max(0), alpha=0.15)
+        at = {step: [curve[step] for curve in curves if step in curve] for step in sorted(set().union(*curves))}
+        means = [float(np.mean(values)) for values in at.values()]
+        axes.plot(list(at), means, marker="o", markersize=3, label=f"{agent} ({len(curves)})")
+        axes.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()], alpha=0.15)
     axes.set_title(task[0] if task[1] is None else f"{task[0]} task {task[1]}")
     axes.set_xlabel("updates")
+    axes.set_ylabel("score" if task[0].startswith(ADROIT) else "success, %")
     axes.legend(fontsize="small")
 
 
