@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +74,25 @@ def test_every_mutation_finds_its_line_and_its_tests(mutations: Any) -> None:
         for test in mutation.tests:
             file, _, name = test.partition("[")[0].partition("::")
             assert f"def {name}(" in (ROOT / file).read_text() or not name, test
+
+
+def test_the_study_of_gpus_runs_without_one(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    settings = [
+        "agents=[flow_bc]",
+        "networks.hidden=[8]",
+        "updates=2",
+        "rounds=1",
+        "seeds=2",
+        "batch_size=8",
+        "threads=1",
+    ]
+    chosen = ["kinds=eager,recorded", "subjects=joint,seeds", f"out={out}"]
+    command = [sys.executable, str(ROOT / "studies" / "gpu_speed.py"), *settings, *chosen]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "FAILED" not in done.stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["stage"], row["kind"]) for row in rows} == {
+        (s, k) for s in ("joint", "seeds") for k in ("eager", "recorded")
+    }
