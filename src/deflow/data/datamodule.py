@@ -338,7 +338,7 @@ class OfflineDataModule(LightningDataModule):
             stream = self._stream(transitions, first, self._steps, self._stage, proposals, self.crop_probability)
             if stream.device.type == device.type:
                 stream.at_once = self._at_once
-            else:
+            elif device.type == "cuda":
                 stream = Prefetched(stream, min(MOST_THREADS, usable_cores()))
         paced = PacedStream(stream, self._between_updates)
         return DataLoader(paced, batch_size=None, pin_memory=device.type == "cuda")
