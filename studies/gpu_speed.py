@@ -42,10 +42,7 @@ from deflow.types import Spec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = {"fp32": ("highest", False), "tf32": ("high", False), "bf16": ("high", True)}
-COMPILED = (
-    "deflow",
-    "fql",
-)  # whose compiled updates are measured unless subjects= says of what: it takes a minute each
+COMPILED = ("deflow", "fql")  # agents whose compiled updates are measured, unless subjects= says of what
 COMPARED = 50  # recorded updates after which weights are compared with those made kernel by kernel
 FEW = 20  # updates so few that the device's queue cannot hold the host up
 IMAGE, IMAGE_ROWS = (3, 64, 64, 3), 3_000  # frames, height, width and channels of an observation
@@ -193,7 +190,7 @@ def measure(config: DictConfig, agent: Agent, stream: Stream, precision: str, ki
         synchronize()
         return host, time.perf_counter() - started
 
-    for _ in range(2 * max(agent.every.values(), default=1)):
+    for _ in range(2 * period(agent)):
         loop(WARM_UPS + 1)
     host, _ = loop(FEW)
     seconds = [loop(config.updates)[1] for _ in range(config.rounds)]
@@ -209,6 +206,7 @@ def measure(config: DictConfig, agent: Agent, stream: Stream, precision: str, ki
 
 
 def period(agent: Agent) -> int:
+    """Updates after which the parts that are due are the same again."""
     return max(agent.every.values(), default=1)
 
 

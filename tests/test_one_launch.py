@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deflow import training
-from deflow.agents.base import Agent
+from deflow.agents import graphed_update
+from deflow.agents.base import Agent, Loss
 from deflow.agents.graphed_update import GraphedUpdate, keep_rates_on
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent
@@ -81,6 +82,13 @@ def recordings_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
         with Recording() as self._graph:
             self._results = self._function(*self._inputs)
 
+    def one_by_one(losses: Iterator[Loss]) -> list[Loss]:
+        found = list(losses)
+        for _, loss, _ in found:
+            loss.backward()
+        return found
+
+    monkeypatch.setattr(graphed_update, "_side_by_side", one_by_one)
     monkeypatch.setattr(OneLaunch, "_beside", lambda self, inputs: self._function(*inputs))
     monkeypatch.setattr(OneLaunch, "_record", record)
 

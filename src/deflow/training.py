@@ -153,13 +153,13 @@ def _records(run: Run, trainer: Trainer) -> bool:
     """Whether the stage's updates are recorded; said if they are not on a GPU, where it makes a difference."""
     if not run.config.trainer.get(ONE_LAUNCH, True) or trainer.strategy.root_device.type != "cuda":
         return False
-    obstacles = {
-        "several processes take part in it": trainer.world_size > 1,
-        "Lightning clips its gradients (agent.optimizer.clip is part of an update)": bool(trainer.gradient_clip_val),
-        "Lightning scales its losses (bf16-mixed needs no scale)": run.config.trainer.precision == "16-mixed",
-        f"{run.learner.unrecordable}": run.learner.unrecordable is not None,
-    }
-    found = [reason for reason, holds in obstacles.items() if holds]
+    found = [] if run.learner.unrecordable is None else [run.learner.unrecordable]
+    if trainer.world_size > 1:
+        found.append("several processes take part in it")
+    if trainer.gradient_clip_val:
+        found.append("Lightning clips its gradients (agent.optimizer.clip is part of an update)")
+    if run.config.trainer.precision == "16-mixed":
+        found.append("Lightning scales its losses (bf16-mixed needs no scale)")
     if found:
         log.info("an update goes to the GPU kernel by kernel: %s", ", ".join(found))
     return not found

@@ -101,7 +101,7 @@ def test_what_is_typed_survives_a_shell(tmp_path: Path) -> None:
         tmp_path / "my logs", seeds=1, rows=["scene"], agents=["fql"], tasks=[1], settings=["b=it's [8, 8]"]
     )
     (command,) = commands([job], threads=1)
-    assert shlex.split(command)[2:] == [*job.arguments, "threads=1"]
+    assert shlex.split(command)[2:] == list(job.arguments(threads=1))
 
 
 # Running it.

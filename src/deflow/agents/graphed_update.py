@@ -40,13 +40,7 @@ class GraphedUpdate:
 def _update(agent: Agent, optimizer: Optimizer, batch: Batch) -> list[Loss]:
     """As `Agent.update`, with the parts' losses and gradients side by side, as none of them fills a GPU."""
     optimizer.zero_grad()
-    losses = agent.losses(batch, agent.next_noise(batch))
-    if agent.device.type == "cuda":
-        found = _side_by_side(iter(losses))
-    else:
-        found = list(losses)
-        for _, loss, _ in found:
-            loss.backward()
+    found = _side_by_side(iter(agent.losses(batch, agent.next_noise(batch))))
     with torch.autocast(agent.device.type, enabled=False):
         return agent.step(optimizer, found)
 

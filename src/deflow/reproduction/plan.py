@@ -77,10 +77,11 @@ class Job:
             return "done"
         return "begun" if (self.folder / CONFIG_FILE).exists() else "missing"
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Of `train.py`: those that begin the run, or that go on with it."""
-        return (f"resume={self.folder}",) if self.state == "begun" else (*self.settings, f"hydra.run.dir={self.folder}")
+    def arguments(self, threads: int) -> tuple[str, ...]:
+        """Of `train.py`: those that begin the run, with so many threads of torch, or that go on with it."""
+        if self.state == "begun":
+            return (f"resume={self.folder}",)
+        return (*self.settings, f"hydra.run.dir={self.folder}", f"threads={threads}")
 
     @property
     def made_by(self) -> Path:
@@ -204,11 +205,14 @@ def _refuse_unknown(what: str, chosen: Sequence[str], known: Iterable[str]) -> N
 
 def commands(jobs: Sequence[Job], threads: int) -> Iterator[str]:
     """What would be typed, in a shell, to do what is not done."""
-    datasets = dict.fromkeys(job.dataset for job in jobs if job.state == "missing")
-    for dataset in datasets:
-        if dataset is not None and not dataset.path.exists():
-            yield shlex.join(("python", "generate.py", *dataset.arguments))
+    for dataset in missing_datasets(jobs):
+        yield shlex.join(("python", "generate.py", *dataset.arguments))
     for job in jobs:
         if job.state != "done":
-            more = () if job.state == "begun" else (f"threads={threads}",)
-            yield shlex.join(("python", "train.py", *job.arguments, *more))
+            yield shlex.join(("python", "train.py", *job.arguments(threads)))
+
+
+def missing_datasets(jobs: Sequence[Job]) -> list[Dataset]:
+    """The data that the runs need and that are not there."""
+    needed = dict.fromkeys(job.dataset for job in jobs if job.state == "missing")
+    return [dataset for dataset in needed if dataset is not None and not dataset.path.exists()]

@@ -46,6 +46,13 @@ class Published:
     before: float | None = None
     after: float | None = None
 
+    @property
+    def value(self) -> float:
+        """What a run's value is held against: the mean, or online what came after."""
+        found = self.after if self.mean is None else self.mean
+        assert found is not None, "a cell has one of the two"
+        return found
+
 
 def tables() -> list[str]:
     """Names of the tables."""

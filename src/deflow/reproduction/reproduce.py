@@ -56,11 +56,9 @@ def reproduce(config: DictConfig) -> list[Result]:
     logs, data = Path(config.paths.logs).absolute() / "reproduce", Path(config.paths.data).expanduser().absolute()
     chosen = config.rows, config.tasks, config.agents
     jobs = plan(config.table, logs, data, config.seeds, *chosen, settings=list(_arguments(plain(config.settings))))
-    threads = config.threads or 1
-    at_once = config.jobs or max(1, usable_cores() // threads)
     refuse_other_settings(jobs)
-    on_gpu = config.settings.get("trainer") not in (None, "cpu")
-    at_once = 1 if on_gpu and config.jobs is None else at_once
+    threads, on_gpu = config.threads, config.settings.get("trainer") not in (None, "cpu")
+    at_once = config.jobs or (1 if on_gpu else max(1, usable_cores() // threads))
     _composed(jobs[0].settings)  # a mistake in the settings is every run's
     _show_plan(jobs, at_once, threads, on_gpu)
     if config.dry:

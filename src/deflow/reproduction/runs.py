@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 
 from deflow.errors import UserError
-from deflow.reproduction.plan import Dataset, Job
+from deflow.reproduction.plan import Job, missing_datasets
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +29,12 @@ def generate_missing(jobs: Sequence[Job]) -> None:
     Raises:
         UserError: if that failed, naming its log.
     """
-    needed: dict[Dataset | None, None] = dict.fromkeys(job.dataset for job in jobs if job.state == "missing")
-    for dataset in needed:
-        if dataset is not None and not dataset.path.exists():
-            log.info("generating %s", dataset.path)
-            dataset.path.parent.mkdir(parents=True, exist_ok=True)
-            output = dataset.path.with_suffix(".log")
-            if _run("generate", dataset.arguments, output) and not dataset.path.exists():  # another's, meanwhile
-                raise UserError(f"{dataset.name} could not be generated: see {output}")
+    for dataset in missing_datasets(jobs):
+        log.info("generating %s", dataset.path)
+        dataset.path.parent.mkdir(parents=True, exist_ok=True)
+        output = dataset.path.with_suffix(".log")
+        if _run("generate", dataset.arguments, output) and not dataset.path.exists():  # another's, meanwhile
+            raise UserError(f"{dataset.name} could not be generated: see {output}")
 
 
 def run_all(jobs: Sequence[Job], at_once: int, threads: int) -> list[str]:
@@ -61,13 +59,13 @@ def _do(job: Job, threads: int) -> str | None:
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(job.folder.with_suffix(".lock"), timeout=0):
-            if job.state == "done":
+            state = job.state
+            if state == "done":
                 return None
-            log.info("%s %s", "going on:" if job.state == "begun" else "training:", job.name)
-            more = () if job.state == "begun" else (f"threads={threads}",)
-            if job.state == "missing":
+            log.info("%s %s", "going on:" if state == "begun" else "training:", job.name)
+            if state == "missing":
                 job.made_by.write_text("\n".join(job.settings))
-            status = _run("train", (*job.arguments, *more), output)
+            status = _run("train", job.arguments(threads), output)
     except Timeout:
         return f"{job.name} is at work in another process"
     return f"{job.name} failed, see {output}" if status else None

@@ -29,6 +29,14 @@ from deflow.reproduction.statistics import (
     verdict,
 )
 
+LEGEND = (
+    "ours: mean ± standard deviation over seeds; 95%: of the mean over seeds (Student's t), or over episodes (Wilson) "
+    "where there is one seed or all are equal."
+)
+INSIDE = (
+    " A cell is inside if that interval meets the published one, which is at least as wide as two honest published "
+    "runs of a cell differ."
+)
 ADROIT = ("pen", "door", "hammer", "relocate")  # rows whose score is no share of successes
 RERUN = "optiflow_state"  # a third party's re-run of the baselines: how far two honest runs of a cell are apart
 
@@ -113,9 +121,7 @@ def _interval(scores: Sequence[np.ndarray], episodes: int, is_share: bool) -> In
 
 
 def _verdict(table: str, known: Published, ours: Estimate) -> Verdict:
-    target = known.after if known.mean is None else known.mean
-    assert target is not None
-    return verdict(ours, target, known.deviation, known.seeds or 1, tolerance(known.row, known.agent))
+    return verdict(ours, known.value, known.deviation, known.seeds or 1, tolerance(known.row, known.agent))
 
 
 def tolerance(row: str, agent: str) -> float:
@@ -145,16 +151,7 @@ def markdown(title: str, cells: Sequence[Cell]) -> str:
     for cell in cells:
         lines.append("| " + " | ".join(_columns(cell)) + " |")
     reasons = dict.fromkeys(cell.reason for cell in cells if cell.reason is not None)
-    lines += [
-        "",
-        "ours: mean ± standard deviation over seeds; 95%: of the mean over seeds (Student's t), or over episodes",
-    ]
-    lines[-1] += " (Wilson) where there is one seed or all are equal."
-    if any(cell.verdict for cell in cells):
-        lines[-1] += (
-            " A cell is inside if that interval meets the published one, which is at least as wide as two honest"
-        )
-        lines[-1] += " published runs of a cell differ."
+    lines += ["", LEGEND + (INSIDE if any(cell.verdict for cell in cells) else "")]
     if reasons:
         lines += ["", "No verdict: " + "; ".join(str(reason) for reason in reasons) + "."]
     return "\n".join(lines) + "\n"
@@ -170,10 +167,9 @@ def _columns(cell: Cell) -> Iterator[str]:
     if known is None:
         yield from ("-", "-", "-")
         return
-    target = known.after if known.mean is None else known.mean
-    assert target is not None
-    yield f"{known.before:.0f} → {target:.0f}" if known.before is not None else _plus_minus(target, known.deviation)
-    yield f"{round(cell.mean - target):+d}"
+    shown = _plus_minus(known.value, known.deviation)
+    yield shown if known.before is None else f"{known.before:.0f} → {known.value:.0f}"
+    yield f"{round(cell.mean - known.value):+d}"
     yield str(cell.verdict)
 
 
@@ -203,9 +199,8 @@ def latex(cells: Sequence[Cell]) -> str:
 def _in_latex(cell: Cell) -> str:
     deviation = "" if cell.deviation is None else rf" \pm {cell.deviation:.0f}"
     before = "" if cell.before is None else rf"{cell.before:.0f} \to "
-    known = cell.published
-    target = None if known is None else (known.after if known.mean is None else known.mean)
-    return f"${before}{cell.mean:.0f}{deviation}$" + ("" if target is None else f" ({target:.0f})")
+    beside = "" if cell.published is None else f" ({cell.published.value:.0f})"
+    return f"${before}{cell.mean:.0f}{deviation}${beside}"
 
 
 def summary(results: Sequence[Result]) -> str:
