@@ -190,6 +190,19 @@ def test_a_signal_changes_nothing_and_loses_no_update(
     assert_the_same(tmp_path, expected)
 
 
+def test_a_job_that_slurm_queued_again_goes_on_with_its_run(
+    whole: Callable[[str], Path], point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole("staged")
+    with nothing_is_tidied_up(), pytest.raises(Killed):
+        cut(kill, "update", 4, tmp_path, point_data)
+    with pytest.raises(UserError, match="holds a run already"):
+        run(tmp_path, point_data, "staged")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run(tmp_path, point_data, "staged")
+    assert_the_same(tmp_path, expected)
+
+
 def test_a_signal_before_the_first_update_leaves_nothing(point_data: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped) as stopped:
         cut(terminate, "data", 1, tmp_path / "run", point_data)

@@ -12,7 +12,7 @@ from deflow import report
 from deflow.errors import UserError
 from deflow.finishing import finish
 from deflow.preparation import prepare
-from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
+from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder, is_requeued
 from deflow.signals import Stopped
 from deflow.stored import load_config
 from deflow.training import run_stages
@@ -23,7 +23,7 @@ def train(config: DictConfig, folder: Path, again: str = "python train.py resume
     """Train every stage that is not done yet, evaluate, and leave the report in `folder`.
 
     Args:
-        config: of the run; with `resume`, that in `folder` is taken instead.
+        config: of the run; with `resume`, or in a job that SLURM queued again, that in `folder` is taken instead.
         folder: of the run.
         again: by what the run would go on if it is stopped, with {} for the folder.
 
@@ -34,7 +34,7 @@ def train(config: DictConfig, folder: Path, again: str = "python train.py resume
         UserError: for whatever the user can mend; a new run that fails before its first update leaves no folder.
     """
     trust_only(config.trust)
-    resume = config.resume is not None
+    resume = config.resume is not None or is_requeued(folder)
     if resume:
         summary = report.read_summary(folder / SUMMARY_FILE)
         if summary is not None:

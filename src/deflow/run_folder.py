@@ -65,6 +65,11 @@ def new_run_folder(root: str, name: str, resume: str | None) -> str:
             raise _unusable(mine, error) from error
 
 
+def is_requeued(folder: Path) -> bool:
+    """Whether SLURM has queued this job again, after a preemption, say, and it had begun the run in `folder`."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and (folder / CONFIG_FILE).is_file()
+
+
 def notice_new(folder: Path) -> None:
     """Remember whether a run's folder, or that of a sweep, is new: called before Hydra makes it."""
     if not folder.exists():

@@ -254,7 +254,16 @@ class Benchmark(TypedDict):
     agent: Component
 
 
+class Engine(TypedDict):
+    jobs: Count | None
+    threads: Count
+    cluster: str | None
+    submit: NotRequired[Mapping[str, Any]]  # checked by submitit
+    max_timeouts: NotRequired[Natural]
+
+
 class Reproduce(TypedDict):
+    engine: Engine
     table: str | None
     rows: Sequence[str] | None
     tasks: Sequence[TaskId] | None
@@ -266,6 +275,7 @@ class Reproduce(TypedDict):
     jobs: Count | None
     threads: Count
     out: str
+    mlflow: str | None
     paths: Paths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -13,21 +14,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 
 from deflow.errors import UserError
 from deflow.reproduction import runs
-from deflow.reproduction.plan import Job, commands, names, plan, refuse_other_settings
+from deflow.reproduction.layout import layout, names
+from deflow.reproduction.page import page
+from deflow.reproduction.plan import Job, commands, plan, refuse_other_settings
 from deflow.reproduction.reproduce import _done, reproduce
 from deflow.reproduction.results import read_results, refuse_mixture, result_of, why_not_published, write_results
 from deflow.reproduction.runs import run_all
 from deflow.reproduction.table import cells_of, compare, latex, markdown, summary, tolerance
+from deflow.reproduction.tracking import track
 from tests.commands import ROOT
 from tests.conftest import compose_config
 from tests.reproduction.runs import write_run
 
 
 def jobs_of(folder: Path, table: str = "ogbench_state", seeds: int = 2, **chosen: Any) -> list[Job]:
-    return plan(table, folder / "logs", folder / "data", seeds, **chosen)
+    return plan(layout(table), folder / "logs", folder / "data", seeds, **chosen)
 
 
 # The plan.
@@ -41,6 +47,7 @@ def jobs_of(folder: Path, table: str = "ogbench_state", seeds: int = 2, **chosen
         ("d4rl_antmaze", None, 6 * 10),  # of DeFlow only the mean is published; it runs all the same
         ("offline_to_online", ["antmaze-umaze-v2"], 7),
         ("quick", None, 2 * 5),
+        ("agents", None, 2 * 12),
     ],
 )
 def test_every_cell_of_a_table_is_a_run(table: str, rows: list[str] | None, count: int, tmp_path: Path) -> None:
@@ -69,7 +76,7 @@ def test_stages_are_those_of_the_agent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "table,chosen,says",
     [
-        ("nothing", {}, "unknown table 'nothing': choose among d4rl_adroit, "),
+        ("nothing", {}, "unknown table 'nothing': choose among d4rl_adroit, .* or name a file, NAME.yaml"),
         ("quick", {"rows": ["cube"]}, "unknown row of quick 'cube': choose among cube-single, scene"),
         ("quick", {"agents": ["sac"]}, "unknown agent of quick 'sac': choose among bc, iql, rebrac, fql, deflow"),
         ("ogbench_visual", {"tasks": [3]}, "unknown task of visual-cube-single in ogbench_visual '3': choose among 1"),
@@ -112,7 +119,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypa
     places = {job.folder: job for job in jobs}
     calls: list[str] = []
 
-    def fake(command: str, arguments: Sequence[str], output: Path) -> int:
+    def fake(command: str, arguments: Sequence[str], output: Path, apart: bool) -> int:
         job = next(job for folder, job in places.items() if any(str(folder) in word for word in arguments))
         calls.append(arguments[0])
         if job.seed == 1 and len(calls) <= 3:
@@ -155,6 +162,110 @@ def test_a_killed_reproduction_goes_on(tiny_data: Callable[[str, str], Path], tm
     assert result.identity["generated"] is False  # its file does not say so
     assert (tmp_path / "out" / "quick_curves.png").stat().st_size > 5000
     assert "| cube-single | bc | 1 |" in (tmp_path / "out" / "quick.md").read_text()
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    ((whole, inside),) = _tables_in(client)
+    assert whole.data.metrics == {"cube-single/bc": pytest.approx(result.value)}
+    assert {file.path for file in client.list_artifacts(whole.info.run_id)} >= {"quick.html", "quick.jsonl", "quick.md"}
+    (inside,) = inside
+    assert inside.data.tags["commit"] == str(result.commit)
+    assert [point.step for point in client.get_metric_history(inside.info.run_id, "evaluation")] == [4000]
+
+
+def _tables_in(client: MlflowClient) -> list[tuple[Run, list[Run]]]:
+    """The runs of tables, each with the runs inside it."""
+    experiment = client.get_experiment_by_name("reproduce").experiment_id
+    found = client.search_runs([experiment])
+    inside = {run.info.run_id: run.data.tags.get("mlflow.parentRunId") for run in found}
+    return [
+        (run, [other for other in found if inside[other.info.run_id] == run.info.run_id])
+        for run in found
+        if inside[run.info.run_id] is None
+    ]
+
+
+def test_a_table_is_logged_once(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "quick", rows=["scene"], agents=["bc"])
+    for job in jobs:
+        write_run(job, [0.25 + 0.5 * job.seed])
+    (tmp_path / "quick.md").touch()
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for count in (1, 2):  # a second run came later
+        results = [result_of(job) for job in jobs[:count]]
+        track(uri, "quick", cells_of("quick", results), results, [tmp_path / "quick.md"])
+    ((whole, inside),) = _tables_in(MlflowClient(uri))
+    assert whole.data.metrics == {"scene task 1/bc": 50.0}
+    assert sorted(run.data.metrics["value"] for run in inside) == [25.0, 75.0]
+
+
+def test_the_page_has_everything_and_needs_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    jobs = jobs_of(tmp_path, seeds=2, rows=["cube-single"], agents=["fql", "bc"], tasks=[1, 2])
+    for job in jobs:
+        write_run(job, [0.2, 0.9 + 0.05 * job.seed])
+    (jobs[0].folder / "report.png").touch()
+    results = [result_of(job) for job in jobs]
+    cells = cells_of("ogbench_state", results)
+    text = page("<b>a table</b>", cells, results, tmp_path / "out")
+    own, _, _ = text.partition("<script>")
+    assert "&lt;b&gt;a table&lt;/b&gt;" in own
+    assert "://" not in own.replace(shlex.quote(str(tmp_path)), "")
+    assert own.count("<tr>") == 2 + len(cells) + len(results)
+    (link,) = re.findall(r'href="([^"]+report.png)"', own)
+    assert (tmp_path / "out" / link).resolve() == jobs[0].folder / "report.png"
+    plots = json.loads(text.rpartition("const plots = ")[2].partition(";\n")[0])
+    assert [plot["title"] for plot in plots] == ["cube-single task 1", "cube-single task 2", "Performance profile"]
+    assert plots[0]["traces"][1]["y"] == pytest.approx([20, 92.5])
+
+
+# Tables of one's own.
+
+
+def write_table(path: Path, **changed: Any) -> Path:
+    table = {
+        "folder": "mine",
+        "value": "last",
+        "every": ["task=scene"],
+        "rows": {"first": {"settings": ["task_id=1"]}, "second": {"task": 2, "settings": ["task_id=2"]}},
+        "columns": {"one step": ["agent=fql"], "five": ["agent=fql", "data.n_step=5"]},
+    }
+    path.write_text(json.dumps({key: value for key, value in (table | changed).items() if value is not None}))
+    return path
+
+
+def test_a_table_of_ones_own_is_a_file(tmp_path: Path) -> None:
+    mine = write_table(tmp_path / "steps.yaml")
+    jobs = jobs_of(tmp_path, str(mine), agents=["five"])
+    assert [(job.row, job.task, job.agent, job.seed) for job in jobs] == [
+        *(("first", None, "five", 0), ("second", 2, "five", 0)),
+        *(("first", None, "five", 1), ("second", 2, "five", 1)),
+    ]
+    assert jobs[1].folder == tmp_path / "logs" / "mine" / "second-task2" / "five" / "seed_0"
+    assert jobs[1].settings == ("task=scene", "task_id=2", "agent=fql", "data.n_step=5", "seed=0", "logger=csv")
+    for job in (jobs[0], jobs_of(tmp_path, str(mine), rows=["first"])[0]):
+        write_run(job, [0.5, 0.75], n_step=5 if job.agent == "five" else 1)
+        assert result_of(job).value == 75
+    results = [result_of(job) for job in jobs_of(tmp_path, str(mine), rows=["first"], seeds=1)]
+    refuse_mixture(results)  # what columns differ in is the method
+    assert {cell.reason for cell in cells_of("steps", results)} == {"a table of its own"}
+
+
+@pytest.mark.parametrize(
+    "changed,says",
+    [
+        ({"value": "best"}, "value must be mean_of_last_three or last or before_and_after, got 'best'"),
+        ({"columns": None}, "the setting 'columns' is missing"),
+        ({"values": "last"}, "no setting 'values': did you mean 'value'?"),
+        ({"columns": {"a/b": []}}, "'a/b' becomes a folder's name, and cannot be one"),
+        ({"folder": "../mine"}, "'../mine' becomes a folder's name, and cannot be one"),
+        ({"rows": {"a": {"settings": [], "data": "scene-play-v0"}}}, "rows with data need generate"),
+        ({"rows": {"a": {"settings": [], "task": 7}}}, "rows.a.task must be a whole number from 1 to 5, got 7"),
+    ],
+)
+def test_a_file_that_is_no_table_says_why(changed: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        layout(str(write_table(tmp_path / "mine.yaml", **changed)))
+    with pytest.raises(UserError, match="there is no table"):
+        layout(str(tmp_path / "other.yaml"))
 
 
 # What it comes to.
@@ -165,7 +276,7 @@ def test_a_cell_is_held_against_the_published_one(tmp_path: Path) -> None:
     for job in jobs:
         success = {"fql": 0.95 + 0.02 * job.seed, "bc": 0.5}[job.agent]
         write_run(job, [0.0, success, success, success])
-    results = [result_of("ogbench_state", job) for job in jobs]
+    results = [result_of(job) for job in jobs]
     cells = {(cell.task, cell.agent): cell for cell in cells_of("ogbench_state", results)}
     assert set(cells) == {(task, agent) for task in (1, 2, None) for agent in ("fql", "bc")}
     whole = cells[None, "fql"]
@@ -185,7 +296,7 @@ def test_the_mean_of_all_tasks_is_held_against_the_published_one(tmp_path: Path)
     jobs = jobs_of(tmp_path, seeds=2, rows=["cube-single"], agents=["fql"])
     for job in jobs:
         write_run(job, [0.9 + 0.05 * job.seed])
-    *_, whole = cells_of("ogbench_state", [result_of("ogbench_state", job) for job in jobs])
+    *_, whole = cells_of("ogbench_state", [result_of(job) for job in jobs])
     assert (whole.task, whole.verdict) == (None, "inside")
     assert whole.published is not None
     assert whole.published.mean == 96
@@ -196,7 +307,7 @@ def test_one_task_is_not_the_mean_of_five(tmp_path: Path) -> None:
     for job in jobs:
         if job.agent == "fql" or job.task == 3:
             write_run(job, [0.9 + 0.05 * job.seed])
-    results = [result_of("ogbench_state", job) for job in jobs if job.state == "done"]
+    results = [result_of(job) for job in jobs if job.state == "done"]
     cells = {cell.agent: cell for cell in cells_of("ogbench_state", results) if cell.task is None}
     assert cells["fql"].verdict == "inside"
     assert (cells["deflow"].verdict, cells["deflow"].reason) == (None, "the published mean is over more tasks")
@@ -208,7 +319,7 @@ def test_zero_is_never_0_to_0(table: str, row: str, seeds: int, tmp_path: Path) 
     jobs = jobs_of(tmp_path, table, seeds=seeds, rows=[row], agents=["fql"])
     for job in jobs[1:]:  # one task has a seed less
         write_run(job, [0.0])
-    results = [result_of(table, job) for job in jobs if job.state == "done"]
+    results = [result_of(job) for job in jobs if job.state == "done"]
     for cell in cells_of(table, results) if results else ():
         assert cell.interval is not None
         assert cell.interval[1] > 0.5
@@ -218,7 +329,7 @@ def test_a_score_of_one_run_has_no_verdict(tmp_path: Path) -> None:
     (job,) = jobs_of(tmp_path, "d4rl_adroit", seeds=1, rows=["pen-human-v1"], agents=["fql"])
     write_run(job, [0.5], **{"eval/score": {"last": 53.0}})
     (job.folder / "metrics.csv").write_text("step,eval/score\n1000,53\n")
-    (cell,) = cells_of("d4rl_adroit", [result_of("d4rl_adroit", job)])
+    (cell,) = cells_of("d4rl_adroit", [result_of(job)])
     assert (cell.mean, cell.interval, cell.verdict) == (53.0, None, None)
 
 
@@ -245,7 +356,7 @@ def test_a_damaged_run_is_left_out_and_named(name: str, content: str | None, tmp
     if name == "summary.json":
         assert broken.state == "begun"  # `train.py` makes it anew
         return
-    results, damaged = _done("ogbench_state", [whole, broken])
+    results, damaged = _done([whole, broken])
     assert [result.seed for result in results] == [0]
     assert len(damaged) == (content is None)
 
@@ -253,7 +364,7 @@ def test_a_damaged_run_is_left_out_and_named(name: str, content: str | None, tmp
 def test_online_shows_before_and_after(tmp_path: Path) -> None:
     (job,) = jobs_of(tmp_path, "offline_to_online", seeds=1, rows=["puzzle-4x4"], agents=["fql"])
     write_run(job, [0.08, 0.2, 0.4])
-    (cell,) = cells_of("offline_to_online", [result_of("offline_to_online", job)])
+    (cell,) = cells_of("offline_to_online", [result_of(job)])
     assert (cell.before, cell.mean, cell.verdict) == (8.0, 40.0, "inside")
     assert "| 8 → 40 |" in markdown("offline_to_online", [cell])
 
@@ -272,7 +383,7 @@ def test_two_protocols_never_meet(changed: dict[str, Any], why: str, tmp_path: P
     jobs = jobs_of(tmp_path, rows=["cube-single"], agents=["fql"], tasks=[2])
     write_run(jobs[0], [0.9])
     write_run(jobs[1], [0.9], **changed)
-    results = [result_of("ogbench_state", job) for job in jobs]
+    results = [result_of(job) for job in jobs]
     assert why_not_published("ogbench_state", results[0]) is None
     assert why in str(why_not_published("ogbench_state", results[1]))
     (cell,) = cells_of("ogbench_state", results[1:])
@@ -286,7 +397,7 @@ def test_changed_settings_are_another_protocol(tmp_path: Path) -> None:
     settings = ["+trainer.max_epochs=1", "compile=true", "updates=20", "agent.critic.members=3"]
     (job,) = jobs_of(tmp_path, seeds=1, rows=["scene"], agents=["fql"], tasks=[1], settings=settings)
     write_run(job, [0.9])
-    result = result_of("ogbench_state", job)
+    result = result_of(job)
     assert result.identity["changed"] == ["agent.critic.members=3", "updates=20"]
     assert why_not_published("ogbench_state", result) == "its settings are others (agent.critic.members=3 updates=20)"
 
@@ -298,7 +409,7 @@ def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:
         for job in jobs:
             write_run(job, [success + 0.1 * job.seed])
         files.append(tmp_path / f"{name}.jsonl")
-        write_results(files[-1], [result_of("ogbench_state", job) for job in jobs])
+        write_results(files[-1], [result_of(job) for job in jobs])
     a, b = map(read_results, files)
     assert "| scene task 1 | fql | 55 ± 5 (2) | 80 ± 5 (2) | +25.0 | 1.00 |" in compare(a, b)
     line = json.loads(files[0].read_text().splitlines()[0])

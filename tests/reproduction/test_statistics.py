@@ -16,6 +16,7 @@ from deflow.reproduction.statistics import (
     mean_and_deviation,
     performance_profile,
     probability_of_improvement,
+    profile_band,
     seed_interval,
     stratified_bootstrap,
     verdict,
@@ -105,7 +106,17 @@ def test_a_performance_profile_counts_runs_above_a_threshold() -> None:
     assert performance_profile([[0, 0, 0, 0], [1]], [0.5]).tolist() == [0.5]  # each task weighs the same
 
 
-@pytest.mark.parametrize("seed", range(10))
+def test_the_band_of_a_profile_is_what_the_bootstrap_says_at_each_threshold() -> None:
+    scores, levels = [[0.1, 0.5, 0.9, 0.4], [0.2, 0.6]], [0.0, 0.45, 0.7, 1.0]
+    band = profile_band(scores, levels)
+    assert band is not None
+    for place, level in enumerate(levels):
+        expected = stratified_bootstrap(scores, lambda drawn, at=level: performance_profile(drawn, [at])[0])
+        assert (band[0][place], band[1][place]) == pytest.approx(expected, abs=0.13)  # one run of a task of four
+    assert profile_band([[0.5], [0.1, 0.2]], levels) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_a_performance_profile_falls_from_1_to_0_over_the_mean(seed: int) -> None:
     scores = some_scores(seed)
     thresholds = np.linspace(-0.0005, 1.0005, 1002)

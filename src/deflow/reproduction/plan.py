@@ -10,18 +10,8 @@ from typing import Literal, NamedTuple
 
 from deflow.errors import UserError
 from deflow.report import read_summary
-from deflow.reproduction import published
+from deflow.reproduction.layout import Generated, Layout, Value
 from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
-
-QUICK = "quick"
-ONLINE = "offline_to_online"
-QUICK_AGENTS = ("bc", "iql", "rebrac", "fql", "deflow")
-QUICK_TASKS = {"cube-single": None, "scene": 1}  # OGBench's default for cube-single; scene's is too hard for few data
-EPISODES = 200  # of the data that QUICK generates
-STAGES = {
-    ("srpo", False): "srpo",
-    ("rlpd", True): "from_scratch",
-}  # (agent, whether online) -> stages; else joint, or offline_to_online
 
 # Settings that say how a run is made, not what it is.
 TECHNICAL = (
@@ -39,11 +29,13 @@ class Dataset(NamedTuple):
 
     name: str
     path: Path
+    episodes: int
+    seed: int
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Of `generate.py`."""
-        return f"dataset={self.name}", f"out={self.path.parent}", f"episodes={EPISODES}", "seed=0"
+        return f"dataset={self.name}", f"out={self.path.parent}", f"episodes={self.episodes}", f"seed={self.seed}"
 
 
 @dataclass(frozen=True)
@@ -53,11 +45,12 @@ class Job:
     Attributes:
         row: the environment, as `published` names it.
         task: of OGBench; None where a row is one task.
-        agent: a choice of the group agent.
+        agent: of the group agent, or a column of a table of one's own.
         seed: of the run.
         folder: of the run.
         settings: arguments of `train.py`, those of the folder excepted.
-        changed: those of them by which the user departs from the table's protocol.
+        value: what of its evaluations the table shows.
+        changed: those of the settings by which the user departs from the table's protocol.
         dataset: what is generated first, if it is not there.
     """
 
@@ -67,6 +60,7 @@ class Job:
     seed: int
     folder: Path
     settings: tuple[str, ...]
+    value: Value
     changed: tuple[str, ...] = ()
     dataset: Dataset | None = None
 
@@ -89,19 +83,19 @@ class Job:
         return self.folder.with_suffix(".settings")
 
     @property
+    def output(self) -> Path:
+        """The file beside the folder that holds what the run prints."""
+        return self.folder.with_suffix(".log")
+
+    @property
     def name(self) -> str:
         """As messages call it."""
         task = "" if self.task is None else f" task {self.task}"
         return f"{self.agent} on {self.row}{task}, seed {self.seed}"
 
 
-def names() -> list[str]:
-    """Of the tables that can be made."""
-    return [*(table for table in published.tables() if not table.startswith("optiflow")), QUICK]
-
-
 def plan(
-    table: str,
+    table: Layout,
     logs: Path,
     data: Path,
     seeds: int,
@@ -113,39 +107,33 @@ def plan(
     """The runs of a table, all agents and tasks of a seed before those of the next, so that it fills up evenly.
 
     Args:
-        table: one of `names`.
+        table: its layout.
         logs: folder under which the runs' folders lie.
         data: folder for data that are generated.
         seeds: runs of each cell, from seed 0 on.
         rows: some of the table's rows; None: all.
         tasks: some of OGBench's tasks 1 to 5; None: all that the table has.
-        agents: some of its agents; None: all.
+        agents: some of its columns; None: all.
         settings: further arguments of `train.py`, for every run.
 
     Raises:
         UserError: for a name that is not in the table, listing the right ones.
     """
-    _refuse_unknown("table", [table], names())
-    known = _rows(table)
-    _refuse_unknown(f"row of {table}", rows or (), known)
-    columns = QUICK_AGENTS if table == QUICK else tuple(dict.fromkeys(c.agent for c in published.published(table)))
-    _refuse_unknown(f"agent of {table}", agents or (), columns)
+    _refuse_unknown(f"row of {table.name}", rows or (), table.rows)
+    _refuse_unknown(f"agent of {table.name}", agents or (), table.columns)
     if [] in (rows, agents, tasks):
         raise UserError("an empty list chooses nothing: leave out rows, agents or tasks for all of them")
-    chosen = {row: known[row] for row in rows or known}
-    if tasks is not None:
-        for row, of_row in chosen.items():
-            _refuse_unknown(f"task of {row} in {table}", list(map(str, tasks)), list(map(str, of_row)))
-        chosen = {row: list(dict.fromkeys(tasks)) for row in chosen}
+    for row in rows or table.rows:
+        _refuse_unknown(f"task of {row} in {table.name}", list(map(str, tasks or ())), list(map(str, table.rows[row])))
     for name in (setting.lstrip("+").partition("=")[0] for setting in settings):
         if name in OF_THE_PLAN or name.startswith("hydra."):
             raise UserError(f"{name} is the table's to set: choose rows, tasks, agents and seeds")
     return [
         _job(table, row, task, agent, seed, logs, data, settings)
         for seed in range(seeds)
-        for row, of_row in chosen.items()
-        for task in of_row
-        for agent in dict.fromkeys(agents or columns)
+        for row in dict.fromkeys(rows or table.rows)
+        for task in dict.fromkeys(tasks or table.rows[row])
+        for agent in dict.fromkeys(agents or table.columns)
     ]
 
 
@@ -167,34 +155,21 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
             )
 
 
-def _rows(table: str) -> dict[str, list[int | None]]:
-    """Row -> its tasks."""
-    if table == QUICK:
-        return {row: [task] for row, task in QUICK_TASKS.items()}
-    found: dict[str, list[int | None]] = {}
-    for cell in published.published(table):
-        if cell.row != published.AVERAGE:
-            found.setdefault(cell.row, [])
-            if cell.task not in found[cell.row]:
-                found[cell.row].append(cell.task)
-    # A row with tasks of its own has their mean beside them, which is no run.
-    return {row: [task for task in of_row if task is not None] or of_row for row, of_row in found.items()}
-
-
 def _job(
-    table: str, row: str, task: int | None, agent: str, seed: int, logs: Path, data: Path, settings: Sequence[str]
+    table: Layout, row: str, task: int | None, agent: str, seed: int, logs: Path, data: Path, settings: Sequence[str]
 ) -> Job:
-    online = table == ONLINE
-    stages = STAGES.get((agent, online), ONLINE if online else "joint")
-    chosen = [f"agent={agent}", f"stages={stages}", f"seed={seed}", "logger=csv", *settings]
-    place = logs / table / (row if task is None else f"{row}-task{task}") / agent / f"seed_{seed}"
+    cell = table.cells[row, task, agent]
+    place = logs / table.folder / (row if task is None else f"{row}-task{task}") / agent / f"seed_{seed}"
     changed = tuple(sorted(s for s in settings if not s.lstrip("+").startswith(TECHNICAL)))
-    if table != QUICK:
-        return Job(row, task, agent, seed, place, (*published.overrides(table, row, task), *chosen), changed)
-    dataset = Dataset(f"{row}-play-v0", data / f"{row}-play-v0.npz")
-    experiment = ["experiment=original_comparison", f"task={row.replace('-', '_')}", f"task_id={task or 'null'}"]
-    from_data = f"data.source.path={dataset.path}"
-    return Job(row, task, agent, seed, place, (*experiment, from_data, *chosen), changed, dataset)
+    dataset = None if cell.data is None else _dataset(cell.data, data, table.generate)
+    from_data = () if dataset is None else (f"data.source.path={dataset.path}",)
+    chosen = (*cell.settings, *from_data, f"seed={seed}", "logger=csv", *settings)
+    return Job(row, task, agent, seed, place, chosen, table.value, changed, dataset)
+
+
+def _dataset(name: str, folder: Path, generate: Generated | None) -> Dataset:
+    assert generate is not None, "a layout with data says how they are generated"
+    return Dataset(name, folder / f"{name}.npz", generate["episodes"], generate["seed"])
 
 
 def _refuse_unknown(what: str, chosen: Sequence[str], known: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,15 @@ from deflow.cores import usable_cores
 from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
 from deflow.files import replacing
+from deflow.reproduction.cluster import Cluster
+from deflow.reproduction.layout import layout
+from deflow.reproduction.page import is_possible, page
 from deflow.reproduction.plan import Job, commands, plan, refuse_other_settings
+from deflow.reproduction.plots import draw_curves, draw_improvement, draw_profile
 from deflow.reproduction.results import Result, read_results, refuse_mixture, result_of, write_results
 from deflow.reproduction.runs import generate_missing, run_all
-from deflow.reproduction.table import cells_of, compare, draw_curves, draw_profile, latex, markdown, summary
+from deflow.reproduction.table import Cell, cells_of, compare, latex, markdown, summary
+from deflow.reproduction.tracking import track
 from deflow.timing import seconds_of_updates
 from deflow.types import Spec
 
@@ -39,8 +44,8 @@ TIMED = 3  # updates, after as many that warm up
 def reproduce(config: DictConfig) -> list[Result]:
     """Do the runs of a table that are missing, and write the table; or compare two files of results.
 
-    Writes `TABLE.jsonl`, `TABLE.md`, `TABLE.tex`, `TABLE_curves.png` and `TABLE_profile.png` into `config.out`, also of
-    the runs that are done when others have failed.
+    Writes `TABLE.jsonl`, `.md`, `.tex`, `.html` and pictures into `config.out`, and the table into MLflow, also of the
+    runs that are done when others have failed.
 
     Returns:
         The results of the table, or nothing after a dry run or a comparison.
@@ -53,9 +58,10 @@ def reproduce(config: DictConfig) -> list[Result]:
         return []
     if config.table is None:
         raise UserError("name a table to make, such as table=quick, or two results files, compare=[A.jsonl,B.jsonl]")
+    table = layout(config.table)
     logs, data = Path(config.paths.logs).absolute() / "reproduce", Path(config.paths.data).expanduser().absolute()
     chosen = config.rows, config.tasks, config.agents
-    jobs = plan(config.table, logs, data, config.seeds, *chosen, settings=list(_arguments(plain(config.settings))))
+    jobs = plan(table, logs, data, config.seeds, *chosen, settings=list(_arguments(plain(config.settings))))
     refuse_other_settings(jobs)
     threads, on_gpu = config.threads, config.settings.get("trainer") not in (None, "cpu")
     at_once = config.jobs or (1 if on_gpu else max(1, usable_cores() // threads))
@@ -64,13 +70,16 @@ def reproduce(config: DictConfig) -> list[Result]:
     if config.dry:
         print("\n".join(commands(jobs, threads)))
         return []
-    refuse_mixture(_done(config.table, jobs)[0])
+    refuse_mixture(_done(jobs)[0])
+    run = _runner(config.engine, logs, at_once, threads)
     generate_missing(jobs)
-    not_done = run_all(jobs, at_once, threads)
-    results, damaged = _done(config.table, jobs)
+    not_done = run(jobs)
+    results, damaged = _done(jobs)
     if results:
         refuse_mixture(results)
-        _write(config.table, results, Path(config.out))
+        cells, files = _write(table.name, results, Path(config.out))
+        if config.mlflow is not None:
+            track(config.mlflow, table.name, cells, results, files)
     if not_done or damaged:
         raise UserError(
             f"the table lacks {len(jobs) - len(results)} of {len(jobs)} runs, go on by the same command: "
@@ -79,13 +88,20 @@ def reproduce(config: DictConfig) -> list[Result]:
     return results
 
 
-def _done(table: str, jobs: Sequence[Job]) -> tuple[list[Result], list[str]]:
+def _runner(engine: DictConfig, logs: Path, at_once: int, threads: int) -> Callable[[Sequence[Job]], list[str]]:
+    """What does the runs that are not done, and returns what is to be said of those that are not done then."""
+    if engine.cluster is None:
+        return lambda jobs: run_all(jobs, at_once, threads)
+    return Cluster(logs / "jobs", at_once, threads, engine.cluster, plain(engine.submit), engine.max_timeouts).run_all
+
+
+def _done(jobs: Sequence[Job]) -> tuple[list[Result], list[str]]:
     """The results of the runs that are done, and what is wrong with those that cannot be read."""
     results, damaged = [], []
     for job in jobs:
         if job.state == "done":
             try:
-                results.append(result_of(table, job))
+                results.append(result_of(job))
             except UserError as error:
                 damaged.append(str(error))
     return results, damaged
@@ -108,19 +124,29 @@ def _compared(paths: Sequence[str]) -> str:
     return compare(first, second)
 
 
-def _write(table: str, results: Sequence[Result], folder: Path) -> None:
+def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Cell], list[Path]]:
+    """Everything that can be said of the results, into files; they are returned, and the table's cells."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / f"{table}.jsonl", results)
     cells = cells_of(table, results)
     of_all = summary(results)
     text = markdown(table, cells) + ("\nOver all tasks that every agent has:\n\n" + of_all if of_all else "")
-    for name, content in ((f"{table}.md", text), (f"{table}.tex", latex(cells))):
+    written = {f"{table}.md": text, f"{table}.tex": latex(cells)}
+    if is_possible():
+        written[f"{table}.html"] = page(table, cells, results, folder)
+    else:
+        log.info("no %s.html: that needs the package plotly (pip install 'deflow[page]')", table)
+    for name, content in written.items():
         with replacing(folder / name) as part:
             part.write_text(content)
-    draw_curves(results, folder / f"{table}_curves.png")
-    draw_profile(results, folder / f"{table}_profile.png")
+    pictures = {"curves": draw_curves, "profile": draw_profile, "improvement": draw_improvement}
+    for name, draw in pictures.items():
+        draw(results, folder / f"{table}_{name}.png")
+    write_results(folder / f"{table}.jsonl", results)
     print(text)
-    log.info("%s, .tex, .jsonl and pictures are in %s", f"{table}.md", folder)
+    log.info("%s.md, .tex, .jsonl, .html and pictures are in %s", table, folder)
+    return cells, [
+        folder / name for name in (*written, *(f"{table}_{name}.png" for name in pictures), f"{table}.jsonl")
+    ]
 
 
 def _show_plan(jobs: Sequence[Job], at_once: int, threads: int, on_gpu: bool) -> None:

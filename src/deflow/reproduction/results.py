@@ -14,11 +14,12 @@ from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.loggers import read_metrics
 from deflow.report import read_summary
-from deflow.reproduction.plan import ONLINE, QUICK, Job
+from deflow.reproduction.plan import Job
 from deflow.reproduction.published import tables
 from deflow.run_folder import METRICS_FILE, SUMMARY_FILE
 
 OGBENCH_TRANSITIONS = 1_000_000  # at least, of a published data set
+OF_THE_METHOD = ("n_step", "horizon")
 PUBLISHED_TIMING = "pre"  # success as OGBench's and FQL's code read it, see `SuccessRule`
 
 
@@ -61,19 +62,19 @@ class Result:
     folder: str
 
 
-def result_of(table: str, job: Job) -> Result:
+def result_of(job: Job) -> Result:
     """The result of a run that is done.
 
     Raises:
         UserError: if it has no evaluation, or its files are damaged.
     """
     try:
-        return _result_of(table, job)
+        return _result_of(job)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{job.folder} is damaged ({type(error).__name__}: {error}): move it away") from error
 
 
-def _result_of(table: str, job: Job) -> Result:
+def _result_of(job: Job) -> Result:
     summary = read_summary(job.folder / SUMMARY_FILE)
     if summary is None:
         raise UserError(f"{job.folder} is not done")
@@ -81,12 +82,11 @@ def _result_of(table: str, job: Job) -> Result:
     if measure not in summary:
         raise UserError(f"{job.folder} has no evaluation: a table needs runs with an environment")
     found = summary[measure]
-    if table == ONLINE:
+    if job.value == "before_and_after":
         *offline, value = found["last_of_stage"].values()
         before = offline[0] if offline else 0.0  # trained from scratch
     else:
-        before = None
-        value = found["last" if table.startswith("d4rl") else "mean_of_last_three"]
+        before, value = None, found[job.value]
     if not math.isfinite(value):
         raise ValueError(f"{measure} is {value}")
     rows = read_metrics(job.folder / METRICS_FILE)
@@ -126,13 +126,16 @@ def _identity(summary: dict[str, Any]) -> dict[str, Any]:
 def refuse_mixture(results: Iterable[Result]) -> None:
     """Numbers of two protocols never stand in one cell, nor beside each other in one row.
 
+    How many steps values span is of the method: it may differ between columns, such as of a table of one's own.
+
     Raises:
         UserError: naming two runs and what differs.
     """
-    first: dict[tuple[str, int | None], Result] = {}
+    first: dict[tuple[str, int | None, str | None], Result] = {}
     for result in results:
-        other = first.setdefault((result.row, result.task), result)
         for name, value in result.identity.items():
+            column = result.agent if name in OF_THE_METHOD else None
+            other = first.setdefault((result.row, result.task, column), result)
             if (others := other.identity.get(name)) != value:
                 raise UserError(
                     f"{other.folder} and {result.folder} cannot stand in one table: {name} is {others} and {value}"
@@ -141,7 +144,7 @@ def refuse_mixture(results: Iterable[Result]) -> None:
 
 def why_not_published(table: str, result: Result) -> str | None:
     """Why a run's number is not to be held against the papers'; None if it is."""
-    if table == QUICK or table not in tables():
+    if table not in tables():
         return "a table of its own"
     identity = result.identity
     if identity["changed"]:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
+_running: set[subprocess.Popen[bytes]] = set()  # commands that this process has started
+
 
 def generate_missing(jobs: Sequence[Job]) -> None:
     """Make the data that the runs need and that are not there.
@@ -49,14 +51,22 @@ def run_all(jobs: Sequence[Job], at_once: int, threads: int) -> list[str]:
         What is to be said of those that are not done now.
     """
     todo = [job for job in jobs if job.state != "done"]
-    outcomes = Parallel(n_jobs=at_once, backend="threading")(delayed(_do)(job, threads) for job in todo)
+    outcomes = Parallel(n_jobs=at_once, backend="threading")(delayed(do)(job, threads) for job in todo)
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _do(job: Job, threads: int) -> str | None:
-    """What is to be said of the run, unless it is done."""
-    output = job.folder.with_suffix(".log")
-    output.parent.mkdir(parents=True, exist_ok=True)
+def do(job: Job, threads: int, apart: bool = False) -> str | None:
+    """Begin a run, or go on with it, in a process of its own.
+
+    Args:
+        job: the run.
+        threads: of torch.
+        apart: whether signals to this process's group are not the run's.
+
+    Returns:
+        What is to be said of it, unless it is done.
+    """
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(job.folder.with_suffix(".lock"), timeout=0):
             state = job.state
@@ -65,24 +75,34 @@ def _do(job: Job, threads: int) -> str | None:
             log.info("%s %s", "going on:" if state == "begun" else "training:", job.name)
             if state == "missing":
                 job.made_by.write_text("\n".join(job.settings))
-            status = _run("train", job.arguments(threads), output)
+            status = _run("train", job.arguments(threads), job.output, apart)
     except Timeout:
         return f"{job.name} is at work in another process"
-    return f"{job.name} failed, see {output}" if status else None
+    return f"{job.name} failed, see {job.output}" if status else None
 
 
-def _run(command: str, arguments: Sequence[str], output: Path) -> int:
+def stop_running() -> None:
+    """End what this process has started; a run writes a checkpoint first. Signal handlers may call it."""
+    for process in _running:
+        process.send_signal(signal.SIGTERM)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # `process.wait` may be what the signal interrupted
+
+
+def _run(command: str, arguments: Sequence[str], output: Path, apart: bool = False) -> int:
     """The exit status of a `deflow` command; it ends with this process, whatever ends that."""
+    typed = [sys.executable, "-m", "deflow", command, *arguments]
     with output.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deflow", command, *arguments], stdout=file, stderr=file, **_tied_to_this_process()
+            typed, stdout=file, stderr=file, process_group=0 if apart else None, **_tied_to_this_process()
         )
+        _running.add(process)
         try:
             return process.wait()
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
+            _running.discard(process)
 
 
 def _tied_to_this_process() -> dict[str, Any]:

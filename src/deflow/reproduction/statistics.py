@@ -95,6 +95,25 @@ def performance_profile(scores: Scores, thresholds: Values) -> np.ndarray:
     return np.mean([(values[:, None] > levels).mean(axis=0) for values in _tasks(scores)], axis=0)
 
 
+def profile_band(scores: Scores, thresholds: Values) -> tuple[np.ndarray, np.ndarray] | None:
+    """Pointwise 95% band of `performance_profile`, as `stratified_bootstrap` has it; None if a task has one seed only.
+
+    Returns:
+        Lower and upper bounds, each of shape (thresholds,).
+    """
+    tasks, levels = _tasks(scores), _numbers(thresholds, "thresholds")
+    if any(len(values) == 1 for values in tasks):
+        return None
+    generator = np.random.default_rng(0)
+    profiles = np.zeros((RESAMPLES, len(levels)))
+    for values in tasks:
+        drawn = generator.integers(len(values), size=(RESAMPLES, len(values)))
+        profiles += (values[:, None] > levels)[drawn].mean(axis=1) / len(tasks)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(profiles, [tail, 1 - tail], axis=0)
+    return low, high
+
+
 def probability_of_improvement(x: Scores, y: Scores) -> float:
     """Mean over tasks of P(X > Y) + P(X = Y) / 2, for a run of `x` and one of `y` (Agarwal, section 4.3).
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from deflow.errors import UserError
-from deflow.files import replacing
 from deflow.reproduction.published import OGBENCH_TASKS, Published, find, published, tables
 from deflow.reproduction.results import Result, why_not_published
 from deflow.reproduction.statistics import (
@@ -22,7 +18,6 @@ from deflow.reproduction.statistics import (
     interquartile_mean,
     interval,
     mean_and_deviation,
-    performance_profile,
     probability_of_improvement,
     seed_interval,
     stratified_bootstrap,
@@ -84,7 +79,7 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
         reason = "the published mean is over more tasks"
     if reason is None and known is None:
         reason = "not published"
-    spread = _interval(scores, results[0].episodes, is_share=not row.startswith(ADROIT))
+    spread = _interval(scores, results[0].episodes, is_share=not is_score(row))
     if reason is None and spread is None:
         reason = "nothing is known of the spread of one run's score"
     return Cell(
@@ -108,6 +103,11 @@ def _by_task(results: Sequence[Result]) -> list[np.ndarray]:
         np.array([result.value for result in results if (result.row, result.task) == task], np.float64)
         for task in tasks
     ]
+
+
+def is_score(row: str) -> bool:
+    """Whether its values are D4RL's normalised score, and no share of successes in %."""
+    return row.startswith(ADROIT)
 
 
 def _interval(scores: Sequence[np.ndarray], episodes: int, is_share: bool) -> Interval | None:
@@ -148,17 +148,35 @@ def markdown(title: str, cells: Sequence[Cell]) -> str:
         "| task | agent | seeds | ours | 95% | published | difference | verdict |",
         "|---" * 8 + "|",
     ]
-    for cell in cells:
-        lines.append("| " + " | ".join(_columns(cell)) + " |")
-    reasons = dict.fromkeys(cell.reason for cell in cells if cell.reason is not None)
-    lines += ["", LEGEND + (INSIDE if any(cell.verdict for cell in cells) else "")]
-    if reasons:
-        lines += ["", "No verdict: " + "; ".join(str(reason) for reason in reasons) + "."]
+    lines += ["| " + " | ".join(texts(cell)) + " |" for cell in cells]
+    lines += ["", legend(cells)]
+    if found := reasons(cells):
+        lines += ["", "No verdict: " + "; ".join(found) + "."]
     return "\n".join(lines) + "\n"
 
 
-def _columns(cell: Cell) -> Iterator[str]:
-    yield cell.row if cell.task is None else f"{cell.row} task {cell.task}"
+def legend(cells: Sequence[Cell]) -> str:
+    """What the columns are."""
+    return LEGEND + (INSIDE if any(cell.verdict for cell in cells) else "")
+
+
+def reasons(cells: Sequence[Cell]) -> list[str]:
+    """Why some cells have no verdict, each once."""
+    return list(dict.fromkeys(cell.reason for cell in cells if cell.reason is not None))
+
+
+def task_name(row: str, task: int | None) -> str:
+    """As tables and pictures call it."""
+    return row if task is None else f"{row} task {task}"
+
+
+def texts(cell: Cell) -> list[str]:
+    """What stands in the columns task, agent, seeds, ours, 95%, published, difference, verdict."""
+    return list(_texts(cell))
+
+
+def _texts(cell: Cell) -> Iterator[str]:
+    yield task_name(cell.row, cell.task)
     yield cell.agent
     yield str(cell.seeds)
     yield (f"{cell.before:.0f} → " if cell.before is not None else "") + _plus_minus(cell.mean, cell.deviation)
@@ -208,7 +226,7 @@ def summary(results: Sequence[Result]) -> str:
 
     Over the tasks that all agents have.
     """
-    scores = _common(results)
+    scores = common_scores(results)
     if len(scores) < 2:
         return ""
     lines = ["| agent | IQM | 95% | " + " | ".join(f"better than {agent}" for agent in scores) + " |"]
@@ -223,7 +241,7 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _common(results: Sequence[Result]) -> dict[str, list[np.ndarray]]:
+def common_scores(results: Sequence[Result]) -> dict[str, list[np.ndarray]]:
     """Agent -> the scores of each task that all agents have."""
     agents = list(dict.fromkeys(result.agent for result in results))
     having = {agent: {(r.row, r.task) for r in results if r.agent == agent} for agent in agents}
@@ -252,9 +270,10 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
         values = [np.array([result.value for result in results]) for results in (a, b)]
         shown = [_plus_minus(*mean_and_deviation([of_one])) + f" ({len(of_one)})" for of_one in values]
         better = probability_of_improvement([values[1]], [values[0]])
-        name = key[0] if key[1] is None else f"{key[0]} task {key[1]}"
         difference = values[1].mean() - values[0].mean()
-        lines.append(f"| {name} | {key[2]} | {shown[0]} | {shown[1]} | {difference:+.1f} | {better:.2f} |")
+        lines.append(
+            f"| {task_name(key[0], key[1])} | {key[2]} | {shown[0]} | {shown[1]} | {difference:+.1f} | {better:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -263,54 +282,3 @@ def _grouped(results: Sequence[Result]) -> dict[tuple[str, int | None, str], lis
     for result in results:
         grouped.setdefault((result.row, result.task, result.agent), []).append(result)
     return grouped
-
-
-def draw_curves(results: Sequence[Result], path: Path) -> None:
-    """Learning curves, a panel a task, with the range of the seeds around their mean."""
-    tasks = list(dict.fromkeys((result.row, result.task) for result in results))
-
-    def draw(panels: Sequence[Axes]) -> None:
-        for axes, task in zip(panels, tasks, strict=True):
-            _curves(axes, task, results)
-
-    _draw(path, len(tasks), draw)
-
-
-def _curves(axes: Axes, task: tuple[str, int | None], results: Sequence[Result]) -> None:
-    found = [result for result in results if (result.row, result.task) == task]
-    for agent in dict.fromkeys(result.agent for result in found):
-        curves = [result.curve for result in found if result.agent == agent]
-        at = {step: [curve[step] for curve in curves if step in curve] for step in sorted(set().union(*curves))}
-        means = [float(np.mean(values)) for values in at.values()]
-        axes.plot(list(at), means, marker="o", markersize=3, label=f"{agent} ({len(curves)})")
-        axes.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()], alpha=0.15)
-    axes.set_title(task[0] if task[1] is None else f"{task[0]} task {task[1]}")
-    axes.set_xlabel("updates")
-    axes.set_ylabel("score" if task[0].startswith(ADROIT) else "success, %")
-    axes.legend(fontsize="small")
-
-
-def draw_profile(results: Sequence[Result], path: Path) -> None:
-    """Performance profiles over the tasks that all agents have."""
-    scores = _common(results)
-
-    def draw(panels: Sequence[Axes]) -> None:
-        (axes,) = panels
-        highest = max((values.max() for of_agent in scores.values() for values in of_agent), default=1.0)
-        thresholds = np.linspace(0, max(highest, 1.0), 101)
-        for agent, own in scores.items():
-            axes.plot(thresholds, performance_profile(own, thresholds), label=agent)
-        axes.set_xlabel("score")
-        axes.set_ylabel("share of runs above it")
-        axes.legend(fontsize="small")
-
-    _draw(path, 1, draw)
-
-
-def _draw(path: Path, panels: int, draw: Callable[[Sequence[Axes]], None]) -> None:
-    columns = min(panels, 3)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
-    draw([figure.add_subplot(rows, columns, number + 1) for number in range(panels)])
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120)

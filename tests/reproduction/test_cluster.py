@@ -1,0 +1,82 @@
+"""Runs as jobs of a cluster, by submitit's executor for this machine, and by a stand-in for SLURM's commands."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from deflow.errors import UserError
+from deflow.reproduction.cluster import Cluster, Work
+from deflow.reproduction.layout import layout
+from deflow.reproduction.plan import Job, plan
+from tests.conftest import compose_config
+
+pytest.importorskip("submitit")
+
+TINY = (*("eval.episodes=1", "eval.num_envs=1", "diversity.states=0", "networks.hidden=[8]", "data.batch_size=16"),)
+
+
+def jobs_of(folder: Path, data: Path, *settings: str, seeds: int = 1) -> list[Job]:
+    chosen = {"rows": ["cube-single"], "agents": ["bc"], "settings": [*TINY, *settings]}
+    return plan(layout("quick"), folder, data, seeds, **chosen)
+
+
+def cluster(folder: Path, name: str = "local", **options: Any) -> Cluster:
+    return Cluster(folder / "jobs", 2, 1, name, {"timeout_min": 60} | options, max_timeouts=0)
+
+
+def test_a_preempted_job_goes_on_and_one_that_fails_is_named(
+    tiny_data: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    data = tiny_data("cube-single", "play")
+    (job,) = jobs_of(tmp_path, data, "updates=2000", "eval.every=2000", "validate_every=2000", "checkpoint_every=20")
+    (submitted,) = cluster(tmp_path)._executor.submit_array([Work(job, 1)])
+    last = job.folder / "checkpoints" / "0_joint" / "last.ckpt"
+    while not last.exists():
+        assert not submitted.done(), submitted.stderr()
+        time.sleep(0.1)
+    (running,) = psutil.Process(int(submitted.job_id)).children()
+    running.send_signal(signal.SIGUSR2)  # as SLURM announces it
+    assert submitted.result() is None
+    assert "Requeued job" in submitted.stdout()
+    assert "stopped by SIGTERM: go on by" in job.output.read_text()
+    assert job.state == "done"
+    *_, bad = jobs_of(tmp_path, data, "data.batch_size=100000", seeds=2)
+    assert cluster(tmp_path).run_all([job, bad]) == [f"bc on cube-single, seed 1 failed, see {bad.output}"]
+    assert bad.state == "missing"
+
+
+def test_what_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("srun", "sbatch"):
+        (commands / name).write_text('#!/bin/sh\ncat "$1" > "$(dirname "$0")/submitted"\necho Submitted batch job 12\n')
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    config = compose_config("table=quick", "engine=slurm", "engine.submit.slurm_partition=gpu", config_name="reproduce")
+    assert (config.jobs, config.threads) == (64, 4)
+    made = Cluster(tmp_path / "jobs", config.jobs, config.threads, "slurm", dict(config.engine.submit), 100)
+    first, second = made._executor.submit_array([Work(job, 1) for job in jobs_of(tmp_path, tmp_path, seeds=2)])
+    assert (first.job_id, second.job_id) == ("12_0", "12_1")
+    submitted = (commands / "submitted").read_text()
+    for line in ("--array=0-1%2", "--partition=gpu", "--time=720", "--gpus-per-node=1", "--signal=USR2@180"):
+        assert f"#SBATCH {line}\n" in submitted
+
+
+@pytest.mark.parametrize(
+    "name,options,says",
+    [
+        ("slurm", {}, "no jobs can be submitted to slurm here: Could not detect"),
+        ("moon", {}, "no jobs can be submitted to moon here"),
+        ("local", {"minutes": 3}, "no jobs can be submitted to local here: .*minutes"),
+    ],
+)
+def test_what_cannot_be_submitted_is_one_line(name: str, options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        cluster(tmp_path, name, **options)
