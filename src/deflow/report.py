@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -24,8 +23,6 @@ from deflow.description import commit
 from deflow.evaluation.rollout import Episode
 from deflow.files import replacing
 from deflow.loggers import Row
-
-matplotlib.use("agg")
 
 log = logging.getLogger(__name__)
 

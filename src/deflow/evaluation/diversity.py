@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -20,8 +19,6 @@ from deflow.files import replacing
 from deflow.policy import Policy, evaluation_mode
 from deflow.seeding import fold_seed, torch_generator
 from deflow.types import Lookahead
-
-matplotlib.use("agg")
 
 # Rows among which neighbours are searched: enough for close ones, few enough for an exact search in a second.
 MAX_ROWS = 200_000

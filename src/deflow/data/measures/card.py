@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -17,8 +16,6 @@ from rich.table import Table
 from deflow.data.sources.columns import Arrays
 from deflow.files import replacing
 from deflow.units import AS_THEY_ARE, Units
-
-matplotlib.use("agg")
 
 SATURATED = 0.99  # an action component beyond this counts as saturated
 # Slow dimensions of the state (positions) move by less than this share of their standard deviation in usual steps, the

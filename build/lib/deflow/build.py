@@ -1,0 +1,79 @@
+"""From settings to an agent, and the settings that only the data can decide."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from deflow.agents.base import Agent
+from deflow.config import plain
+from deflow.data.measures.iav import intrinsic_action_variance
+from deflow.data.memory.transitions import Transitions
+from deflow.errors import UserError
+from deflow.settings import AUTO, STAND_IN, check_component
+from deflow.types import Spec
+
+log = logging.getLogger(__name__)
+
+
+def build_agent(settings: DictConfig | dict[str, Any], spec: Spec) -> Agent:
+    """The agent that `settings` describe, freshly initialised.
+
+    Args:
+        settings: the configuration's `agent`; `horizon` is how many actions the policy decides at once.
+        spec: sizes of the task.
+
+    Raises:
+        UserError: for a setting that the agent does not know, or a value that it may not have.
+    """
+    check_component(settings, "agent")
+    config = OmegaConf.create(plain(settings) if isinstance(settings, DictConfig) else settings)
+    for key in _undecided(config):
+        OmegaConf.update(config, key, STAND_IN[key])
+    horizon = config.pop("horizon", 1)
+    return instantiate(config, _partial_=True)(spec=spec.chunked(horizon))
+
+
+def decide(config: DictConfig, transitions: Transitions) -> bool:
+    """Put what the data say in the place of every `auto` under `config.agent`; whether there was one."""
+    undecided = _undecided(config.agent)
+    if "trust_region" in undecided:
+        _decide_trust_region(config, transitions)
+    if "critic.value_range" in undecided:
+        _decide_value_range(config, transitions)
+    return bool(undecided)
+
+
+def _undecided(agent: DictConfig) -> list[str]:
+    return [key for key in STAND_IN if OmegaConf.select(agent, key) == AUTO]
+
+
+def _decide_trust_region(config: DictConfig, transitions: Transitions) -> None:
+    """Set `config.agent.trust_region`, and why in `config.iav.result`."""
+    if transitions.states.ndim > 2:
+        raise UserError("agent.trust_region=auto needs states, whose distances mean something: give a number")
+    rule = plain(config.iav)
+    factor, per_dimension = rule.pop("factor"), rule.pop("per_dimension")
+    rule.pop("result")
+    rows = transitions.starts
+    variance = intrinsic_action_variance(transitions.states[rows].numpy(), transitions.decisions(rows).numpy(), **rule)
+    horizon = config.agent.get("horizon", 1)  # every action of a chunk has the same limits
+    measured = list(variance.per_dimension) * horizon if per_dimension else variance.mean
+    delta = [factor * value for value in measured] if isinstance(measured, list) else factor * measured
+    config.agent.trust_region = delta
+    config.iav.result = {"delta": delta} | asdict(variance)
+    shown = ", ".join(f"{value:.2g}" for value in (delta if isinstance(delta, list) else [delta]))
+    log.info("trust region: delta = %s, %g times the data's action variance %.3g", shown, factor, variance.mean)
+
+
+def _decide_value_range(config: DictConfig, transitions: Transitions) -> None:
+    """Set `config.agent.critic.value_range`: the extreme rewards received for ever, 0 included (the task may end)."""
+    rewards = transitions.learned_rewards(transitions.starts)
+    ends = [min(float(rewards.min()), 0.0), max(float(rewards.max()), 0.0)]
+    low, high = (end / (1 - config.data.discount) for end in ends)
+    config.agent.critic.value_range = [low, high]
+    log.info("value range of the flow critic: %.4g to %.4g", low, high)

@@ -1,0 +1,171 @@
+"""Reading checkpoints: plain contents, the agent in them, its weights for another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deflow.agents.base import Agent
+from deflow.build import build_agent
+from deflow.errors import UserError
+from deflow.stored import checked, modernised
+from deflow.types import Spec
+from deflow.units import Units
+
+FORMAT = 2  # of what this version writes; checkpoints that name none are of the first
+
+# What every checkpoint holds, and of what type; see `Run.described`.
+CONTENT: dict[str, type] = {
+    "state_dict": dict,
+    "deflow": dict,
+    "deflow.task": str,
+    "deflow.spec": list,
+    "deflow.config": dict,
+    "deflow.config.seed": int,
+    "deflow.config.eval": dict,
+}
+# What one that training goes on from holds besides.
+TO_RESUME: dict[str, type] = {
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+# And one of a stage that is done.
+OF_A_STAGE: dict[str, type] = {"optimizer_states": list, "deflow.updates_per_second": float}
+
+
+def load_checkpoint(path: Path, more: dict[str, type] | None = None) -> dict[str, Any]:
+    """A checkpoint's plain contents; its configuration names nothing that a file may not, see `stored.checked`.
+
+    Args:
+        path: of the file.
+        more: entries that are needed besides those of every checkpoint, such as `TO_RESUME`.
+
+    Raises:
+        UserError: if it is missing, not one of ours, or not a whole one.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a file that is not a checkpoint
+        raise UserError(f"cannot read {path}: it is not a whole checkpoint") from error
+    if not isinstance(checkpoint, dict) or "deflow" not in checkpoint:
+        raise UserError(f"{path} is a checkpoint of something else: it lacks the entry 'deflow'")
+    for key, kind in (CONTENT | (more or {})).items():
+        if not isinstance(_entry(checkpoint, key), kind):
+            raise UserError(f"{path} is not a whole checkpoint: its entry '{key}' is missing or of another kind")
+    about = checkpoint["deflow"]
+    _check_format(about, path, to_go_on=more is not None)
+    sizes = about["spec"][:3]
+    sound = {
+        "state_dict": all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()),
+        "optimizer_states": all(_is_optimizer_state(state) for state in checkpoint.get("optimizer_states", ())),
+        "deflow.spec": len(about["spec"]) == len(Spec._fields) and all(isinstance(size, int) for size in sizes),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise UserError(f"{path} is not a whole checkpoint: its entry '{key}' holds something else")
+    about["config"] = checked(modernised(about["config"]), path)
+    return checkpoint
+
+
+def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
+    """The agent of a loaded checkpoint with its weights; `settings` replace those it was trained with.
+
+    Raises:
+        UserError: if the checkpoint holds several seeds, or weights of other networks than it says.
+    """
+    about = checkpoint["deflow"]
+    _refuse_several(about)
+    try:
+        agent = build_agent(about["config"]["agent"] | settings, Spec.of_list(about["spec"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's settings do not make an agent: {error}") from error
+    check_weights(agent, checkpoint, "the checkpoint")
+    agent.load_state_dict(checkpoint["state_dict"])
+    return agent
+
+
+def units_of(checkpoint: dict[str, Any]) -> Units:
+    """The units in which a loaded checkpoint's agent was trained."""
+    return Units.of(checkpoint["deflow"].get("units"))
+
+
+def load_weights(agent: Agent, path: Path, task: str | None, units: Units) -> None:
+    """Load the weights of a checkpoint of the same networks into `agent`.
+
+    Args:
+        agent: that begins with them.
+        path: of the checkpoint.
+        task: of which it must be; None: of any.
+        units: of the data that the agent will train on.
+
+    Raises:
+        UserError: if it is of another task or other units, its networks have other shapes, or it holds several seeds.
+    """
+    checkpoint = load_checkpoint(path)
+    _refuse_several(checkpoint["deflow"])
+    of = checkpoint["deflow"]["task"]
+    if task is not None and of != task:
+        raise UserError(f"{path} is a checkpoint of {of}, not of {task}; ckpt_of_any_task=true takes it all the same")
+    if not units_of(checkpoint).is_close(units):
+        raise UserError(
+            f"{path} was trained on other units of actions, observations or rewards than these data have: give it the "
+            "same, see data.source.action_range=[LOW,HIGH], data.source.standardise, data.reward_scale and "
+            "data.reward_shift"
+        )
+    try:
+        agent.start_from(checkpoint)
+    except RuntimeError as error:
+        first = next(iter(str(error).splitlines()[1:]), str(error)).strip()  # of many, below a heading
+        raise UserError(f"the networks of {path} differ from the configured ones: {first}") from error
+
+
+def check_weights(agent: Agent, checkpoint: dict[str, Any], name: str | Path) -> None:
+    """Whether a loaded checkpoint's weights are those of networks like the agent's.
+
+    Raises:
+        UserError: naming `name` and one that is not.
+    """
+    ours, theirs = agent.state_dict(), checkpoint["state_dict"]
+    others = [key for key in ours.keys() & theirs.keys() if ours[key].shape != theirs[key].shape]
+    wrong = sorted([*others, *(ours.keys() ^ theirs.keys())])
+    if wrong:
+        raise UserError(f"the networks of {name} differ from the configured ones, as in '{wrong[0]}'")
+
+
+def _entry(content: Any, key: str) -> Any:
+    for name in key.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def _is_optimizer_state(state: Any) -> bool:
+    groups = _entry(state, "param_groups")
+    named = isinstance(groups, list) and all(isinstance(_entry(group, "params"), list) for group in groups)
+    return named and isinstance(_entry(state, "state"), dict) and all("name" in group for group in groups)
+
+
+def _check_format(about: dict[str, Any], path: Path, to_go_on: bool) -> None:
+    written = about.get("format", 1)
+    if written not in (1, FORMAT):
+        raise UserError(f"{path} was written by a newer version of deflow: update this one")
+    if written < FORMAT and to_go_on:
+        raise UserError(
+            f"{path} was written by an older version of deflow, whose run cannot go on in this one: "
+            "evaluate it, or start a new run from its weights by ckpt="
+        )
+
+
+def _refuse_several(about: dict[str, Any]) -> None:
+    seeds = about["config"].get("seeds", 1)  # older ones hold one and do not say so
+    if seeds != 1:
+        first = about["config"]["seed"]
+        beside = f"seed_{first}.ckpt, which are there once the stage is done"
+        raise UserError(f"the checkpoint holds {seeds} seeds: take one of those beside it, as {beside}")

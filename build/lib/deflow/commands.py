@@ -1,0 +1,155 @@
+"""The commands, as `deflow NAME` and as the scripts at the top of the repository start them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from deflow.config import entry_point, refuse_other_overrides
+from deflow.imports import quick_imports
+from deflow.invocation import as_script_and_as_typed, started_by_console, typed_command
+
+
+@entry_point("train")
+def train(config: DictConfig, folder: Path) -> None:
+    """Train, evaluate and report a policy: experiment=NAME, or resume=FOLDER to go on."""
+    with quick_imports():
+        from deflow import pipeline
+
+    if config.resume is not None:
+        refuse_other_overrides(HydraConfig.get().overrides.task)
+    with _as_typed():
+        pipeline.train(config, folder, _again("train", config.trust))
+
+
+@entry_point("evaluate")
+def evaluate(config: DictConfig, folder: Path) -> None:
+    """Play a checkpoint's policy again: ckpt=PATH."""
+    with quick_imports():
+        from deflow import evaluating
+
+    evaluating.evaluate(config)
+
+
+@entry_point("generate")
+def generate(config: DictConfig, folder: Path) -> None:
+    """Make a data set with OGBench's own recipe: dataset=NAME out=FOLDER."""
+    with quick_imports():
+        from deflow.data.generate.runner import generate_dataset
+
+    path = generate_dataset(
+        config.dataset,
+        config.episodes,
+        Path(config.out),
+        config.seed,
+        config.workers,
+        config.steps,
+        config.overwrite,
+    )
+    print(f"wrote {path}")
+
+
+@entry_point("inspect_data")
+def inspect_data(config: DictConfig, folder: Path) -> None:
+    """Write the card of a data set, with warnings for known faults: task=NAME."""
+    with quick_imports():
+        from deflow import inspection
+
+    inspection.inspect(config)
+
+
+@entry_point("distill")
+def distill(config: DictConfig, folder: Path) -> None:
+    """Train a one-step generator of a trained policy: ckpt=PATH, or resume=FOLDER to go on."""
+    with quick_imports():
+        from deflow import distillation
+
+    if config.resume is not None:
+        refuse_other_overrides(HydraConfig.get().overrides.task)
+    with _as_typed():
+        distillation.distill(config, folder, _again("distill", config.trust))
+
+
+@entry_point("benchmark")
+def _benchmark(config: DictConfig, folder: Path) -> None:
+    with quick_imports():
+        from deflow.benchmark import benchmark
+
+    benchmark(config)
+
+
+def benchmark() -> None:
+    """Measure how fast everything is, as tables and as JSON; --profile says where the time goes."""
+    sys.argv[1:] = ["profile=true" if argument == "--profile" else argument for argument in sys.argv[1:]]
+    _benchmark()
+
+
+@entry_point("reproduce")
+def reproduce(config: DictConfig, folder: Path) -> None:
+    """Make a published table: the runs that are missing, then ours beside the papers': table=NAME."""
+    with quick_imports():
+        from deflow.reproduction.reproduce import reproduce
+
+    reproduce(config)
+
+
+@entry_point("train_expert")
+def train_expert(config: DictConfig, folder: Path) -> None:
+    """Train a walking ant like the one that makes the antmaze data."""
+    with quick_imports():
+        from deflow.data.generate.expert import train_expert
+
+    train_expert(config.steps, Path(config.out), config.seed, config.episodes, config.overwrite)
+
+
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "inspect": inspect_data,
+    "distill": distill,
+    "benchmark": benchmark,
+    "reproduce": reproduce,
+    "train-expert": train_expert,
+}
+
+
+def console() -> None:
+    """`deflow NAME [arguments]`: one of `COMMANDS`; without a name, or with --help, what there is."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h"):
+        print(_listing())
+        return
+    if name not in COMMANDS:
+        print(f"error: no command '{name}': choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    started_by_console(name)
+    del sys.argv[1]  # Hydra reads what is left
+    COMMANDS[name]()
+
+
+def _listing() -> str:
+    lines = (f"  {name:13}{command.__doc__}" for name, command in COMMANDS.items())
+    return "\n".join(("deflow COMMAND [key=value ...]; deflow COMMAND --help shows what can be set.\n", *lines))
+
+
+@contextmanager
+def _as_typed() -> Iterator[None]:
+    """With the name of the command again: by `sys.argv` Lightning starts the other processes of a run."""
+    arguments = sys.argv[1:]
+    sys.argv[1:1] = [typed_command()] if typed_command() else []
+    try:
+        yield
+    finally:
+        sys.argv[1:] = arguments
+
+
+def _again(script: str, trust: Sequence[str]) -> str:
+    """By what a run of this command goes on, with {} for its folder."""
+    trusting = f" trust=[{','.join(trust)}]" if trust else ""  # of the command line alone, so typed once more
+    return f"{as_script_and_as_typed(script)[1]} resume={{}}{trusting}"

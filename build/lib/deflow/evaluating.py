@@ -1,0 +1,66 @@
+"""`evaluate.py`: the policy of a checkpoint, played again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from deflow import report
+from deflow.checkpoints import agent_of, load_checkpoint, units_of
+from deflow.config import plain
+from deflow.cores import set_threads
+from deflow.data.sources.source import Source
+from deflow.errors import UserError
+from deflow.evaluation.latency import latency
+from deflow.evaluation.rollout import Evaluator
+from deflow.evaluation.statistics import summarise
+from deflow.loading import ACTING
+from deflow.policy import Policy
+from deflow.trust import trust_only
+
+
+def evaluate(config: DictConfig) -> dict[str, Any]:
+    """Play a checkpoint's policy; the result goes to the terminal and into `evaluation.json` beside the checkpoint.
+
+    Raises:
+        UserError: if the checkpoint is broken or of another task than `config.task`.
+    """
+    set_threads(config.threads)
+    trust_only(config.trust)
+    path = Path(config.ckpt)
+    checkpoint = load_checkpoint(path)
+    trained = checkpoint["deflow"]["config"]
+    if config.task is not None:
+        _check_task(path, plain(config.task), trained["task"])
+    chosen = {key: config[key] for key in ACTING if config[key] is not None}
+    policy = Policy(agent_of(checkpoint, **chosen), units=units_of(checkpoint))
+    source: Source = instantiate(trained["data"]["source"])
+    if not source.has_env:
+        raise UserError(f"{path}: {source.task} has no environment to evaluate in")
+    num_envs = trained["eval"]["num_envs"] if config.num_envs is None else config.num_envs
+    result = {"checkpoint": str(path), "task": source.task, "seed": config.seed} | source.protocol()
+    result |= {"horizon": policy.spec.horizon, "n_step": trained["data"]["n_step"]}
+    result |= play(policy, source, config.episodes, num_envs, config.seed) | latency(policy)
+    settings = trained["agent"] | chosen
+    result |= {key: settings[key] for key in ACTING if key in settings}
+    report.write_json(path.with_name("evaluation.json"), result)
+    report.print_evaluation(result)
+    return result
+
+
+def play(policy: Policy, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
+    """What `episodes` episodes of the policy in the source's environment came to."""
+    evaluator = Evaluator(source.make_env, episodes, num_envs, seed, source.success)
+    played = evaluator.run(policy)
+    evaluator.close()
+    return summarise(played, source.score)
+
+
+def _check_task(path: Path, asked: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Raise `UserError` unless a checkpoint was trained in the environment and on the data set that are asked for."""
+    names = [" ".join(str(task[key]) for key in ("env", "dataset") if key in task) for task in (asked, trained)]
+    if names[0] != names[1]:
+        raise UserError(f"{path} is a checkpoint of {names[1] or 'own data'}, not of {names[0]}")

@@ -1,0 +1,45 @@
+"""Summaries of episodes, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from deflow.evaluation.rollout import Episode
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval (95%) of the mean of `values`."""
+    sample = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(sample), size=(RESAMPLES, len(sample)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(sample[picks].mean(axis=1), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None] = lambda _: None) -> dict[str, float]:
+    """Means of success, return and length with the ends of their 95% intervals (`success_low`, `success_high`, ...).
+
+    There is no success if an episode has none, and no score without one for every return.
+
+    Args:
+        episodes: at least one.
+        score: the normalised score of a return, or None where there is none.
+    """
+    columns: dict[str, list[float | None]] = {
+        "success": [episode.success for episode in episodes],
+        "return": [episode.episode_return for episode in episodes],
+        "length": [float(episode.length) for episode in episodes],
+        "score": [score(episode.episode_return) for episode in episodes],
+    }
+    measured = {name: [value for value in values if value is not None] for name, values in columns.items()}
+    measured = {name: values for name, values in measured.items() if len(values) == len(episodes)}
+    summary: dict[str, float] = {"episodes": float(len(episodes))}
+    for name, values in measured.items():
+        low, high = bootstrap_interval(values)
+        summary |= {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
+    return summary

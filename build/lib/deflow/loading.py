@@ -1,0 +1,100 @@
+"""`deflow.load`: a policy from a run's folder or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from deflow.callbacks import FINAL, LAST
+from deflow.checkpoints import agent_of, load_checkpoint, units_of
+from deflow.errors import UserError
+from deflow.policy import Policy
+from deflow.run_folder import CHECKPOINTS
+from deflow.trust import trust_only
+
+ACTING = ("best_of_n", "refine_steps")  # settings of an agent that change how it acts and not what it has learned
+
+
+def load(
+    path: str | Path,
+    seed: int = 0,
+    explore: bool = False,
+    device: str | torch.device = "cpu",
+    trust: Sequence[str] = (),
+    run_seed: int | None = None,
+    **settings: int | None,
+) -> Policy:
+    """A trained policy, ready to act: `deflow.load("logs/scene/2026-01-31_12-00-00").act(observation)`.
+
+    Args:
+        path: a run's folder, of which the newest stage is taken, finished or not; or a checkpoint.
+        seed: of the policy's noise.
+        explore: take the actions from which to learn in the environment instead of the best ones.
+        device: on which the networks are; observations and actions stay on the CPU.
+        trust: packages of your own whose code the checkpoint may name, from now on in this process.
+        run_seed: which of a run's seeds, if it trained several.
+        settings: `best_of_n` and `refine_steps`, if they shall be others than in training.
+
+    Raises:
+        UserError: if there is no checkpoint of ours at `path`, it is damaged or names what it may not, it holds several
+            seeds, its agent does not have such a setting, or there is no such device.
+    """
+    unknown = sorted(settings.keys() - set(ACTING))
+    if unknown:
+        raise UserError(f"load() does not know '{unknown[0]}': what can be changed is {' and '.join(ACTING)}")
+    trust_only(trust)
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    checkpoint = load_checkpoint(newest_checkpoint(Path(path).expanduser(), run_seed))
+    agent = agent_of(checkpoint, **chosen)
+    try:
+        agent.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
+        raise UserError(f"cannot use device={device}: {str(error).splitlines()[0]}") from error
+    agent.freeze()
+    return Policy(agent, explore, seed, units_of(checkpoint))
+
+
+def newest_checkpoint(path: Path, run_seed: int | None = None) -> Path:
+    """The checkpoint at `path`, or the newest in the run's folder at `path`.
+
+    Args:
+        path: of a file or a folder.
+        run_seed: which of a run's seeds, if it trained several.
+
+    Raises:
+        UserError: if there is none, or the seed remains open.
+    """
+    if path.is_dir():
+        return _of_seed(_newest(path), run_seed)
+    if run_seed is not None:
+        raise UserError(f"run_seed chooses among the seeds in a run's folder, and {path} is none")
+    return path
+
+
+def _newest(folder: Path) -> Path:
+    """What the newest stage has left, finished or not."""
+    for stage in sorted((folder / CHECKPOINTS).glob("*_*"), key=_number, reverse=True):
+        for file in (stage / FINAL, stage / LAST):
+            if file.is_file():
+                return file
+    raise UserError(f"{folder} is no run's folder: there is no stage with a checkpoint in {folder / CHECKPOINTS}")
+
+
+def _number(stage: Path) -> int:
+    number = stage.name.partition("_")[0]
+    return int(number) if number.isdigit() else -1
+
+
+def _of_seed(checkpoint: Path, run_seed: int | None) -> Path:
+    """The only seed's checkpoint; or one of several seeds', which lie beside that of all."""
+    several = sorted(path.name for path in checkpoint.parent.glob("seed_*.ckpt"))
+    if run_seed is None and several:
+        raise UserError(f"{checkpoint.parent} holds several seeds: give run_seed, or the path of {', '.join(several)}")
+    if run_seed is None:
+        return checkpoint
+    if f"seed_{run_seed}.ckpt" not in several:
+        found = ", ".join(several) or "none, as in a run of one seed or before the end of a stage"
+        raise UserError(f"{checkpoint.parent} has no seed_{run_seed}.ckpt; seeds found: {found}")
+    return checkpoint.with_name(f"seed_{run_seed}.ckpt")

@@ -1,0 +1,160 @@
+"""Refiner: a residual that moves a proposal toward value inside a trust region."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.func import grad
+
+from deflow.errors import UserError
+from deflow.modules.constraints import Constraint, ConstraintSettings, Refinement
+from deflow.modules.critic import advantage_weights, value_scale
+from deflow.nets.encoder import make_encoder
+from deflow.nets.mlp import MLP
+from deflow.ranges import Activation, Limit, Positive, Widths
+from deflow.types import Batch, Metrics, Spec
+
+Objective = Literal["value", "gradient_step", "demonstration"]
+Value = Callable[[Tensor, Tensor], Tensor]  # mean over the ensemble, shape (batch,)
+
+
+class Refiner(LightningModule):
+    r"""Residual :math:`f_\phi(s, a_{base})` with :math:`a_\pi = clip(a_{base} + \Delta a)`, :math:`\Delta a = f_\phi`.
+
+    .. math::
+        L(\phi) = -\frac{E[\bar Q(s, a_\pi)]}{sg[E|\bar Q|]} + \sum_i sg[\lambda_i] \, C_i
+
+    with :math:`\bar Q` the mean over the ensemble. The first constraint is the trust region
+    :math:`\|\Delta a\|^2 \le \delta`, the mean over batch and dimensions; see `Constraint` for the multipliers.
+    Source: DeFlow (arXiv 2601.10471). Difference from the released code: a fixed alpha multiplies the penalty
+    once (there it does twice).
+
+    Two other objectives may take the first term's place, inside the same constraints:
+
+    - `gradient_step`: :math:`E\|\Delta a - \eta g\|^2 / 2\eta`, a regression to one step uphill from the proposal, with
+      :math:`g = \nabla_a \bar Q(s, a_{base}) / sg[E|\bar Q|]`. Its gradient at :math:`\Delta a = 0` is that of `value`.
+    - `demonstration`: :math:`E\,w\,\|a_\pi - a\|^2`, a regression to the data's action where it is better than the
+      proposal, :math:`w = \min(\exp(\beta(\bar Q(s, a) - \bar Q(s, a_{base}))), 100)`.
+
+    Args:
+        spec: sizes of the task.
+        hidden: widths of the hidden layers.
+        activation: see `activate`.
+        encoder: settings of the image encoder, see `Impala`; not read for states.
+        trust_region: delta, the limit of the mean squared residual in squared action units, > 0; or one limit an
+            action dimension, each with a multiplier of its own.
+        lagrange: learn the trust region's multiplier; otherwise it stays at `alpha`.
+        alpha: the fixed multiplier when `lagrange` is off, > 0; a learned one starts at `exp(1)`.
+        objective: `value` (the paper's), `gradient_step` or `demonstration`.
+        eta: step of `gradient_step` in action units for a unit of the normalised gradient, > 0.
+        beta: inverse temperature of `demonstration`'s weights in units of reward, > 0.
+        constraints: further ones, each a mapping with the arguments of `Constraint`.
+
+    Raises:
+        UserError: for an impossible constraint, or two of one kind.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        hidden: Widths = (512, 512, 512, 512),
+        activation: Activation = "gelu",
+        encoder: Mapping[str, Any] | None = None,
+        trust_region: Limit = 0.001,
+        lagrange: bool = True,
+        alpha: Positive = 10.0,
+        objective: Objective = "value",
+        eta: Positive = 0.1,
+        beta: Positive = 3.0,
+        constraints: Sequence[ConstraintSettings] = (),
+    ) -> None:
+        super().__init__()
+        objectives = {
+            "value": self._value_loss,
+            "gradient_step": self._gradient_step_loss,
+            "demonstration": self._demonstration_loss,
+        }
+        self._objective = objectives[objective]
+        self.eta, self.beta = eta, beta
+        self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
+        multiplier = None if lagrange else alpha
+        first: ConstraintSettings = {"kind": "trust_region", "limit": trust_region, "multiplier": multiplier}
+        self.constraints = nn.ModuleDict()
+        for settings in (first, *constraints):
+            constraint = Constraint(**settings)
+            if constraint.limit.ndim and constraint.limit.shape != (spec.action_dim,):
+                raise UserError(
+                    f"the constraint '{settings['kind']}' needs one limit or {spec.action_dim}, one an action "
+                    f"dimension; got {len(constraint.limit)}"
+                )
+            if settings["kind"] in self.constraints:
+                raise UserError(f"the constraint '{settings['kind']}' is given twice")
+            self.constraints[settings["kind"]] = constraint
+
+    def loss(
+        self,
+        batch: Batch,
+        base_actions: Tensor,
+        next_actions: Tensor,
+        values: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Metrics]:
+        """The refinement loss plus the multipliers'.
+
+        Args:
+            batch: transitions.
+            base_actions: proposals, shape (batch, action_dim), in [-1, 1].
+            next_actions: the policy's actions at `s'`, shape (batch, action_dim), without gradient.
+            values: `values(s, a)` of shape (members, batch) with a gradient into `a` only.
+        """
+        residual = self.residual(batch.observations, base_actions)
+        actions = (base_actions + residual).clamp(-1.0, 1.0)
+
+        # What the residual is for.
+        loss, metrics = self._objective(batch, base_actions, actions, lambda s, a: values(s, a).mean(0))
+
+        # Trust region and whatever else is constrained.
+        refinement = Refinement(residual, actions, batch.actions, next_actions)
+        for kind, constraint in self.constraints.items():
+            penalty, multiplier_loss, values_of_it = cast(Constraint, constraint).loss(refinement)
+            loss = loss + penalty + multiplier_loss
+            metrics |= {f"{kind}/{name}": value for name, value in values_of_it.items()}
+        return loss, metrics | {"loss": loss.detach()}
+
+    def _value_loss(self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value) -> tuple[Tensor, Metrics]:
+        q = value(batch.observations, actions)
+        loss = -q.mean() / value_scale(q)
+        return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
+
+    def _gradient_step_loss(
+        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value
+    ) -> tuple[Tensor, Metrics]:
+        def total(actions: Tensor) -> tuple[Tensor, Tensor]:
+            q = value(batch.observations, actions)
+            return q.sum(), q
+
+        uphill, q = grad(total, has_aux=True)(base_actions)
+        step = self.eta * uphill / value_scale(q)
+        loss = (actions - (base_actions + step).clamp(-1.0, 1.0)).square().sum(-1).mean() / (2 * self.eta)
+        return loss, {"regression": loss.detach(), "step": step.square().mean(), "q": q.detach().mean()}
+
+    def _demonstration_loss(
+        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value
+    ) -> tuple[Tensor, Metrics]:
+        with torch.no_grad():
+            q = value(batch.observations, base_actions)
+            advantage = value(batch.observations, batch.actions) - q
+            weight = advantage_weights(advantage, self.beta)
+        loss = (weight * (actions - batch.actions).square().mean(-1)).mean()
+        return loss, {"regression": loss.detach(), "weight": weight.mean(), "q": q.mean()}
+
+    def residual(self, observations: Tensor, base_actions: Tensor) -> Tensor:
+        """The residual `da`, shape (batch, action_dim)."""
+        return self.net(observations, base_actions)
+
+    def refine(self, observations: Tensor, base_actions: Tensor) -> Tensor:
+        """The refined actions, clipped to [-1, 1], of the proposals' shape; there may be several for a state."""
+        return (base_actions + self.residual(observations, base_actions)).clamp(-1.0, 1.0)

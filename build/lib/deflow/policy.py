@@ -1,0 +1,157 @@
+"""Policy: the one room for acting, from observations to actions of the environment."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deflow.agents.base import Agent
+from deflow.errors import UserError
+from deflow.seeding import fold_seed
+from deflow.types import Spec
+from deflow.units import AS_THEY_ARE, Units
+
+
+class Policy:
+    """Acts with an agent's networks, always in evaluation mode and without gradients.
+
+    `act` keeps the noise and, with action chunks, the plan that is being carried out: one episode after the other, with
+    `reset` between them. Whoever brings noise along calls `plan` (NumPy) or `actions` (tensors), which keep nothing.
+
+    Args:
+        agent: whose policy it is, as it is at each call; it may go on training in between.
+        explore: take the actions from which to learn in the environment instead of the best ones.
+        seed: of the noise that `act` draws.
+        units: of the environment, see `Units`.
+    """
+
+    def __init__(self, agent: Agent, explore: bool = False, seed: int = 0, units: Units = AS_THEY_ARE) -> None:
+        self.agent, self.units, self._explore = agent, units, explore
+        self._plan: deque[np.ndarray] = deque()  # decided and not yet taken, each (rows, action_dim)
+        self._begin_noise(seed)
+
+    @property
+    def spec(self) -> Spec:
+        """Sizes of observations and actions."""
+        return self.agent.spec
+
+    def reset(self, seed: int | None = None) -> None:
+        """Begin an episode: forget what is left of a plan.
+
+        Args:
+            seed: if given, at least 0, the noise begins anew, so that the same observations lead to the same actions.
+
+        Raises:
+            UserError: if the seed is not a whole number or below 0.
+        """
+        self._plan.clear()
+        if seed is not None:
+            self._begin_noise(seed)
+
+    def act(self, observation: Any) -> np.ndarray:
+        """The next action of the environment.
+
+        Args:
+            observation: shape `spec.observation_shape`; or several side by side, (batch, *observation_shape), such as
+                those of a vector environment. Numbers of any type for states, uint8 for images.
+
+        Returns:
+            float32 in the environment's units, shape (action_dim,), or (batch, action_dim). Each row has noise of its
+            own, which does not depend on how many rows there are; that of the first is the single observation's.
+
+        Raises:
+            UserError: for another shape or type, for NaN or infinity, or if the number of observations changes in the
+                midst of a plan.
+        """
+        observations, is_single = self._rows(observation)
+        rows = len(observations)
+        if not self._plan:
+            noise = np.stack([self.draw_noise(rng) for rng in self._generators(rows)])
+            self._plan.extend(self.plan(observations, noise).swapaxes(0, 1))
+        if len(self._plan[0]) != rows:
+            raise UserError(f"a plan for {len(self._plan[0])} observations is not at its end, got {rows}: call reset()")
+        actions = self._plan.popleft().copy()
+        return actions[0] if is_single else actions
+
+    def plan(self, observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """The actions that are decided at once, shape (batch, horizon, action_dim of the environment), float32.
+
+        Args:
+            observations: shape (batch, *observation_shape).
+            noise: of each row, see `draw_noise`, shape (batch, *act_noise_shape).
+        """
+        dtype, device = np.float32 if self.spec.image is None else np.uint8, self.agent.device
+        observations = np.require(self.units.observed(observations), dtype, ["C", "W"])  # as torch takes them
+        actions = self.actions(torch.from_numpy(observations).to(device), torch.from_numpy(noise).to(device))
+        return self.units.executed(actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1))
+
+    def draw_noise(self, rng: np.random.Generator) -> np.ndarray:
+        """The noise of one decision in one state, shape `agent.act_noise_shape`."""
+        return rng.standard_normal(self.agent.act_noise_shape, dtype=np.float32)
+
+    @torch.no_grad()
+    def actions(self, observations: Tensor, z: Tensor) -> Tensor:
+        """What the agent decides, on its device, shape (batch, action_dim of the whole chunk).
+
+        Args:
+            observations: shape (batch, *observation_shape).
+            z: standard normal noise, shape (batch, *act_noise_shape).
+        """
+        decide = self.agent.explore if self._explore else self.agent.act
+        with evaluation_mode(self.agent):
+            return decide(observations, z)
+
+    def _begin_noise(self, seed: int) -> None:
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise UserError(f"seed must be a whole number of at least 0, got {seed}")
+        self._seed = int(seed)
+        self._noise: list[np.random.Generator] = []  # of each row
+
+    def _rows(self, observation: Any) -> tuple[np.ndarray, bool]:
+        """The observations, checked, and whether there is but one."""
+        shape = self.spec.observation_shape
+        try:
+            found = np.asarray(observation)
+        except (ValueError, TypeError, RuntimeError) as error:  # such as rows of several lengths, or a GPU's tensor
+            raise UserError(f"an observation is an array of shape {shape}: {error}") from error
+        is_single = found.shape == shape
+        if not is_single and (found.shape[1:] != shape or len(found) == 0):
+            several = ("batch", *shape)
+            raise UserError(f"an observation has shape {shape}, or several {several}, got {found.shape}")
+        self._check_numbers(found)
+        return (found[None] if is_single else found), is_single
+
+    def _check_numbers(self, observations: np.ndarray) -> None:
+        if self.spec.image is not None:
+            if observations.dtype != np.uint8:
+                raise UserError(f"an observation is an image of uint8, got {observations.dtype}")
+        elif observations.dtype.kind not in "biuf":
+            raise UserError(f"an observation holds numbers, got {observations.dtype}")
+        else:
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinity
+                if not np.isfinite(observations.astype(np.float32)).all():
+                    raise UserError("the observation holds NaN or infinity")
+
+    def _generators(self, rows: int) -> list[np.random.Generator]:
+        for row in range(len(self._noise), rows):
+            self._noise.append(np.random.default_rng(fold_seed(self._seed, "act", row)))
+        return self._noise[:rows]
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and each part's own mode again afterwards; free where it is in that mode already."""
+    training = [part for part in module.modules() if part.training] if module.training else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

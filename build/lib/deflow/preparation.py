@@ -1,0 +1,160 @@
+"""From a configuration to a run that is ready to train."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from deflow.agents.base import WHOLE_STAGES, Agent
+from deflow.agents.seed_stack import SeedStack
+from deflow.build import build_agent, decide
+from deflow.checkpoints import load_weights
+from deflow.config import check, plain
+from deflow.cores import set_threads
+from deflow.data.datamodule import OfflineDataModule
+from deflow.data.measures import card
+from deflow.data.memory.transitions import as_arrays
+from deflow.data.sources.source import Source
+from deflow.description import describe
+from deflow.distributed import is_main_process
+from deflow.errors import UserError
+from deflow.evaluation.rollout import Evaluator, load_episodes
+from deflow.files import replacing
+from deflow.loggers import CsvMetrics
+from deflow.precision import faster_precision
+from deflow.resuming import Progress, is_in_last_stage, saved_progress
+from deflow.run import Run, of_learning
+from deflow.run_folder import CONFIG_FILE, EPISODES_FILE, METRICS_FILE
+from deflow.settings import AUTO
+from deflow.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+BESIDE = "train.py -m seed=0,1 threads=1 hydra/launcher=joblib"
+TIMED_UPDATES = 4  # of each round in which `trainer.precision=auto` compares
+
+
+def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
+    """Build every component; whatever is wrong with the configuration, the data or the tracker is said here."""
+    started = time.perf_counter()
+    saved = saved_progress(config, folder) if resume else Progress()
+    check(config)
+    _make_absolute(config)
+    _set_up_torch(config)
+
+    data = instantiate(config.data)
+    _try_stages(config, data.source)  # before the data, which may take an hour to come
+    _load_data(data)
+    if is_main_process() and not resume:
+        data.source.meet_environment(data.source.spec())
+    decide(config, data.transitions)
+    agents, learner = build_agents(config, data.source)
+    if config.seeds > 1 and config.trainer.accelerator == "cpu":
+        log.info(
+            "seeds=%d gains little on a CPU: a process a seed, one thread each, is faster (%s)", config.seeds, BESIDE
+        )
+    if learner.traits.reads_returns:
+        data.add_returns()
+    if config.ckpt is not None and not (resume and is_in_last_stage(config, folder)):
+        task = None if config.ckpt_of_any_task else data.source.task
+        load_weights(learner, Path(config.ckpt), task, data.transitions.units)
+    if config.trainer.precision == AUTO:
+        config.trainer.precision = faster_precision(learner, data.sample_stream(TIMED_UPDATES))
+    if config.compile:
+        learner.compile_losses()
+
+    if not resume:  # first of all files: what is killed from here on can be resumed
+        _write_config(config, folder)
+    metrics = CsvMetrics(folder / METRICS_FILE, saved.updates)
+    return Run(
+        folder=folder,
+        config=config,
+        resume=resume,
+        agents=agents,
+        learner=learner,
+        data=data,
+        evaluator=_make_evaluator(config, data.source),
+        loggers=_open_loggers(config, folder, resume, metrics, data.source),
+        metrics=metrics,
+        seconds_before=saved.seconds,
+        started=started,
+        episodes=load_episodes(folder / EPISODES_FILE) if resume else [],
+    )
+
+
+def build_agents(config: DictConfig, source: Source) -> tuple[list[Agent], Agent]:
+    """One agent a seed, each as it would be alone, and what trains them: the only one itself, or a stack of all."""
+    agents = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        torch.manual_seed(seed)
+        settings = plain(config.agent) | ({"seed": seed} if config.seeds > 1 else {})
+        agents.append(build_agent(settings, source.spec()))
+    return agents, agents[0] if len(agents) == 1 else SeedStack(agents)
+
+
+def _make_absolute(config: DictConfig) -> None:
+    """Let the run's paths mean the same when it goes on from another working folder."""
+    for key in ("paths.logs", "paths.data", "data.source.path", "data.source.dir", "ckpt"):
+        path = OmegaConf.select(config, key)
+        if path is not None and not path.startswith("~"):
+            OmegaConf.update(config, key, str(Path(path).absolute()))
+
+
+def _set_up_torch(config: DictConfig) -> None:
+    seed_everything(config.seed, verbose=False)
+    if config.matmul_precision == AUTO:
+        config.matmul_precision = "highest" if config.trainer.accelerator == "cpu" else "high"
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    set_threads(config.threads)
+
+
+def _try_stages(config: DictConfig, source: Source) -> None:
+    """Begin every stage once, with agents without weights: whatever they and their stages refuse is said here."""
+    with torch.device("meta"):
+        agents, learner = build_agents(config, source)
+    for name, stage in config.stages.items():
+        learner.begin_stage(name, first_step=0, **of_learning(stage))
+        if learner.traits.trains_jointly and not all(learner.trains(part) for part in learner.parts):
+            raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: {WHOLE_STAGES}")
+        if stage.get("environment") is not None and not source.has_env:
+            raise UserError(f"stage '{name}' plays in the environment, and these data have none")
+
+
+def _load_data(data: OfflineDataModule) -> None:
+    """Have the data in memory; what looks wrong with them is said before anything is trained on them."""
+    data.prepare_data()
+    data.setup()
+    assert data.transitions is not None
+    if is_main_process():
+        card.warn_of(as_arrays(data.transitions), data.source.name)
+
+
+def _make_evaluator(config: DictConfig, source: Source) -> Evaluator | None:
+    if not source.has_env:
+        return None
+    return Evaluator(source.make_env, config.eval.episodes, config.eval.num_envs, config.eval.seed, source.success)
+
+
+def _write_config(config: DictConfig, folder: Path) -> None:
+    if is_main_process():
+        with replacing(folder / CONFIG_FILE) as part:
+            part.write_text(OmegaConf.to_yaml(config, resolve=True))
+
+
+def _open_loggers(config: DictConfig, folder: Path, resume: bool, metrics: CsvMetrics, source: Source) -> list[Any]:
+    """`metrics.csv`, and the tracker beside it if there is one, which is told what a new run is."""
+    tracker = instantiate(config.logger, _partial_=True)(run_dir=str(folder))
+    if tracker is None:
+        return [metrics]
+    if not isinstance(tracker, Tracker):  # a logger of the user's own
+        tracker = Tracker(tracker)
+    if not resume:
+        tracker.describe(describe(config, source.task, source.provenance(), folder))
+    return [metrics, tracker]

@@ -1,0 +1,193 @@
+"""Plan: which runs make a table, where each lies, and the command that makes it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from deflow.errors import UserError
+from deflow.report import read_summary
+from deflow.reproduction.layout import Generated, Layout, Value
+from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
+
+# Settings that say how a run is made, not what it is.
+TECHNICAL = (
+    *("trainer", "compile", "threads", "logger", "paths", "data.device", "data.source.path", "matmul_precision"),
+    *("checkpoint_every", "validate_every", "eval.num_envs", "video", "diversity"),
+)
+
+OF_THE_PLAN = ("seed", "seeds", "agent", "task", "task_id", "stages", "experiment", "resume", "ckpt")
+
+State = Literal["done", "begun", "missing"]
+
+
+class Dataset(NamedTuple):
+    """Data that a run needs and that are generated first."""
+
+    name: str
+    path: Path
+    episodes: int
+    seed: int
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of `generate.py`."""
+        return f"dataset={self.name}", f"out={self.path.parent}", f"episodes={self.episodes}", f"seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a table.
+
+    Attributes:
+        row: the environment, as `published` names it.
+        task: of OGBench; None where a row is one task.
+        agent: of the group agent, or a column of a table of one's own.
+        seed: of the run.
+        folder: of the run.
+        settings: arguments of `train.py`, those of the folder excepted.
+        value: what of its evaluations the table shows.
+        changed: those of the settings by which the user departs from the table's protocol.
+        dataset: what is generated first, if it is not there.
+    """
+
+    row: str
+    task: int | None
+    agent: str
+    seed: int
+    folder: Path
+    settings: tuple[str, ...]
+    value: Value
+    changed: tuple[str, ...] = ()
+    dataset: Dataset | None = None
+
+    @property
+    def state(self) -> State:
+        """How far it is."""
+        if read_summary(self.folder / SUMMARY_FILE) is not None:
+            return "done"
+        return "begun" if (self.folder / CONFIG_FILE).exists() else "missing"
+
+    def arguments(self, threads: int) -> tuple[str, ...]:
+        """Of `train.py`: those that begin the run, with so many threads of torch, or that go on with it."""
+        if self.state == "begun":
+            return (f"resume={self.folder}",)
+        return (*self.settings, f"hydra.run.dir={self.folder}", f"threads={threads}")
+
+    @property
+    def made_by(self) -> Path:
+        """The file beside the folder that holds the settings with which the run was begun."""
+        return self.folder.with_suffix(".settings")
+
+    @property
+    def output(self) -> Path:
+        """The file beside the folder that holds what the run prints."""
+        return self.folder.with_suffix(".log")
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        task = "" if self.task is None else f" task {self.task}"
+        return f"{self.agent} on {self.row}{task}, seed {self.seed}"
+
+
+def plan(
+    table: Layout,
+    logs: Path,
+    data: Path,
+    seeds: int,
+    rows: Sequence[str] | None = None,
+    tasks: Sequence[int] | None = None,
+    agents: Sequence[str] | None = None,
+    settings: Sequence[str] = (),
+) -> list[Job]:
+    """The runs of a table, all agents and tasks of a seed before those of the next, so that it fills up evenly.
+
+    Args:
+        table: its layout.
+        logs: folder under which the runs' folders lie.
+        data: folder for data that are generated.
+        seeds: runs of each cell, from seed 0 on.
+        rows: some of the table's rows; None: all.
+        tasks: some of OGBench's tasks 1 to 5; None: all that the table has.
+        agents: some of its columns; None: all.
+        settings: further arguments of `train.py`, for every run.
+
+    Raises:
+        UserError: for a name that is not in the table, listing the right ones.
+    """
+    _refuse_unknown(f"row of {table.name}", rows or (), table.rows)
+    _refuse_unknown(f"agent of {table.name}", agents or (), table.columns)
+    if [] in (rows, agents, tasks):
+        raise UserError("an empty list chooses nothing: leave out rows, agents or tasks for all of them")
+    for row in rows or table.rows:
+        _refuse_unknown(f"task of {row} in {table.name}", list(map(str, tasks or ())), list(map(str, table.rows[row])))
+    for name in (setting.lstrip("+").partition("=")[0] for setting in settings):
+        if name in OF_THE_PLAN or name.startswith("hydra."):
+            raise UserError(f"{name} is the table's to set: choose rows, tasks, agents and seeds")
+    return [
+        _job(table, row, task, agent, seed, logs, data, settings)
+        for seed in range(seeds)
+        for row in dict.fromkeys(rows or table.rows)
+        for task in dict.fromkeys(tasks or table.rows[row])
+        for agent in dict.fromkeys(agents or table.columns)
+    ]
+
+
+def refuse_other_settings(jobs: Sequence[Job]) -> None:
+    """A run that was begun with other settings is not a run of this plan.
+
+    Raises:
+        UserError: naming the run, and its settings.
+    """
+    for job in jobs:
+        if job.state == "missing" or not job.made_by.exists():
+            continue
+        before, now = job.made_by.read_text().split("\n"), list(job.settings)
+        differing = [setting for setting in (*before, *now) if (setting in before) != (setting in now)]
+        if differing:
+            raise UserError(
+                f"{job.folder} was begun with other settings ({' '.join(differing)}): go on with its own, or choose "
+                "another paths.logs"
+            )
+
+
+def _job(
+    table: Layout, row: str, task: int | None, agent: str, seed: int, logs: Path, data: Path, settings: Sequence[str]
+) -> Job:
+    cell = table.cells[row, task, agent]
+    place = logs / table.folder / (row if task is None else f"{row}-task{task}") / agent / f"seed_{seed}"
+    changed = tuple(sorted(s for s in settings if not s.lstrip("+").startswith(TECHNICAL)))
+    dataset = None if cell.data is None else _dataset(cell.data, data, table.generate)
+    from_data = () if dataset is None else (f"data.source.path={dataset.path}",)
+    chosen = (*cell.settings, *from_data, f"seed={seed}", "logger=csv", *settings)
+    return Job(row, task, agent, seed, place, chosen, table.value, changed, dataset)
+
+
+def _dataset(name: str, folder: Path, generate: Generated | None) -> Dataset:
+    assert generate is not None, "a layout with data says how they are generated"
+    return Dataset(name, folder / f"{name}.npz", generate["episodes"], generate["seed"])
+
+
+def _refuse_unknown(what: str, chosen: Sequence[str], known: Iterable[str]) -> None:
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"unknown {what} '{name}': choose among {', '.join(known)}")
+
+
+def commands(jobs: Sequence[Job], threads: int) -> Iterator[str]:
+    """What would be typed, in a shell, to do what is not done."""
+    for dataset in missing_datasets(jobs):
+        yield shlex.join(("python", "generate.py", *dataset.arguments))
+    for job in jobs:
+        if job.state != "done":
+            yield shlex.join(("python", "train.py", *job.arguments(threads)))
+
+
+def missing_datasets(jobs: Sequence[Job]) -> list[Dataset]:
+    """The data that the runs need and that are not there."""
+    needed = dict.fromkeys(job.dataset for job in jobs if job.state == "missing")
+    return [dataset for dataset in needed if dataset is not None and not dataset.path.exists()]

@@ -1,0 +1,201 @@
+"""`reproduce.py`: the runs of a published table, and what they come to beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from deflow.benchmark import SPAN, random_transitions
+from deflow.build import build_agent
+from deflow.config import CONFIG_DIR, plain
+from deflow.cores import usable_cores
+from deflow.data.datamodule import BatchStream
+from deflow.errors import UserError
+from deflow.files import replacing
+from deflow.reproduction.cluster import Cluster
+from deflow.reproduction.layout import layout
+from deflow.reproduction.page import is_possible, page
+from deflow.reproduction.plan import Job, commands, plan, refuse_other_settings
+from deflow.reproduction.plots import draw_curves, draw_improvement, draw_profile
+from deflow.reproduction.results import Result, read_results, refuse_mixture, result_of, write_results
+from deflow.reproduction.runs import generate_missing, run_all
+from deflow.reproduction.table import Cell, cells_of, compare, latex, markdown, summary
+from deflow.reproduction.tracking import track
+from deflow.timing import seconds_of_updates
+from deflow.types import Spec
+
+log = logging.getLogger(__name__)
+
+TYPICAL = Spec(observation_dim=29, action_dim=8)  # of a task, for an estimate of time
+PLAN_WIDTH = 100  # columns
+TIMED = 3  # updates, after as many that warm up
+
+
+def reproduce(config: DictConfig) -> list[Result]:
+    """Do the runs of a table that are missing, and write the table; or compare two files of results.
+
+    Writes `TABLE.jsonl`, `.md`, `.tex`, `.html` and pictures into `config.out`, and the table into MLflow, also of the
+    runs that are done when others have failed.
+
+    Returns:
+        The results of the table, or nothing after a dry run or a comparison.
+
+    Raises:
+        UserError: for a table, row or agent that there is not, results of two protocols, or if runs failed, after all.
+    """
+    if config.compare is not None:
+        print(_compared(config.compare))
+        return []
+    if config.table is None:
+        raise UserError("name a table to make, such as table=quick, or two results files, compare=[A.jsonl,B.jsonl]")
+    table = layout(config.table)
+    logs, data = Path(config.paths.logs).absolute() / "reproduce", Path(config.paths.data).expanduser().absolute()
+    chosen = config.rows, config.tasks, config.agents
+    jobs = plan(table, logs, data, config.seeds, *chosen, settings=list(_arguments(plain(config.settings))))
+    refuse_other_settings(jobs)
+    threads, on_gpu = config.threads, config.settings.get("trainer") not in (None, "cpu")
+    at_once = config.jobs or (1 if on_gpu else max(1, usable_cores() // threads))
+    _composed(jobs[0].settings)  # a mistake in the settings is every run's
+    _show_plan(jobs, at_once, threads, on_gpu)
+    if config.dry:
+        print("\n".join(commands(jobs, threads)))
+        return []
+    refuse_mixture(_done(jobs)[0])
+    run = _runner(config.engine, logs, at_once, threads)
+    generate_missing(jobs)
+    not_done = run(jobs)
+    results, damaged = _done(jobs)
+    if results:
+        refuse_mixture(results)
+        cells, files = _write(table.name, results, Path(config.out))
+        if config.mlflow is not None:
+            track(config.mlflow, table.name, cells, results, files)
+    if not_done or damaged:
+        raise UserError(
+            f"the table lacks {len(jobs) - len(results)} of {len(jobs)} runs, go on by the same command: "
+            + "; ".join([*not_done, *damaged])
+        )
+    return results
+
+
+def _runner(engine: DictConfig, logs: Path, at_once: int, threads: int) -> Callable[[Sequence[Job]], list[str]]:
+    """What does the runs that are not done, and returns what is to be said of those that are not done then."""
+    if engine.cluster is None:
+        return lambda jobs: run_all(jobs, at_once, threads)
+    return Cluster(logs / "jobs", at_once, threads, engine.cluster, plain(engine.submit), engine.max_timeouts).run_all
+
+
+def _done(jobs: Sequence[Job]) -> tuple[list[Result], list[str]]:
+    """The results of the runs that are done, and what is wrong with those that cannot be read."""
+    results, damaged = [], []
+    for job in jobs:
+        if job.state == "done":
+            try:
+                results.append(result_of(job))
+            except UserError as error:
+                damaged.append(str(error))
+    return results, damaged
+
+
+def _arguments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Of `train.py`, from what the command line says under `settings`."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _arguments(value, f"{prefix}{key}.")
+        else:
+            written = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            yield f"{prefix}{key}={written}"
+
+
+def _compared(paths: Sequence[str]) -> str:
+    if len(paths) != 2:
+        raise UserError("compare=[A.jsonl,B.jsonl] takes two results files")
+    first, second = (read_results(Path(path)) for path in paths)
+    return compare(first, second)
+
+
+def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Cell], list[Path]]:
+    """Everything that can be said of the results, into files; they are returned, and the table's cells."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = cells_of(table, results)
+    of_all = summary(results)
+    text = markdown(table, cells) + ("\nOver all tasks that every agent has:\n\n" + of_all if of_all else "")
+    written = {f"{table}.md": text, f"{table}.tex": latex(cells)}
+    if is_possible():
+        written[f"{table}.html"] = page(table, cells, results, folder)
+    else:
+        log.info("no %s.html: that needs the package plotly (pip install 'deflow[page]')", table)
+    for name, content in written.items():
+        with replacing(folder / name) as part:
+            part.write_text(content)
+    pictures = {"curves": draw_curves, "profile": draw_profile, "improvement": draw_improvement}
+    for name, draw in pictures.items():
+        draw(results, folder / f"{table}_{name}.png")
+    write_results(folder / f"{table}.jsonl", results)
+    print(text)
+    log.info("%s.md, .tex, .jsonl, .html and pictures are in %s", table, folder)
+    return cells, [
+        folder / name for name in (*written, *(f"{table}_{name}.png" for name in pictures), f"{table}.jsonl")
+    ]
+
+
+def _show_plan(jobs: Sequence[Job], at_once: int, threads: int, on_gpu: bool) -> None:
+    """How many runs there are, how far they are, and how long those take that are missing."""
+    table = Table(title=f"{len(jobs)} runs, {at_once} at a time with {threads} threads each")
+    for column in ("row", "agent", "done", "begun", "missing", "updates of a run", "hours left, about"):
+        table.add_column(column)
+    speeds: dict[str, float] = {}  # of agents, the first of whose tasks stands for all
+    total = 0.0
+    for row, agent in dict.fromkeys((job.row, job.agent) for job in jobs):
+        of_cell = [job for job in jobs if (job.row, job.agent) == (row, agent)]
+        states = [job.state for job in of_cell]
+        left = len(states) - states.count("done")
+        updates, hours = "", 0.0
+        if left:
+            job_config = _composed(of_cell[0].settings)
+            steps = sum(stage.steps for stage in job_config.stages.values())
+            updates = f"{steps:,}"
+            if not on_gpu:
+                if agent not in speeds:
+                    speeds[agent] = _seconds(job_config, threads)
+                hours = left * steps * speeds[agent] / 3600
+        total += hours
+        counts = [str(states.count(state)) for state in ("done", "begun", "missing")]
+        table.add_row(row, agent, *counts, updates, f"{hours:.1f}" if hours else "")
+    if total:
+        table.caption = (
+            f"about {total / at_once:.1f} hours by timing {TIMED} updates here, evaluations and data excepted"
+        )
+    console = Console(stderr=True)
+    console.width = max(console.width, PLAN_WIDTH)
+    console.print(table)
+
+
+def _seconds(config: DictConfig, threads: int) -> float:
+    """Of a joint update, timed here on random data."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        agent = build_agent(config.agent, TYPICAL)
+        agent.begin_stage("timed", "all", first_step=0)
+        stream = BatchStream(random_transitions(agent), config.data.batch_size, 0, TIMED, (0, "timed"), SPAN)
+        return [seconds_of_updates(agent, stream) for _ in range(2)][-1] / TIMED
+    finally:
+        torch.set_num_threads(before)
+
+
+def _composed(overrides: Iterable[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return compose("train", overrides=list(overrides))
+    with initialize_config_dir(CONFIG_DIR, version_base=None):
+        return compose("train", overrides=list(overrides))

@@ -1,0 +1,191 @@
+"""Results: a run in one line, with all that decides what it may be compared with."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deflow.errors import UserError
+from deflow.files import replacing
+from deflow.loggers import read_metrics
+from deflow.report import read_summary
+from deflow.reproduction.plan import Job
+from deflow.reproduction.published import tables
+from deflow.run_folder import METRICS_FILE, SUMMARY_FILE
+
+OGBENCH_TRANSITIONS = 1_000_000  # at least, of a published data set
+OF_THE_METHOD = ("n_step", "horizon")
+PUBLISHED_TIMING = "pre"  # success as OGBench's and FQL's code read it, see `SuccessRule`
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run.
+
+    Attributes:
+        row: the environment.
+        task: of OGBench; None where a row is one task.
+        agent: a choice of the group agent.
+        seed: of the run.
+        value: what the table shows, success in % or D4RL's score; online, after the online updates.
+        before: online alone: before them.
+        curve: updates -> what an evaluation came to, in the same unit.
+        episodes: of an evaluation.
+        identity: what must be the same for numbers to be compared.
+        command: that made the run.
+        commit: of the code, if it was a clone.
+        versions: of the packages.
+        updates_per_second: of the last stage.
+        seconds: of the whole run.
+        folder: of the run.
+    """
+
+    row: str
+    task: int | None
+    agent: str
+    seed: int
+    value: float
+    before: float | None
+    curve: dict[int, float]
+    episodes: int
+    identity: dict[str, Any]
+    command: str
+    commit: str | None
+    versions: dict[str, str]
+    updates_per_second: float
+    seconds: float
+    folder: str
+
+
+def result_of(job: Job) -> Result:
+    """The result of a run that is done.
+
+    Raises:
+        UserError: if it has no evaluation, or its files are damaged.
+    """
+    try:
+        return _result_of(job)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{job.folder} is damaged ({type(error).__name__}: {error}): move it away") from error
+
+
+def _result_of(job: Job) -> Result:
+    summary = read_summary(job.folder / SUMMARY_FILE)
+    if summary is None:
+        raise UserError(f"{job.folder} is not done")
+    measure, unit = ("eval/score", 1.0) if "eval/score" in summary else ("eval/success", 100.0)
+    if measure not in summary:
+        raise UserError(f"{job.folder} has no evaluation: a table needs runs with an environment")
+    found = summary[measure]
+    if job.value == "before_and_after":
+        *offline, value = found["last_of_stage"].values()
+        before = offline[0] if offline else 0.0  # trained from scratch
+    else:
+        before, value = None, found[job.value]
+    if not math.isfinite(value):
+        raise ValueError(f"{measure} is {value}")
+    rows = read_metrics(job.folder / METRICS_FILE)
+    *_, speed = summary["updates_per_second"].values()
+    return Result(
+        row=job.row,
+        task=job.task,
+        agent=job.agent,
+        seed=job.seed,
+        value=unit * value,
+        before=None if before is None else unit * before,
+        curve={int(row["step"]): unit * row[measure] for row in rows if measure in row},
+        episodes=summary["eval_episodes"],
+        identity=_identity(summary) | {"changed": list(job.changed)},
+        command=shlex.join(("python", "train.py", *job.settings)),
+        commit=summary.get("commit"),
+        versions=summary["versions"],
+        updates_per_second=speed,
+        seconds=summary["seconds"],
+        folder=str(job.folder),
+    )
+
+
+def _identity(summary: dict[str, Any]) -> dict[str, Any]:
+    data = summary["data"]
+    return {
+        "protocol": summary["protocol"],
+        "success_timing": summary.get("success_timing"),
+        "horizon": summary["horizon"],
+        "n_step": summary["n_step"],
+        "data": data["name"],
+        "generated": bool(data["generated"]),
+        "transitions": summary["transitions"]["train"],
+    }
+
+
+def refuse_mixture(results: Iterable[Result]) -> None:
+    """Numbers of two protocols never stand in one cell, nor beside each other in one row.
+
+    How many steps values span is of the method: it may differ between columns, such as of a table of one's own.
+
+    Raises:
+        UserError: naming two runs and what differs.
+    """
+    first: dict[tuple[str, int | None, str | None], Result] = {}
+    for result in results:
+        for name, value in result.identity.items():
+            column = result.agent if name in OF_THE_METHOD else None
+            other = first.setdefault((result.row, result.task, column), result)
+            if (others := other.identity.get(name)) != value:
+                raise UserError(
+                    f"{other.folder} and {result.folder} cannot stand in one table: {name} is {others} and {value}"
+                )
+
+
+def why_not_published(table: str, result: Result) -> str | None:
+    """Why a run's number is not to be held against the papers'; None if it is."""
+    if table not in tables():
+        return "a table of its own"
+    identity = result.identity
+    if identity["changed"]:
+        return f"its settings are others ({' '.join(identity['changed'])})"
+    if identity["generated"]:
+        return "its data were generated here"
+    if table.startswith("ogbench") and identity["transitions"] < OGBENCH_TRANSITIONS:
+        return "its data are fewer than OGBench's"
+    if identity["success_timing"] not in (None, PUBLISHED_TIMING):
+        return f"success is read otherwise ({identity['success_timing']})"
+    if identity["horizon"] > 1 or identity["n_step"] > 1:
+        return "its values span several steps"
+    if "Minari" in str(identity["protocol"]):
+        return "Minari's data and environments are others"
+    return None
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """One line a run, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
+
+
+def read_results(path: Path) -> list[Result]:
+    """What `write_results` wrote.
+
+    Raises:
+        UserError: if there is no such file, or it is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no results file {path}")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        results = [
+            Result(**line | {"value": float(line["value"]), "curve": {int(at): v for at, v in line["curve"].items()}})
+            for line in lines
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is no results file of reproduce.py: {error}") from error
+    if not results:
+        raise UserError(f"{path} holds no results")
+    refuse_mixture(results)
+    return results

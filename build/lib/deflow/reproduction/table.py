@@ -1,0 +1,284 @@
+"""A table of results: ours, the papers', and whether the two agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from deflow.errors import UserError
+from deflow.reproduction.published import OGBENCH_TASKS, Published, find, published, tables
+from deflow.reproduction.results import Result, why_not_published
+from deflow.reproduction.statistics import (
+    Estimate,
+    Interval,
+    Verdict,
+    interquartile_mean,
+    interval,
+    mean_and_deviation,
+    probability_of_improvement,
+    seed_interval,
+    stratified_bootstrap,
+    verdict,
+)
+
+LEGEND = (
+    "ours: mean ± standard deviation over seeds; 95%: of the mean over seeds (Student's t), or over episodes (Wilson) "
+    "where there is one seed or all are equal."
+)
+INSIDE = (
+    " A cell is inside if that interval meets the published one, which is at least as wide as two honest published "
+    "runs of a cell differ."
+)
+ADROIT = ("pen", "door", "hammer", "relocate")  # rows whose score is no share of successes
+RERUN = "optiflow_state"  # a third party's re-run of the baselines: how far two honest runs of a cell are apart
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the runs of an agent on one task, or on all tasks of a row, came to; in % or D4RL's score."""
+
+    row: str
+    task: int | None  # None: the row's mean over its tasks, or its only one
+    agent: str
+    seeds: int
+    mean: float
+    deviation: float | None
+    interval: Interval | None  # 95%, of the mean over seeds
+    before: float | None  # online: the mean before
+    published: Published | None
+    verdict: Verdict | None
+    reason: str | None  # why there is none
+
+
+def cells_of(table: str, results: Sequence[Result]) -> list[Cell]:
+    """A cell for each task and agent, and one for each row that has several tasks, in the results' order."""
+    cells = []
+    for row in dict.fromkeys(result.row for result in results):
+        tasks = list(dict.fromkeys(result.task for result in results if result.row == row))
+        groups: list[tuple[int | None, list[int | None]]] = [(task, [task]) for task in tasks]
+        if len(tasks) > 1:
+            groups.append((None, tasks))
+        for task, of_tasks in groups:
+            found = [result for result in results if result.row == row and result.task in of_tasks]
+            for agent in dict.fromkeys(result.agent for result in found):
+                of_agent = [result for result in found if result.agent == agent]
+                cells.append(_cell(table, row, task, agent, of_agent))
+    return cells
+
+
+def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[Result]) -> Cell:
+    scores = _by_task(results)
+    mean, deviation = mean_and_deviation(scores)
+    known = find(table, row, agent, task) if table in tables() else None
+    reason = next((why for why in (why_not_published(table, result) for result in results) if why), None)
+    tasks = {result.task for result in results}
+    if reason is None and task is None and tasks not in ({None}, set(OGBENCH_TASKS)):
+        reason = "the published mean is over more tasks"
+    if reason is None and known is None:
+        reason = "not published"
+    spread = _interval(scores, results[0].episodes, is_share=not is_score(row))
+    if reason is None and spread is None:
+        reason = "nothing is known of the spread of one run's score"
+    return Cell(
+        row=row,
+        task=task,
+        agent=agent,
+        seeds=min(len(values) for values in scores),
+        mean=mean,
+        deviation=deviation,
+        interval=spread,
+        before=None if results[0].before is None else float(np.mean([result.before for result in results])),
+        published=known if reason is None else None,
+        verdict=None if reason is not None or known is None else _verdict(table, known, Estimate(mean, spread)),
+        reason=reason,
+    )
+
+
+def _by_task(results: Sequence[Result]) -> list[np.ndarray]:
+    tasks = dict.fromkeys((result.row, result.task) for result in results)
+    return [
+        np.array([result.value for result in results if (result.row, result.task) == task], np.float64)
+        for task in tasks
+    ]
+
+
+def is_score(row: str) -> bool:
+    """Whether its values are D4RL's normalised score, and no share of successes in %."""
+    return row.startswith(ADROIT)
+
+
+def _interval(scores: Sequence[np.ndarray], episodes: int, is_share: bool) -> Interval | None:
+    """Of the mean over seeds of a seed's mean over tasks; of the seeds that all tasks have."""
+    seeds = min(len(values) for values in scores)
+    of_seeds = np.mean([values[:seeds] for values in scores], axis=0)
+    if not is_share:
+        return None if np.ptp(of_seeds) == 0 else seed_interval(of_seeds)
+    low, high = interval(of_seeds.clip(0, 100) / 100, episodes * len(scores))
+    return max(0.0, 100 * low), min(100.0, 100 * high)
+
+
+def _verdict(table: str, known: Published, ours: Estimate) -> Verdict:
+    return verdict(ours, known.value, known.deviation, known.seeds or 1, tolerance(known.row, known.agent))
+
+
+def tolerance(row: str, agent: str) -> float:
+    """How far two honest published runs of a cell are apart, in %: a third party ran many again.
+
+    Where a cell was not, and at least, it is the median over those that were.
+    """
+    again = {(cell.row, cell.agent): cell.mean for cell in published(RERUN)}
+    first = {(cell.row, cell.agent): cell.mean for cell in published("ogbench_state") if cell.task is None}
+    distances = {
+        key: abs(mean - other)
+        for key, mean in again.items()
+        if mean is not None and (other := first.get(key)) is not None
+    }
+    usual = median(distances.values())
+    return max(usual, distances.get((row, agent), usual))
+
+
+def markdown(title: str, cells: Sequence[Cell]) -> str:
+    """Every cell in a line of its own, and below it why some have no verdict."""
+    lines = [
+        f"## {title}",
+        "",
+        "| task | agent | seeds | ours | 95% | published | difference | verdict |",
+        "|---" * 8 + "|",
+    ]
+    lines += ["| " + " | ".join(texts(cell)) + " |" for cell in cells]
+    lines += ["", legend(cells)]
+    if found := reasons(cells):
+        lines += ["", "No verdict: " + "; ".join(found) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def legend(cells: Sequence[Cell]) -> str:
+    """What the columns are."""
+    return LEGEND + (INSIDE if any(cell.verdict for cell in cells) else "")
+
+
+def reasons(cells: Sequence[Cell]) -> list[str]:
+    """Why some cells have no verdict, each once."""
+    return list(dict.fromkeys(cell.reason for cell in cells if cell.reason is not None))
+
+
+def task_name(row: str, task: int | None) -> str:
+    """As tables and pictures call it."""
+    return row if task is None else f"{row} task {task}"
+
+
+def texts(cell: Cell) -> list[str]:
+    """What stands in the columns task, agent, seeds, ours, 95%, published, difference, verdict."""
+    return list(_texts(cell))
+
+
+def _texts(cell: Cell) -> Iterator[str]:
+    yield task_name(cell.row, cell.task)
+    yield cell.agent
+    yield str(cell.seeds)
+    yield (f"{cell.before:.0f} → " if cell.before is not None else "") + _plus_minus(cell.mean, cell.deviation)
+    yield "-" if cell.interval is None else f"{cell.interval[0]:.0f} to {cell.interval[1]:.0f}"
+    known = cell.published
+    if known is None:
+        yield from ("-", "-", "-")
+        return
+    shown = _plus_minus(known.value, known.deviation)
+    yield shown if known.before is None else f"{known.before:.0f} → {known.value:.0f}"
+    yield f"{round(cell.mean - known.value):+d}"
+    yield str(cell.verdict)
+
+
+def _plus_minus(mean: float, deviation: float | None) -> str:
+    return f"{mean:.0f}" if deviation is None else f"{mean:.0f} ± {deviation:.0f}"
+
+
+def latex(cells: Sequence[Cell]) -> str:
+    """Tasks down, agents across, for the package booktabs; published numbers in parentheses."""
+    agents = list(dict.fromkeys(cell.agent for cell in cells))
+    places = {(cell.row, cell.task, cell.agent): cell for cell in cells}
+    lines = [
+        r"\begin{tabular}{l" + "c" * len(agents) + "}",
+        r"\toprule",
+        " & ".join(["", *agents]).replace("_", r"\_") + r" \\",
+        r"\midrule",
+    ]
+    for row, task in dict.fromkeys((cell.row, cell.task) for cell in cells):
+        line = [row if task is None else f"{row} {task}"]
+        for agent in agents:
+            cell = places.get((row, task, agent))
+            line.append("--" if cell is None else _in_latex(cell))
+        lines.append(" & ".join(line).replace("_", r"\_") + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _in_latex(cell: Cell) -> str:
+    deviation = "" if cell.deviation is None else rf" \pm {cell.deviation:.0f}"
+    before = "" if cell.before is None else rf"{cell.before:.0f} \to "
+    beside = "" if cell.published is None else f" ({cell.published.value:.0f})"
+    return f"${before}{cell.mean:.0f}{deviation}${beside}"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """What all tasks together say of each agent: interquartile mean, and the probability that it is better than others.
+
+    Over the tasks that all agents have.
+    """
+    scores = common_scores(results)
+    if len(scores) < 2:
+        return ""
+    lines = ["| agent | IQM | 95% | " + " | ".join(f"better than {agent}" for agent in scores) + " |"]
+    lines.append("|---" * (3 + len(scores)) + "|")
+    for agent, own in scores.items():
+        spread = stratified_bootstrap(own, interquartile_mean)
+        # Where all seeds are equal nothing is known of their spread.
+        known = f"{spread[0]:.0f} to {spread[1]:.0f}" if spread is not None and spread[0] < spread[1] else "-"
+        line = [agent, f"{interquartile_mean(own):.0f}", known]
+        line += ["-" if other is own else f"{probability_of_improvement(own, other):.2f}" for other in scores.values()]
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def common_scores(results: Sequence[Result]) -> dict[str, list[np.ndarray]]:
+    """Agent -> the scores of each task that all agents have."""
+    agents = list(dict.fromkeys(result.agent for result in results))
+    having = {agent: {(r.row, r.task) for r in results if r.agent == agent} for agent in agents}
+    shared = set.intersection(*having.values()) if having else set()
+    found = [result for result in results if (result.row, result.task) in shared]
+    return {agent: _by_task([r for r in found if r.agent == agent]) for agent in agents} if shared else {}
+
+
+def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
+    """Two files of results, such as of two versions of the code, cell by cell, as Markdown.
+
+    Raises:
+        UserError: if they have no cell in common, or one of another protocol.
+    """
+    both = [_grouped(results) for results in (ours, others)]
+    shared = [key for key in both[0] if key in both[1]]
+    if not shared:
+        raise UserError("the two files have no cell in common")
+    lines = ["| task | agent | A | B | B - A | P(B > A) |", "|---" * 6 + "|"]
+    for key in shared:
+        a, b = (of_file[key] for of_file in both)
+        if a[0].identity != b[0].identity:
+            names = a[0].identity | b[0].identity
+            differing = next(name for name in names if a[0].identity.get(name) != b[0].identity.get(name))
+            raise UserError(f"{key[0]} of {key[2]} is of another protocol in the two files: {differing} differs")
+        values = [np.array([result.value for result in results]) for results in (a, b)]
+        shown = [_plus_minus(*mean_and_deviation([of_one])) + f" ({len(of_one)})" for of_one in values]
+        better = probability_of_improvement([values[1]], [values[0]])
+        difference = values[1].mean() - values[0].mean()
+        lines.append(
+            f"| {task_name(key[0], key[1])} | {key[2]} | {shown[0]} | {shown[1]} | {difference:+.1f} | {better:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _grouped(results: Sequence[Result]) -> dict[tuple[str, int | None, str], list[Result]]:
+    grouped: dict[tuple[str, int | None, str], list[Result]] = {}
+    for result in results:
+        grouped.setdefault((result.row, result.task, result.agent), []).append(result)
+    return grouped

@@ -1,0 +1,170 @@
+"""A run's folder: who may begin or go on in it, and what is taken away again if nothing comes of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from deflow.errors import UserError
+
+CONFIG_FILE = "config.yaml"  # the resolved configuration
+METRICS_FILE = "metrics.csv"
+SUMMARY_FILE = "summary.json"  # written last: a run that has it is finished
+CHECKPOINTS = "checkpoints"
+REPLAY = "replay"
+EPISODES_FILE = "episodes.json"  # of the last evaluation
+LOG_FILE = "train.log"
+LOCK_FILE, HOLDER_FILE = ".lock", ".holder"
+
+SIGNS_OF_A_RUN = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CHECKPOINTS)
+
+# All that can be there of a run that has not made its first update.
+BEFORE_THE_FIRST_UPDATE = (
+    *(CONFIG_FILE, METRICS_FILE, LOG_FILE, LOCK_FILE, HOLDER_FILE, "mlflow_run_id"),
+    *(CHECKPOINTS, REPLAY, "tensorboard", "wandb"),
+)
+
+_new: set[Path] = set()  # folders that this process has made, also through Hydra
+
+
+def new_run_folder(root: str, name: str, resume: str | None) -> str:
+    """`root/name/date_time`, made here so that no other run takes it, with a number behind it if one has; or `resume`.
+
+    Raises:
+        UserError: if `resume` is not a run, or the folder cannot be made.
+    """
+    if resume is not None:
+        if not resume:
+            raise UserError("resume= names no folder of a run")
+        if not (Path(resume) / CONFIG_FILE).is_file():  # before Hydra makes a folder of that name
+            raise UserError(f"{resume} is not a run to resume: it has no {CONFIG_FILE}")
+        return resume
+    folder = Path(root) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    mine, number = folder, 1
+    while True:
+        try:
+            mine.mkdir(parents=True)
+            _new.add(mine.absolute())
+            return str(mine)
+        except (FileExistsError, NotADirectoryError) as error:
+            if not mine.is_dir():
+                raise _unusable(mine, error) from error
+            number += 1  # of a run that began in the same second, perhaps at this very moment
+            mine = folder.with_name(f"{folder.name}-{number}")
+        except OSError as error:
+            raise _unusable(mine, error) from error
+
+
+def is_requeued(folder: Path) -> bool:
+    """Whether SLURM has queued this job again, after a preemption, say, and it had begun the run in `folder`."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and (folder / CONFIG_FILE).is_file()
+
+
+def notice_new(folder: Path) -> None:
+    """Remember whether a run's folder, or that of a sweep, is new: called before Hydra makes it."""
+    if not folder.exists():
+        _new.add(folder.absolute())
+
+
+def is_new(folder: Path) -> bool:
+    """Whether this process has made a folder, or one that it lies in."""
+    folder = folder.absolute()
+    return bool(_new & {folder, *folder.parents})
+
+
+@contextmanager
+def leaving_no_empty(folder: Path) -> Iterator[None]:
+    """Remove the folder that Hydra has made for a command if an error comes before there is anything in it."""
+    try:
+        yield
+    except BaseException:
+        if is_new(folder) and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+class RunFolder:
+    """Holds a run's folder while it is used as a context; in the other processes of a run it does nothing.
+
+    Args:
+        path: of the folder, made if it is missing.
+        resume: whether to go on with the run in it.
+
+    Raises:
+        UserError: on entering, if the folder holds a run and `resume` is false, if another process is at work in it,
+            or if it cannot be written to.
+    """
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.path, self._resume = path, resume
+        self._lock = FileLock(path / LOCK_FILE, timeout=0)
+        self._names_before: set[str] = set()
+        self._made = False
+
+    def __enter__(self) -> RunFolder:
+        from deflow.distributed import is_main_process  # brings in torch, which a command's mistakes need not wait for
+
+        if not is_main_process():
+            return self
+        found = [name for name in SIGNS_OF_A_RUN if (self.path / name).exists()]
+        if found and not self._resume:
+            raise UserError(
+                f"{self.path} holds a run already: go on with it by resume={self.path}, or name another folder"
+            )
+        self._made = not self.path.exists() or is_new(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._names_before = {path.name for path in self.path.iterdir()}
+            self._lock.acquire()
+            (self.path / HOLDER_FILE).write_text(json.dumps(_me()))
+        except Timeout as error:
+            raise UserError(f"{self.path} is in use by {self._holder()}: wait for it, or stop it") from error
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._lock.is_locked:
+            (self.path / HOLDER_FILE).unlink(missing_ok=True)
+            self._lock.release()
+
+    def discard(self) -> None:
+        """Remove what a run that did not get to its first update has written: by name, and nothing that was there."""
+        if not self._lock.is_locked:
+            return
+        of_ranks = [path.name for path in self.path.glob("train_ddp_process_*.log")]  # Lightning's name for the job
+        for name in (*BEFORE_THE_FIRST_UPDATE, *of_ranks):
+            path = self.path / name
+            if name in self._names_before:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if self._made and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads((self.path / HOLDER_FILE).read_text())
+            return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it has just begun
+            return "another process"
+
+
+def _me() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot use {folder} as a run's folder: {error.strerror or error}")

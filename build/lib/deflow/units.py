@@ -1,0 +1,73 @@
+"""Units: what lies between the environment's numbers and the networks'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+Numbers = tuple[float, ...]
+Rewards = TypeVar("Rewards", float, np.ndarray, Tensor)
+
+
+class Units(NamedTuple):
+    """Networks see `(observation - mean) / std` and decide actions in [-1, 1], which are those from `low` to `high`.
+
+    They learn from `scale * reward + shift`. The former are one number a dimension; None leaves the numbers as they
+    are. Images are never standardised.
+    """
+
+    low: Numbers | None = None
+    high: Numbers | None = None
+    mean: Numbers | None = None
+    std: Numbers | None = None
+    reward: Numbers | None = None  # scale and shift
+
+    def with_rewards(self, scale: float, shift: float) -> Units:
+        """The same with rewards that are scaled, by more than 0, and then shifted."""
+        return self._replace(reward=None if (scale, shift) == (1, 0) else (float(scale), float(shift)))
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any] | None) -> Units:
+        """What `_asdict` gave, also after it went through a file; those of no change, if there is nothing."""
+        return cls(**{key: None if value is None else tuple(value) for key, value in (content or {}).items()})
+
+    def is_close(self, other: Units) -> bool:
+        """Whether these are the same but for rounding: sums over the data depend on the machine's threads."""
+        pairs = list(zip(self, other, strict=True))
+        if any((mine is None) != (theirs is None) for mine, theirs in pairs):
+            return False
+        found = [(a, b) for a, b in pairs if a is not None and b is not None]
+        return all(len(a) == len(b) and np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in found)
+
+    def observed(self, observations: np.ndarray) -> np.ndarray:
+        """The environment's observations, shape (..., observation_dim), as the networks see them."""
+        if self.mean is None:
+            return observations
+        return ((observations - np.asarray(self.mean)) / np.asarray(self.std)).astype(np.float32)
+
+    def decided(self, actions: np.ndarray) -> np.ndarray:
+        """The environment's actions, shape (..., action_dim), as the networks decide them."""
+        if self.low is None:
+            return actions
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        return (2 * (actions - low) / (high - low) - 1).astype(np.float32)
+
+    def executed(self, actions: np.ndarray) -> np.ndarray:
+        """The networks' actions, shape (..., action_dim), as the environment takes them: the inverse of `decided`."""
+        if self.low is None:
+            return actions
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        return (low + (actions + 1) / 2 * (high - low)).astype(np.float32)
+
+    def learned(self, rewards: Rewards) -> Rewards:
+        """Rewards of single steps, as the source labels them, as the networks learn from them."""
+        if self.reward is None:
+            return rewards
+        scale, shift = self.reward
+        return rewards * scale + shift
+
+
+AS_THEY_ARE = Units()

@@ -1,0 +1,34 @@
+"""The notebook, from its first cell to its last, with settings that take seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.commands import ROOT, TINY
+
+
+def test_the_notebook_runs(
+    tiny_data: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    data = tiny_data("cube-single", "play") / "cube-single-play-v0.npz"
+    tiny = [*TINY, "diversity.states=2"]
+    parameters.source = (
+        f"DATA, LOGS, DELTAS = Path({str(data)!r}), Path({str(tmp_path)!r}), [0.01]\n"
+        f"BEHAVIOR_UPDATES, SETTINGS = 4, {tiny}"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4  # card, curves, actions, deltas
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "steps, success: " in printed
+    assert os.listdir(tmp_path / "delta_0.01")
