@@ -135,7 +135,9 @@ class PolicyServer:
             return connection.respond(HTTPStatus.OK, "OK\n")
         if self._token is None or _is_given(self._token, request):
             return None
-        response = connection.respond(HTTPStatus.UNAUTHORIZED, "the header Authorization: Api-Key TOKEN is missing\n")
+        response = connection.respond(
+            HTTPStatus.UNAUTHORIZED, "the header Authorization: Api-Key TOKEN is missing or wrong\n"
+        )
         response.headers["WWW-Authenticate"] = "Api-Key"
         return response
 
