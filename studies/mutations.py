@@ -215,6 +215,42 @@ MUTATIONS = [
         "if before is not None",
         ["tests/evaluation/test_rollout.py::test_success_is_that_of_the_end_unless_asked_otherwise"],
     ),
+    # Serving.
+    Mutation(
+        "whoever waits is decided for alone",
+        "src/deflow/serving/batching.py",
+        "while not self._asked.empty()",
+        "while False",
+        ["tests/test_serving.py::test_who_asks_in_the_meantime_is_decided_for_together_and_as_alone"],
+    ),
+    Mutation(
+        "robots share their noise",
+        "src/deflow/serving/server.py",
+        "self._noise = noise_stream(seed)",
+        "self._noise = policy.__dict__.setdefault('noise', noise_stream(seed))",
+        ["tests/test_serving.py::test_a_trained_policy_decides_for_many_as_for_each"],
+    ),
+    Mutation(
+        "a token that begins as the right one",
+        "src/deflow/serving/server.py",
+        'hmac.compare_digest(given[0].encode(errors="replace"), f"Api-Key {token}".encode())',
+        'f"Api-Key {token}".startswith(given[0])',
+        ["tests/test_serving.py::test_without_the_token_nobody_is_served"],
+    ),
+    Mutation(
+        "arrays of objects are read",
+        "src/deflow/serving/wire.py",
+        "if not isinstance(dtype, str) or not NUMBERS.fullmatch(dtype):",
+        "if not isinstance(dtype, str):",
+        ["tests/test_serving.py::test_a_wrong_request_is_answered_by_a_line_and_changes_nothing"],
+    ),
+    Mutation(
+        "a stop forgets what waits for its turn",
+        "src/deflow/serving/server.py",
+        "while (message := await self._next(connection)) is not None:",
+        "while not self._stopping and (message := await self._next(connection)) is not None:",
+        ["tests/test_serving.py::test_what_was_asked_is_answered_before_it_stops"],
+    ),
 ]
 
 

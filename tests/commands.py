@@ -27,6 +27,8 @@ PRELOADED = (
     "deflow.distillation",
     "deflow.inspection",
     "deflow.pipeline",
+    "deflow.serving.serve",
+    "deflow.serving.server",
     "matplotlib.figure",
     "mlflow",
     "ogbench",

@@ -45,6 +45,7 @@ from tests.commands import ROOT, Command, run, start, tiny_overrides
         ("train.py", ["experiment=pointmaze", "agent.nonsense=1"], "no setting 'agent.nonsense'"),
         ("train.py", ["resume=nowhere"], "nowhere is not a run to resume"),
         ("evaluate.py", [], "Missing mandatory value: ckpt"),
+        ("serve.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         ("generate.py", ["dataset=nonsense", "out=/tmp"], "cannot generate 'nonsense'"),
     ],
 )

@@ -36,6 +36,15 @@ def evaluate(config: DictConfig, folder: Path) -> None:
     evaluating.evaluate(config)
 
 
+@entry_point("serve")
+def serve(config: DictConfig, folder: Path) -> None:
+    """Let robots and other programs ask a policy, over a WebSocket: ckpt=PATH."""
+    with quick_imports():
+        from deflow.serving.serve import serve
+
+    serve(config)
+
+
 @entry_point("generate")
 def generate(config: DictConfig, folder: Path) -> None:
     """Make a data set with OGBench's own recipe: dataset=NAME out=FOLDER."""
@@ -110,6 +119,7 @@ def train_expert(config: DictConfig, folder: Path) -> None:
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "serve": serve,
     "generate": generate,
     "inspect": inspect_data,
     "distill": distill,

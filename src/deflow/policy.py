@@ -91,6 +91,18 @@ class Policy:
         actions = self.actions(torch.from_numpy(observations).to(device), torch.from_numpy(noise).to(device))
         return self.units.executed(actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1))
 
+    def single(self, observation: Any) -> np.ndarray:
+        """One observation as an array, checked as `act` does.
+
+        Raises:
+            UserError: for another shape or type, for NaN or infinity.
+        """
+        found = self._array(observation)
+        if found.shape != self.spec.observation_shape:
+            raise UserError(f"an observation has shape {self.spec.observation_shape}, got {found.shape}")
+        self._check_numbers(found)
+        return found
+
     def draw_noise(self, rng: np.random.Generator) -> np.ndarray:
         """The noise of one decision in one state, shape `agent.act_noise_shape`."""
         return rng.standard_normal(self.agent.act_noise_shape, dtype=np.float32)
@@ -108,24 +120,24 @@ class Policy:
             return decide(observations, z)
 
     def _begin_noise(self, seed: int) -> None:
-        if not isinstance(seed, int | np.integer) or seed < 0:
-            raise UserError(f"seed must be a whole number of at least 0, got {seed}")
-        self._seed = int(seed)
+        self._seed = checked_seed(seed)
         self._noise: list[np.random.Generator] = []  # of each row
 
     def _rows(self, observation: Any) -> tuple[np.ndarray, bool]:
         """The observations, checked, and whether there is but one."""
-        shape = self.spec.observation_shape
-        try:
-            found = np.asarray(observation)
-        except (ValueError, TypeError, RuntimeError) as error:  # such as rows of several lengths, or a GPU's tensor
-            raise UserError(f"an observation is an array of shape {shape}: {error}") from error
+        shape, found = self.spec.observation_shape, self._array(observation)
         is_single = found.shape == shape
         if not is_single and (found.shape[1:] != shape or len(found) == 0):
             several = ("batch", *shape)
             raise UserError(f"an observation has shape {shape}, or several {several}, got {found.shape}")
         self._check_numbers(found)
         return (found[None] if is_single else found), is_single
+
+    def _array(self, observation: Any) -> np.ndarray:
+        try:
+            return np.asarray(observation)
+        except (ValueError, TypeError, RuntimeError) as error:  # such as rows of several lengths, or a GPU's tensor
+            raise UserError(f"an observation is an array of shape {self.spec.observation_shape}: {error}") from error
 
     def _check_numbers(self, observations: np.ndarray) -> None:
         if self.spec.image is not None:
@@ -140,8 +152,20 @@ class Policy:
 
     def _generators(self, rows: int) -> list[np.random.Generator]:
         for row in range(len(self._noise), rows):
-            self._noise.append(np.random.default_rng(fold_seed(self._seed, "act", row)))
+            self._noise.append(noise_stream(self._seed, row))
         return self._noise[:rows]
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed of a policy's noise; raises `UserError` unless it is a whole number of at least 0."""
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError(f"seed must be a whole number of at least 0, got {seed}")
+    return int(seed)
+
+
+def noise_stream(seed: int, row: int = 0) -> np.random.Generator:
+    """From which `Policy.act` draws the noise of a row (that of a single observation is 0), decision after decision."""
+    return np.random.default_rng(fold_seed(seed, "act", row))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ Count = Annotated[int, Field(ge=1)]
 Pairs = Annotated[int, Field(ge=4, multiple_of=2)]  # of sines and cosines
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what NumPy and Lightning take
 TaskId = Annotated[int, Field(ge=1, le=5)]  # of OGBench
+Port = Annotated[int, Field(ge=0, le=2**16 - 1)]
 Neighbours = Annotated[int, Field(ge=2)]  # as many as a variance needs
 
 Positive = Annotated[float, Field(gt=0)]  # every number is finite, see `settings.py`

@@ -37,6 +37,7 @@ from deflow.ranges import (
     Natural,
     Neighbours,
     NonNegative,
+    Port,
     Positive,
     Probability,
     Seed,
@@ -196,6 +197,19 @@ class Evaluate(TypedDict):
     threads: Count | None
 
 
+class Serve(TypedDict):
+    ckpt: str
+    host: str
+    port: Port
+    seed: Seed
+    device: str
+    run_seed: Natural | None
+    trust: Sequence[str]
+    best_of_n: Count | None
+    refine_steps: Count | None
+    threads: Count | None
+
+
 class Generate(TypedDict):
     dataset: str
     episodes: Count
@@ -292,6 +306,7 @@ COMMANDS: dict[str, Any] = {
     "train": Train,
     "distill": Distill,
     "evaluate": Evaluate,
+    "serve": Serve,
     "generate": Generate,
     "inspect_data": InspectData,
     "benchmark": Benchmark,
