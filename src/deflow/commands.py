@@ -36,6 +36,15 @@ def evaluate(config: DictConfig, folder: Path) -> None:
     evaluating.evaluate(config)
 
 
+@entry_point("export")
+def export(config: DictConfig, folder: Path) -> None:
+    """Write a checkpoint's policy as one file for the robot: ckpt=PATH."""
+    with quick_imports():
+        from deflow import exporting
+
+    exporting.export(config)
+
+
 @entry_point("generate")
 def generate(config: DictConfig, folder: Path) -> None:
     """Make a data set with OGBench's own recipe: dataset=NAME out=FOLDER."""
@@ -110,6 +119,7 @@ def train_expert(config: DictConfig, folder: Path) -> None:
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "export": export,
     "generate": generate,
     "inspect": inspect_data,
     "distill": distill,

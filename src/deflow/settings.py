@@ -196,6 +196,20 @@ class Evaluate(TypedDict):
     threads: Count | None
 
 
+class Export(TypedDict):
+    ckpt: str
+    format: Literal["onnx", "torch"]
+    out: str | None
+    overwrite: bool
+    episodes: Natural
+    num_envs: Count | None
+    seed: Seed
+    best_of_n: Count | None
+    refine_steps: Count | None
+    trust: Sequence[str]
+    threads: Count | None
+
+
 class Generate(TypedDict):
     dataset: str
     episodes: Count
@@ -282,6 +296,7 @@ COMMANDS: dict[str, Any] = {
     "train": Train,
     "distill": Distill,
     "evaluate": Evaluate,
+    "export": Export,
     "generate": Generate,
     "inspect_data": InspectData,
     "benchmark": Benchmark,
