@@ -25,11 +25,12 @@ from deflow.errors import UserError
 from deflow.evaluation import latency
 from deflow.evaluation.parity import parity
 from deflow.exported import About, ExportedPolicy
-from deflow.exporting import OPSET, as_onnx, export
+from deflow.exporting import IR, OPSET, as_onnx, export
 from deflow.policy import Policy
 from deflow.types import Spec
 from deflow.units import AS_THEY_ARE, Units
 from tests.agents.tester import Acting
+from tests.commands import ROOT
 from tests.conftest import CKPT, compose_config
 
 # Rounding of float32 is 1e-7 of a number; a few dozen layers one after the other, each a sum of 16 numbers, add up.
@@ -121,7 +122,12 @@ def command(run: Path, out: Path, *overrides: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("short_episodes")
-def test_a_run_as_onnx(finished_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_as_onnx(
+    finished_run: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out = tmp_path / "robot" / "policy.onnx"
     run = edited(
         finished_run(), tmp_path / "run", lambda config: config["agent"]["behavior_flow"]["solver"].update(steps=1)
@@ -137,7 +143,8 @@ def test_a_run_as_onnx(finished_run: Callable[..., Path], tmp_path: Path, capsys
     assert f"wrote {out}" in capsys.readouterr().out
 
     model = onnx.load(out)
-    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [OPSET]
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+    assert model.ir_version == IR
     assert str(Path(deflow.__file__).parent) not in str(model)  # nothing of the machine that made it
     said = json.loads(model.metadata_props[0].value)
     assert said["shapes"] == {"observations": [2], "noise": [2, 2], "actions": [1, 2]}
@@ -158,6 +165,11 @@ def test_a_run_as_onnx(finished_run: Callable[..., Path], tmp_path: Path, capsys
     for settings, says in asked:
         with pytest.raises(UserError, match=re.escape(says)):
             deflow.load(out, **settings)
+    names: dict[str, Any] = {"observation": np.array([1.0, 2.0], np.float32)}
+    monkeypatch.chdir(out.parent)
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL):
+        exec(code, names)  # the page's own text
+    assert (names["action"].shape, names["actions"].shape) == ((2,), (1, 1, 2))
     with pytest.raises(UserError, match=r"holds policy.onnx, policy.json: choose another out=, or say overwrite=true"):
         command(run, out)
     (tmp_path / "half.onnx").write_bytes(out.read_bytes()[: out.stat().st_size // 2])

@@ -37,7 +37,7 @@ from deflow.policy import Policy
 from deflow.trust import trust_only
 from deflow.units import Units
 
-OPSET = 18  # which onnxruntime reads from 1.14 on
+OPSET, IR = 18, 8  # versions of ONNX's operators and of its file: both of 2023, so that a robot's runtime knows them
 COMPARED = 1000  # observations
 ROWS = (1, 64)  # decided at once, when the latency is measured
 MAY_DIFFER = 0.01  # share of the observations in which rounding may choose another candidate
@@ -175,6 +175,7 @@ def as_onnx(policy: Policy, about: About) -> bytes:
     assert program is not None
     model = program.model_proto
     _tidy(model.graph)
+    model.ir_version = IR
     onnx.helper.set_model_props(model, {ENTRY: about.written()})
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
