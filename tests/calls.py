@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deflow.distillation import distill
 from deflow.evaluating import evaluate
+from deflow.exporting import export
 from deflow.inspection import inspect
 from deflow.pipeline import train
 from tests.conftest import CKPT, compose_config, tiny_config
@@ -16,6 +17,9 @@ def call(name: str, run: Path, data: Path, out: Path, *more: str) -> object:
     ckpt = f"ckpt={run / CKPT}"
     if name == "evaluate":
         return evaluate(compose_config(ckpt, "episodes=1", *more, config_name="evaluate"))
+    if name == "export":
+        settings = (f"out={out / 'policy.safetensors'}", "format=torch", "episodes=0", *more)
+        return export(compose_config(ckpt, *settings, config_name="export"))
     if name == "distill":
         settings = ("updates=1", "eval.episodes=1", "logger=csv", "agent.actor.hidden=[8]", "threads=1")
         settings += ("trainer.log_every_n_steps=1", *more)

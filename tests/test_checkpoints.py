@@ -97,7 +97,9 @@ def test_settings_that_make_no_agent(content: dict[str, Any], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["another shape", "one too few", "one too many"])
-@pytest.mark.parametrize("name", ["evaluate", "distill", "inspect_data", "train ckpt", "resume final", "resume last"])
+@pytest.mark.parametrize(
+    "name", ["evaluate", "export", "distill", "inspect_data", "train ckpt", "resume final", "resume last"]
+)
 def test_weights_of_other_networks(damage: str, name: str, run: Path, point_data: Path, tmp_path: Path) -> None:
     path = run / CKPT
     if name == "resume last":

@@ -84,6 +84,7 @@ def test_a_mistake_on_the_command_line_is_told_before_anything_big_is_imported()
             "agent.trust_region must",
         ),
         ("evaluate.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
+        ("export.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
         ("distill.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
         ("inspect_data.py", ["task=pointmaze_medium", "data.source.path={}/none.npz"], "no file"),
         ("generate.py", ["dataset=nonsense", "out={}"], "cannot generate 'nonsense'"),

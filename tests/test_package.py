@@ -54,7 +54,8 @@ def bin_folder(wheel: Path) -> Path:
 
 
 def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
-    source = {path.relative_to(ROOT / "src") for pattern in ("*.py", "*.safetensors") for path in files("src", pattern)}
+    patterns = ("*.py", "*.safetensors", "*.html")
+    source = {path.relative_to(ROOT / "src") for pattern in patterns for path in files("src", pattern)}
     configs = [path for pattern in ("*.yaml", "*.csv") for path in files("configs", pattern)]
     source |= {Path("deflow") / path.relative_to(ROOT) for path in configs}
     packed = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -86,17 +87,8 @@ def test_the_commands_are_listed(
 ) -> None:
     type_in(monkeypatch, *arguments)
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert listed == [
-        "train",
-        "evaluate",
-        "serve",
-        "generate",
-        "inspect",
-        "distill",
-        "benchmark",
-        "reproduce",
-        "train-expert",
-    ]
+    commands = ["train", "evaluate", "serve", "export", "generate", "inspect", "distill", "benchmark", "reproduce"]
+    assert listed == [*commands, "train-expert"]
 
 
 def test_help_speaks_of_the_command_that_was_typed(

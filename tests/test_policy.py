@@ -221,7 +221,7 @@ def test_one_of_several_seeds(finished_run: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize(
     "name,message",
-    [("missing", "no checkpoint"), ("folder", "no run's folder"), ("policy.onnx", "not a whole checkpoint")],
+    [("missing", "no checkpoint"), ("folder", "no run's folder"), ("policy.onnx", "no whole ONNX model")],
 )
 def test_what_is_no_run(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()

@@ -1,4 +1,4 @@
-"""What the README and the pages on data, GPUs, serving and tables say: commands compose, the example passes a test."""
+"""What the README and the pages in docs say is so: commands compose, the example passes its test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.commands import ROOT
 from tests.conftest import compose_config
 
 README = (ROOT / "README.md").read_text()
-DATA, *OTHERS = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "gpu", "serving", "tables"))
+DATA, *OTHERS = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "gpu", "tables", "deploy", "serving"))
 COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", "".join([README, DATA, *OTHERS]), re.MULTILINE)
 
 

@@ -227,6 +227,7 @@ def change(run: Path, name: str | Path, edit: Callable[[dict[str, Any]], Any]) -
 
 WAYS = [
     ("evaluate", CKPT),
+    ("export", CKPT),
     ("distill", CKPT),
     ("inspect_data", CKPT),
     ("train ckpt", CKPT),
@@ -267,10 +268,10 @@ def test_an_own_package_that_the_command_line_trusts(
     monkeypatch.syspath_prepend(str(tmp_path))
     for file in (CONFIG_FILE, CKPT):
         change(run, file, lambda config: config["agent"].update(_target_="mylab_of_tests.Mine", taste=3))
-    for name in ("evaluate", "distill", "inspect_data", "train ckpt", "resume"):
+    for name in ("evaluate", "export", "distill", "inspect_data", "train ckpt", "resume"):
         with pytest.raises(UserError, match=r"names mylab_of_tests\.Mine"):
             call(name, run, point_data, tmp_path / name)
         assert not (tmp_path / name).exists()
     assert "mylab_of_tests" not in sys.modules
-    for name in ("evaluate", "distill", "inspect_data", "train ckpt", "resume"):
+    for name in ("evaluate", "export", "distill", "inspect_data", "train ckpt", "resume"):
         call(name, run, point_data, tmp_path / name, "trust=[mylab_of_tests]")

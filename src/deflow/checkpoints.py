@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from deflow.agents.base import Agent
@@ -16,6 +18,9 @@ from deflow.types import Spec
 from deflow.units import Units
 
 FORMAT = 2  # of what this version writes; checkpoints that name none are of the first
+
+WEIGHTS = ".safetensors"  # suffix of an exported checkpoint: its weights, and as metadata its entry `deflow` in JSON
+ENTRY_OF_WEIGHTS = "deflow"
 
 # What every checkpoint holds, and of what type; see `Run.described`.
 CONTENT: dict[str, type] = {
@@ -43,7 +48,7 @@ def load_checkpoint(path: Path, more: dict[str, type] | None = None) -> dict[str
     """A checkpoint's plain contents; its configuration names nothing that a file may not, see `stored.checked`.
 
     Args:
-        path: of the file.
+        path: of the file, a `.ckpt` of a run or a `.safetensors` that was exported of one.
         more: entries that are needed besides those of every checkpoint, such as `TO_RESUME`.
 
     Raises:
@@ -52,7 +57,7 @@ def load_checkpoint(path: Path, more: dict[str, type] | None = None) -> dict[str
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _weights(path) if path.suffix == WEIGHTS else _pickled(path)
     except Exception as error:  # torch raises half a dozen kinds for a file that is not a checkpoint
         raise UserError(f"cannot read {path}: it is not a whole checkpoint") from error
     if not isinstance(checkpoint, dict) or "deflow" not in checkpoint:
@@ -138,6 +143,16 @@ def check_weights(agent: Agent, checkpoint: dict[str, Any], name: str | Path) ->
     wrong = sorted([*others, *(ours.keys() ^ theirs.keys())])
     if wrong:
         raise UserError(f"the networks of {name} differ from the configured ones, as in '{wrong[0]}'")
+
+
+def _pickled(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        about = {key: json.loads(text) for key, text in (file.metadata() or {}).items() if key == ENTRY_OF_WEIGHTS}
+        return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}} | about  # noqa: SIM118
 
 
 def _entry(content: Any, key: str) -> Any:

@@ -45,6 +45,15 @@ def serve(config: DictConfig, folder: Path) -> None:
     serve(config)
 
 
+@entry_point("export")
+def export(config: DictConfig, folder: Path) -> None:
+    """Write a checkpoint's policy as one file for the robot: ckpt=PATH."""
+    with quick_imports():
+        from deflow import exporting
+
+    exporting.export(config)
+
+
 @entry_point("generate")
 def generate(config: DictConfig, folder: Path) -> None:
     """Make a data set with OGBench's own recipe: dataset=NAME out=FOLDER."""
@@ -120,6 +129,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "serve": serve,
+    "export": export,
     "generate": generate,
     "inspect": inspect_data,
     "distill": distill,

@@ -356,7 +356,7 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
             check_folder(Path(config.paths.logs), "paths.logs")
         else:
             check_folder(Path(job.run.dir), "hydra.run.dir")
-    elif command == "evaluate":
+    elif command == "evaluate" or (command == "export" and config.out is None):
         check_folder(Path(config.ckpt).parent, "ckpt")  # its result is written beside it
     elif command in ("generate", "inspect_data", "reproduce"):
         check_folder(Path(config.out), "out")

@@ -18,7 +18,7 @@ from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.evaluation.statistics import summarise
 from deflow.loading import ACTING
-from deflow.policy import Policy
+from deflow.policy import AnyPolicy, Policy
 from deflow.trust import trust_only
 
 
@@ -51,7 +51,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     return result
 
 
-def play(policy: Policy, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
+def play(policy: AnyPolicy, source: Source, episodes: int, num_envs: int | None, seed: int) -> dict[str, float]:
     """What `episodes` episodes of the policy in the source's environment came to."""
     evaluator = Evaluator(source.make_env, episodes, num_envs, seed, source.success)
     played = evaluator.run(policy)

@@ -1,4 +1,4 @@
-"""`deflow.load`: a policy from a run's folder or a checkpoint."""
+"""`deflow.load`: a policy from a run's folder, a checkpoint or an exported file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from deflow.callbacks import FINAL, LAST
 from deflow.checkpoints import agent_of, load_checkpoint, units_of
 from deflow.errors import UserError
-from deflow.policy import Policy
+from deflow.exported import SUFFIX, ExportedPolicy
+from deflow.policy import AnyPolicy, Policy
 from deflow.run_folder import CHECKPOINTS
 from deflow.trust import trust_only
 
@@ -25,11 +26,12 @@ def load(
     trust: Sequence[str] = (),
     run_seed: int | None = None,
     **settings: int | None,
-) -> Policy:
+) -> AnyPolicy:
     """A trained policy, ready to act: `deflow.load("logs/scene/2026-01-31_12-00-00").act(observation)`.
 
     Args:
-        path: a run's folder, of which the newest stage is taken, finished or not; or a checkpoint.
+        path: a run's folder, of which the newest stage is taken, finished or not; or a checkpoint;
+            or a file that `export.py` wrote.
         seed: of the policy's noise.
         explore: take the actions from which to learn in the environment instead of the best ones.
         device: on which the networks are; observations and actions stay on the CPU.
@@ -39,14 +41,19 @@ def load(
 
     Raises:
         UserError: if there is no checkpoint of ours at `path`, it is damaged or names what it may not, it holds several
-            seeds, its agent does not have such a setting, or there is no such device.
+            seeds, its agent does not have such a setting, or there is no such device; or if an .onnx file is asked for
+            what is fixed in it.
     """
     unknown = sorted(settings.keys() - set(ACTING))
     if unknown:
         raise UserError(f"load() does not know '{unknown[0]}': what can be changed is {' and '.join(ACTING)}")
     trust_only(trust)
     chosen = {name: value for name, value in settings.items() if value is not None}
-    checkpoint = load_checkpoint(newest_checkpoint(Path(path).expanduser(), run_seed))
+    file = newest_checkpoint(Path(path).expanduser(), run_seed)
+    if file.suffix == SUFFIX:
+        _refuse_what_is_fixed(file, chosen, explore, torch.device(device))
+        return ExportedPolicy(file, seed)
+    checkpoint = load_checkpoint(file)
     agent = agent_of(checkpoint, **chosen)
     try:
         agent.to(device)
@@ -54,6 +61,17 @@ def load(
         raise UserError(f"cannot use device={device}: {str(error).splitlines()[0]}") from error
     agent.freeze()
     return Policy(agent, explore, seed, units_of(checkpoint))
+
+
+def _refuse_what_is_fixed(file: Path, chosen: dict[str, int], explore: bool, device: torch.device) -> None:
+    """Raise `UserError` if an .onnx file is asked for more than it holds."""
+    if chosen:
+        name, value = next(iter(chosen.items()))
+        raise UserError(f"{file} has its {name} inside: export the checkpoint anew with {name}={value}")
+    if explore:
+        raise UserError(f"{file} takes the best actions alone: load the checkpoint to explore")
+    if device.type != "cpu":
+        raise UserError(f"{file} is computed on the CPU: load the checkpoint with device={device}")
 
 
 def newest_checkpoint(path: Path, run_seed: int | None = None) -> Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,28 +19,44 @@ from deflow.types import Spec
 from deflow.units import AS_THEY_ARE, Units
 
 
-class Policy:
-    """Acts with an agent's networks, always in evaluation mode and without gradients.
+class AnyPolicy(ABC):
+    """What every policy does, whatever decides: an agent (`Policy`), or what was exported of one (`ExportedPolicy`).
 
     `act` keeps the noise and, with action chunks, the plan that is being carried out: one episode after the other, with
-    `reset` between them. Whoever brings noise along calls `plan` (NumPy) or `actions` (tensors), which keep nothing.
+    `reset` between them. Whoever brings noise along calls `plan`, which keeps nothing.
 
     Args:
-        agent: whose policy it is, as it is at each call; it may go on training in between.
-        explore: take the actions from which to learn in the environment instead of the best ones.
         seed: of the noise that `act` draws.
         units: of the environment, see `Units`.
     """
 
-    def __init__(self, agent: Agent, explore: bool = False, seed: int = 0, units: Units = AS_THEY_ARE) -> None:
-        self.agent, self.units, self._explore = agent, units, explore
+    def __init__(self, seed: int, units: Units) -> None:
+        self.units = units
         self._plan: deque[np.ndarray] = deque()  # decided and not yet taken, each (rows, action_dim)
         self._begin_noise(seed)
 
     @property
+    @abstractmethod
     def spec(self) -> Spec:
         """Sizes of observations and actions."""
-        return self.agent.spec
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise of one decision in one state."""
+
+    @abstractmethod
+    def plan(self, observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """The actions that are decided at once, shape (batch, horizon, action_dim of the environment), float32.
+
+        Args:
+            observations: shape (batch, *observation_shape).
+            noise: of each row, see `draw_noise`, shape (batch, *noise_shape).
+        """
+
+    def deciding(self) -> AbstractContextManager[None]:
+        """A context for many decisions, in which what each of them would set up is set up once."""
+        return nullcontext()
 
     def reset(self, seed: int | None = None) -> None:
         """Begin an episode: forget what is left of a plan.
@@ -79,18 +96,6 @@ class Policy:
         actions = self._plan.popleft().copy()
         return actions[0] if is_single else actions
 
-    def plan(self, observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """The actions that are decided at once, shape (batch, horizon, action_dim of the environment), float32.
-
-        Args:
-            observations: shape (batch, *observation_shape).
-            noise: of each row, see `draw_noise`, shape (batch, *act_noise_shape).
-        """
-        dtype, device = np.float32 if self.spec.image is None else np.uint8, self.agent.device
-        observations = np.require(self.units.observed(observations), dtype, ["C", "W"])  # as torch takes them
-        actions = self.actions(torch.from_numpy(observations).to(device), torch.from_numpy(noise).to(device))
-        return self.units.executed(actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1))
-
     def single(self, observation: Any) -> np.ndarray:
         """One observation as an array, checked as `act` does.
 
@@ -104,20 +109,12 @@ class Policy:
         return found
 
     def draw_noise(self, rng: np.random.Generator) -> np.ndarray:
-        """The noise of one decision in one state, shape `agent.act_noise_shape`."""
-        return rng.standard_normal(self.agent.act_noise_shape, dtype=np.float32)
+        """The noise of one decision in one state, shape `noise_shape`."""
+        return rng.standard_normal(self.noise_shape, dtype=np.float32)
 
-    @torch.no_grad()
-    def actions(self, observations: Tensor, z: Tensor) -> Tensor:
-        """What the agent decides, on its device, shape (batch, action_dim of the whole chunk).
-
-        Args:
-            observations: shape (batch, *observation_shape).
-            z: standard normal noise, shape (batch, *act_noise_shape).
-        """
-        decide = self.agent.explore if self._explore else self.agent.act
-        with evaluation_mode(self.agent):
-            return decide(observations, z)
+    def _as_taken(self, observations: np.ndarray) -> np.ndarray:
+        """Observations of the type and in the order of memory that networks take."""
+        return np.require(observations, np.float32 if self.spec.image is None else np.uint8, ["C", "W"])
 
     def _begin_noise(self, seed: int) -> None:
         self._seed = checked_seed(seed)
@@ -154,6 +151,50 @@ class Policy:
         for row in range(len(self._noise), rows):
             self._noise.append(noise_stream(self._seed, row))
         return self._noise[:rows]
+
+
+class Policy(AnyPolicy):
+    """Acts with an agent's networks, always in evaluation mode and without gradients, see `AnyPolicy`.
+
+    Args:
+        agent: whose policy it is, as it is at each call; it may go on training in between.
+        explore: take the actions from which to learn in the environment instead of the best ones.
+        seed: of the noise that `act` draws.
+        units: of the environment, see `Units`.
+    """
+
+    def __init__(self, agent: Agent, explore: bool = False, seed: int = 0, units: Units = AS_THEY_ARE) -> None:
+        super().__init__(seed, units)
+        self.agent, self._explore = agent, explore
+
+    @property
+    def spec(self) -> Spec:
+        return self.agent.spec
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return self.agent.act_noise_shape
+
+    def plan(self, observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        device = self.agent.device
+        seen = torch.from_numpy(self._as_taken(self.units.observed(observations))).to(device)
+        actions = self.actions(seen, torch.from_numpy(noise).to(device))
+        return self.units.executed(actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1))
+
+    @torch.no_grad()
+    def actions(self, observations: Tensor, z: Tensor) -> Tensor:
+        """What the agent decides, on its device, shape (batch, action_dim of the whole chunk).
+
+        Args:
+            observations: shape (batch, *observation_shape).
+            z: standard normal noise, shape (batch, *act_noise_shape).
+        """
+        decide = self.agent.explore if self._explore else self.agent.act
+        with evaluation_mode(self.agent):
+            return decide(observations, z)
+
+    def deciding(self) -> AbstractContextManager[None]:
+        return evaluation_mode(self.agent)
 
 
 def checked_seed(seed: Any) -> int:

@@ -210,6 +210,20 @@ class Serve(TypedDict):
     threads: Count | None
 
 
+class Export(TypedDict):
+    ckpt: str
+    format: Literal["onnx", "torch"]
+    out: str | None
+    overwrite: bool
+    episodes: Natural
+    num_envs: Count | None
+    seed: Seed
+    best_of_n: Count | None
+    refine_steps: Count | None
+    trust: Sequence[str]
+    threads: Count | None
+
+
 class Generate(TypedDict):
     dataset: str
     episodes: Count
@@ -307,6 +321,7 @@ COMMANDS: dict[str, Any] = {
     "distill": Distill,
     "evaluate": Evaluate,
     "serve": Serve,
+    "export": Export,
     "generate": Generate,
     "inspect_data": InspectData,
     "benchmark": Benchmark,

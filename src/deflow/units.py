@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Numbers = tuple[float, ...]
+Array = TypeVar("Array", np.ndarray, Tensor)
 Rewards = TypeVar("Rewards", float, np.ndarray, Tensor)
 
 
@@ -42,11 +44,11 @@ class Units(NamedTuple):
         found = [(a, b) for a, b in pairs if a is not None and b is not None]
         return all(len(a) == len(b) and np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in found)
 
-    def observed(self, observations: np.ndarray) -> np.ndarray:
+    def observed(self, observations: Array) -> Array:
         """The environment's observations, shape (..., observation_dim), as the networks see them."""
-        if self.mean is None:
+        if self.mean is None or self.std is None:
             return observations
-        return ((observations - np.asarray(self.mean)) / np.asarray(self.std)).astype(np.float32)
+        return _float32((observations - _like(observations, self.mean)) / _like(observations, self.std))
 
     def decided(self, actions: np.ndarray) -> np.ndarray:
         """The environment's actions, shape (..., action_dim), as the networks decide them."""
@@ -55,12 +57,12 @@ class Units(NamedTuple):
         low, high = np.asarray(self.low), np.asarray(self.high)
         return (2 * (actions - low) / (high - low) - 1).astype(np.float32)
 
-    def executed(self, actions: np.ndarray) -> np.ndarray:
+    def executed(self, actions: Array) -> Array:
         """The networks' actions, shape (..., action_dim), as the environment takes them: the inverse of `decided`."""
-        if self.low is None:
+        if self.low is None or self.high is None:
             return actions
-        low, high = np.asarray(self.low), np.asarray(self.high)
-        return (low + (actions + 1) / 2 * (high - low)).astype(np.float32)
+        low, high = _like(actions, self.low), _like(actions, self.high)
+        return _float32(low + (actions + 1) / 2 * (high - low))
 
     def learned(self, rewards: Rewards) -> Rewards:
         """Rewards of single steps, as the source labels them, as the networks learn from them."""
@@ -68,6 +70,17 @@ class Units(NamedTuple):
             return rewards
         scale, shift = self.reward
         return rewards * scale + shift
+
+
+def _like(array: Array, numbers: Numbers) -> Array:
+    """The numbers in float64, as an array where `array` is one, as a tensor beside it where it is a tensor."""
+    if isinstance(array, Tensor):
+        return torch.tensor(numbers, dtype=torch.float64, device=array.device)
+    return np.asarray(numbers)
+
+
+def _float32(array: Array) -> Array:
+    return array.float() if isinstance(array, Tensor) else array.astype(np.float32)
 
 
 AS_THEY_ARE = Units()

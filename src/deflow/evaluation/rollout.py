@@ -19,7 +19,7 @@ from deflow.envs.ogbench import seeded_reset
 from deflow.envs.success import AT_THE_END, SuccessRule
 from deflow.errors import UserError
 from deflow.files import replacing
-from deflow.policy import Policy, evaluation_mode
+from deflow.policy import AnyPolicy
 from deflow.seeding import fold_seed
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def take_seat(env: gymnasium.Env, seed: int, index: int) -> Seat:
     return Seat(env, Episode(index), observation, np.random.default_rng(seed))
 
 
-def decide(policy: Policy, seats: Sequence[Seat]) -> None:
+def decide(policy: AnyPolicy, seats: Sequence[Seat]) -> None:
     """Plan the next actions of those `seats` that have none left, with one call of the policy."""
     seats = [seat for seat in seats if not seat.plan]
     if not seats:
@@ -119,10 +119,10 @@ class Evaluator:
         self.episodes, self.num_envs, self.seed = episodes, num_envs, seed
         self._envs: list[gymnasium.Env] = []
 
-    def run(self, policy: Policy) -> list[Episode]:
+    def run(self, policy: AnyPolicy) -> list[Episode]:
         """All episodes in order of their index, on every rank."""
         mine = range(distributed.rank(), self.episodes, distributed.world_size())
-        with evaluation_mode(policy.agent):
+        with policy.deciding():
             played = self._play(policy, mine)
         everyone = [episode for episodes in distributed.gather_objects(played) for episode in episodes]
         return sorted(everyone, key=lambda episode: episode.index)
@@ -133,7 +133,7 @@ class Evaluator:
             env.close()
         self._envs = []
 
-    def _play(self, policy: Policy, indices: Sequence[int]) -> list[Episode]:
+    def _play(self, policy: AnyPolicy, indices: Sequence[int]) -> list[Episode]:
         waiting = iter(indices)
         while len(self._envs) < min(self.num_envs, len(indices)):
             self._envs.append(self._make_env())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deflow.errors import UserError
-from deflow.policy import Policy
+from deflow.policy import AnyPolicy
 
 REMEMBERED = 10_000  # decisions, for their quantiles
 
@@ -41,7 +41,7 @@ class Batcher:
         policy: decides by its `plan`.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: AnyPolicy) -> None:
         self.latencies, self.batches = Latencies(), 0
         self._policy = policy
         self._asked: asyncio.Queue[_Asked] = asyncio.Queue()

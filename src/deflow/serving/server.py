@@ -19,7 +19,7 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from deflow.errors import UserError
-from deflow.policy import Policy, checked_seed, noise_stream
+from deflow.policy import AnyPolicy, checked_seed, noise_stream
 from deflow.serving import wire
 from deflow.serving.batching import Batcher
 
@@ -48,7 +48,7 @@ class PolicyServer:
         token: without which nobody is served; None: everybody is.
     """
 
-    def __init__(self, policy: Policy, seed: int = 0, token: str | None = None) -> None:
+    def __init__(self, policy: AnyPolicy, seed: int = 0, token: str | None = None) -> None:
         self.policy, self.seed, self._token = policy, checked_seed(seed), token
         self._batcher = Batcher(policy)
         self._connections = self._refused = 0
@@ -182,7 +182,7 @@ class PolicyServer:
 class Robot:
     """What the server keeps of one connection: its noise."""
 
-    def __init__(self, policy: Policy, seed: int, batcher: Batcher) -> None:
+    def __init__(self, policy: AnyPolicy, seed: int, batcher: Batcher) -> None:
         self._policy, self._batcher = policy, batcher
         self._noise = noise_stream(seed)
 

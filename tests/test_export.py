@@ -1,0 +1,307 @@
+"""What is exported acts as the checkpoint does, and says of itself what is needed to act with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.torch
+import torch
+from onnx import TensorProto, helper
+
+import deflow
+from deflow import exporting
+from deflow.build import build_agent
+from deflow.checkpoints import agent_of, load_checkpoint
+from deflow.config import plain
+from deflow.errors import UserError
+from deflow.evaluation import latency
+from deflow.evaluation.parity import parity
+from deflow.exported import About, ExportedPolicy
+from deflow.exporting import IR, OPSET, as_onnx, export
+from deflow.policy import Policy
+from deflow.types import Spec
+from deflow.units import AS_THEY_ARE, Units
+from tests.agents.tester import Acting
+from tests.commands import ROOT
+from tests.conftest import CKPT, compose_config
+
+# Rounding of float32 is 1e-7 of a number; a few dozen layers one after the other, each a sum of 16 numbers, add up.
+ROUNDING = 1e-5
+
+UNITS = Units(low=(-2.0, 0.0), high=(2.0, 3.0), mean=(100.0, 0.0, -5.0), std=(0.1, 1.0, 3.0))
+IMAGE = Spec(2 * 8 * 8 * 3, 2, image=(2, 8, 8, 3))
+SMALL = ("experiment=pointmaze", "networks.hidden=[8]")
+CHUNKS = ("agent.horizon=2", "agent.best_of_n=2", "solver=midpoint", "solver.steps=1")
+# Flow, refiner and the best of several, as a chunk; diffusion; of images a Gaussian's mean, which reads no noise.
+KINDS: dict[str, tuple[Spec, Units, tuple[str, ...]]] = {
+    "deflow": (Spec(3, 2), UNITS, CHUNKS),
+    "idql": (Spec(3, 2), AS_THEY_ARE, ("agent.behavior.width=4", "agent.behavior.steps=2", "agent.best_of_n=2")),
+    "bc": (IMAGE, AS_THEY_ARE, ("networks.encoder.stacks=[2]", "networks.encoder.features=4")),
+}
+
+
+def policy_of(name: str, spec: Spec, units: Units, *overrides: str) -> Policy:
+    torch.manual_seed(0)
+    agent = build_agent(compose_config(*SMALL, f"agent={name}", *overrides).agent, spec)
+    agent.freeze()
+    return Policy(agent, units=units)
+
+
+def about(policy: Policy) -> About:
+    return About("Any", "task", {}, {}, policy.spec, policy.units, policy.noise_shape, "0")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_decision(name: str, tmp_path: Path) -> None:
+    spec, units, overrides = KINDS[name]
+    policy = policy_of(name, spec, units, *overrides)
+    path = tmp_path / "policy.onnx"
+    path.write_bytes(as_onnx(policy, about(policy)))
+    exported = ExportedPolicy(path)
+    assert (exported.spec, exported.units, exported.noise_shape) == (policy.spec, units, policy.noise_shape)
+    found = parity(policy, exported, 60)  # 50 at once and 10
+    assert found["max_difference"] < ROUNDING
+    assert found["beyond_tolerance"] == 0
+    rng = np.random.default_rng(0)
+    seen = rng.integers(256, size=(4, *spec.image), dtype=np.uint8) if spec.image else 100 * rng.normal(size=(4, 3))
+    actions = {}
+    for one in (policy, exported):
+        one.reset(seed=7)
+        alone = [one.act(seen[0]) for _ in range(3)]
+        one.reset(seed=7)
+        actions[one] = np.stack([*alone, *one.act(seen)])
+    np.testing.assert_allclose(actions[exported], actions[policy], atol=3 * ROUNDING)  # half of units' widest range
+    np.testing.assert_allclose(actions[exported][0], actions[exported][3], atol=ROUNDING)
+
+
+def test_parity_tells_policies_apart(tmp_path: Path) -> None:
+    class Noise(Acting):
+        def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return z.tanh()
+
+    class Other(Acting):
+        def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return torch.where(observations[:, :1] > 0, z.tanh() + 0.5, z.tanh())
+
+    units = Units(low=(-10.0,) * 2, high=(10.0,) * 2)
+    found = parity(*(Policy(agent(Spec(3, 2)), units=units) for agent in (Noise, Other)), observations=200)
+    assert found["max_difference"] == pytest.approx(0.5, abs=ROUNDING)  # of actions in [-1, 1], not of the units' 10
+    assert 0.3 < found["beyond_tolerance"] < 0.7
+    assert found["observations"] == 200
+
+
+# The command.
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "WARM_UP", 1)
+    monkeypatch.setattr(latency, "CALLS", 5)
+
+
+def edited(run: Path, folder: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """A folder with a run's checkpoint, its configuration changed."""
+    checkpoint = load_checkpoint(run / CKPT)
+    edit(checkpoint["deflow"]["config"])
+    (folder / CKPT).parent.mkdir(parents=True)
+    torch.save(checkpoint, folder / CKPT)
+    return folder
+
+
+def command(run: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    settings = (f"ckpt={run / CKPT}", f"out={out}", "episodes=2", "threads=1", *overrides)
+    return export(compose_config(*settings, config_name="export"))
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_a_run_as_onnx(
+    finished_run: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "robot" / "policy.onnx"
+    run = edited(
+        finished_run(), tmp_path / "run", lambda config: config["agent"]["behavior_flow"]["solver"].update(steps=1)
+    )
+    result = command(run, out, "best_of_n=2")
+    assert {path.name for path in out.parent.iterdir()} == {"policy.onnx", "policy.json"}
+    assert json.loads(out.with_suffix(".json").read_text()) == json.loads(json.dumps(result))
+    assert result["parity"]["max_difference"] < ROUNDING
+    assert (result["agent"], result["best_of_n"], result["opset"]) == ("DeFlow", 2, OPSET)
+    for batch in ("batch_1", "batch_64"):
+        assert 0 < result["exported"][batch]["latency_ms_p50"] <= result["exported"][batch]["latency_ms_p99"]
+    assert result["exported"]["success"] == result["checkpoint"]["success"]
+    assert f"wrote {out}" in capsys.readouterr().out
+
+    model = onnx.load(out)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+    assert model.ir_version == IR
+    assert str(Path(deflow.__file__).parent) not in str(model)  # nothing of the machine that made it
+    said = json.loads(model.metadata_props[0].value)
+    assert said["shapes"] == {"observations": [2], "noise": [2, 2], "actions": [1, 2]}
+    assert (said["settings"]["best_of_n"], said["protocol"]["protocol"]) == (2, "OGBench single-task")
+
+    checkpoint, exported = deflow.load(run, seed=3, best_of_n=2), deflow.load(out, seed=3)
+    for _ in range(3):
+        np.testing.assert_allclose(exported.act([1.0, 2.0]), checkpoint.act([1.0, 2.0]), atol=ROUNDING)
+    with pytest.raises(UserError, match=r"an observation has shape \(2,\), or several \('batch', 2\), got \(3,\)"):
+        exported.act([1.0, 2.0, 3.0])
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"best_of_n": 4}, "has its best_of_n inside: export the checkpoint anew with best_of_n=4"),
+        ({"explore": True}, "takes the best actions alone"),
+        ({"device": "cuda"}, "is computed on the CPU"),
+        ({"run_seed": 0}, "run_seed chooses among the seeds"),
+        ({"seed": -1}, "seed must be a whole number"),
+    ]
+    for settings, says in asked:
+        with pytest.raises(UserError, match=re.escape(says)):
+            deflow.load(out, **settings)
+    names: dict[str, Any] = {"observation": np.array([1.0, 2.0], np.float32)}
+    monkeypatch.chdir(out.parent)
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL):
+        exec(code, names)  # the page's own text
+    assert (names["action"].shape, names["actions"].shape) == ((2,), (1, 1, 2))
+    with pytest.raises(UserError, match=r"holds policy.onnx, policy.json: choose another out=, or say overwrite=true"):
+        command(run, out)
+    (tmp_path / "half.onnx").write_bytes(out.read_bytes()[: out.stat().st_size // 2])
+    with pytest.raises(UserError, match="it is no whole ONNX model"):
+        deflow.load(tmp_path / "half.onnx")
+
+
+@pytest.mark.usefixtures("short_episodes")
+def test_a_run_as_weights(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "policy.safetensors"
+    result = command(finished_run(), out, "format=torch", "refine_steps=2")
+    assert result["parity"]["max_difference"] == 0
+    assert result["exported"]["success"] == result["checkpoint"]["success"]
+    trained = load_checkpoint(finished_run() / CKPT)
+    exported = load_checkpoint(out)
+    assert exported["deflow"]["config"]["agent"] == trained["deflow"]["config"]["agent"] | {"refine_steps": 2}
+    assert "optimizer_states" not in exported
+    assert out.stat().st_size < (finished_run() / CKPT).stat().st_size
+    same = deflow.load(finished_run(), best_of_n=3, refine_steps=2, explore=True, seed=1)
+    assert np.array_equal(deflow.load(out, best_of_n=3, explore=True, seed=1).act([1.0, 2.0]), same.act([1.0, 2.0]))
+    assert agent_of(exported).refine_steps == 2
+    result = command(finished_run(), out, "format=torch", "overwrite=true", "episodes=0")
+    assert "success" not in result["exported"]
+
+
+def test_a_run_without_an_environment_whose_data_are_gone(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    source = compose_config("experiment=custom", f"data.source.path={tmp_path}/gone.npz").data.source
+    run = edited(finished_run(), tmp_path / "run", lambda config: config["data"].update(source=plain(source)))
+    result = command(run, tmp_path / "policy.safetensors", "format=torch")
+    assert result["protocol"] == "the user's own data"
+    assert "success" not in result["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("ckpt=none.ckpt",), "no checkpoint none.ckpt"),
+        (("format=torch",), "out: format=torch makes a file that ends in .safetensors, got policy.onnx"),
+        (("best_of_n=0",), "agent.best_of_n must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_exported(
+    overrides: tuple[str, ...], says: str, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        command(finished_run(), tmp_path / "out" / "policy.onnx", *overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_solver_that_chooses_its_steps() -> None:
+    policy = policy_of("flow_bc", Spec(3, 2), AS_THEY_ARE, "solver=dopri5")
+    with pytest.raises(UserError, match=r"solver=dopri5 chooses its steps as it goes") as error:
+        as_onnx(policy, about(policy))
+    assert "\n" not in str(error.value)
+
+
+def test_an_agent_that_python_decides_for() -> None:
+    class Deciding(Acting):
+        def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return z if observations.sum().item() > 0 else -z
+
+    policy = Policy(Deciding(Spec(3, 2)))
+    with pytest.raises(UserError, match="Deciding cannot be written as ONNX: ") as error:
+        as_onnx(policy, about(policy))
+    assert "\n" not in str(error.value)
+
+
+def test_what_acts_otherwise_is_not_written(
+    finished_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "load", lambda _: deflow.load(finished_run(), refine_steps=5))
+    with pytest.raises(UserError, match=r"the exported policy acts otherwise: .* of 1000 observations differ"):
+        command(finished_run(), tmp_path / "policy.safetensors", "format=torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_missing(
+    finished_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    says = r"needs the package onnxruntime: pip install 'deflow\[export\]'"
+    with pytest.raises(UserError, match=rf"format=onnx {says}"):
+        command(finished_run(), tmp_path / "policy.onnx")
+    (tmp_path / "policy.onnx").touch()
+    with pytest.raises(UserError, match=says):
+        deflow.load(tmp_path / "policy.onnx")
+
+
+# Files of others.
+
+
+def identity(metadata: dict[str, str], *sizes: int) -> bytes:
+    """A model that gives its only input."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *sizes]) for name in ("a", "b")]
+    graph = helper.make_graph([helper.make_node("Identity", ["a"], ["b"])], "graph", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    helper.set_model_props(model, metadata)
+    return model.SerializeToString()
+
+
+SAID = about(policy_of("bc", Spec(3, 2), AS_THEY_ARE)).written()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({}, "was not exported by deflow: its metadata lack the entry 'deflow'"),
+        ({"deflow": "{}"}, "is damaged: what it says of itself cannot be read"),
+        ({"deflow": "[1"}, "is damaged: what it says of itself cannot be read"),
+        ({"deflow": SAID.replace('"spec": [3, 2', '"spec": [3, "x"')}, "is damaged: "),
+        ({"deflow": SAID.replace('"format": 1', '"format": 2')}, "was written by another version of deflow"),
+        (
+            {"deflow": SAID},
+            "is damaged: its graph has shapes {'a': (3,), 'b': (3,)}, and it says {'observations': (3,)",
+        ),
+    ],
+)
+def test_a_model_of_something_else(metadata: dict[str, str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "policy.onnx").write_bytes(identity(metadata, 3))
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        deflow.load(tmp_path / "policy.onnx")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    for content, says in (
+        (b"abc", "it is not a whole checkpoint"),
+        (safetensors.torch.save({"a": torch.ones(1)}), "it lacks the entry 'deflow'"),
+        (safetensors.torch.save({"a": torch.ones(1)}, {"deflow": "[1"}), "it is not a whole checkpoint"),
+        (safetensors.torch.save({"a": torch.ones(1)}, {"deflow": "[]"}), "is not a whole checkpoint: its entry"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=re.escape(says)):
+            deflow.load(path)
