@@ -240,7 +240,7 @@ def test_an_agent_that_python_decides_for() -> None:
 def test_what_acts_otherwise_is_not_written(
     finished_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "load", lambda _: deflow.load(finished_run(), refine_steps=5))
+    monkeypatch.setattr(exporting, "load", lambda _, trust: deflow.load(finished_run(), refine_steps=5))
     with pytest.raises(UserError, match=r"the exported policy acts otherwise: .* of 1000 observations differ"):
         command(finished_run(), tmp_path / "policy.safetensors", "format=torch")
     assert not list(tmp_path.iterdir())

@@ -90,7 +90,7 @@ def export(config: DictConfig) -> dict[str, Any]:
     result |= {"task": about.task, **about.protocol, "agent": about.agent, **about.settings}
     with replacing_all(files) as (file, report):
         file.write_bytes(content)
-        exported = load(file)
+        exported = load(file, trust=config.trust)
         result["parity"] = _checked(parity(policy, exported, COMPARED))
         num_envs = trained["eval"]["num_envs"] if config.num_envs is None else config.num_envs
         for name, one in (("checkpoint", policy), ("exported", exported)):
