@@ -75,7 +75,7 @@ class Units(NamedTuple):
 
 
 def scale_and_shift(scale: float | Literal["auto"], shift: float, rewards: np.ndarray) -> tuple[float, float]:
-    """What `Units.with_rewards` takes; a scale of `auto` gives the data's rewards mean 0 and deviation 1 before the shift.
+    """What `Units.with_rewards` takes; `auto` gives the data's rewards mean 0 and deviation 1 before the shift.
 
     Args:
         scale: as set.
