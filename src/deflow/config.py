@@ -384,9 +384,7 @@ def _warn_of_unread(config: DictConfig, overrides: Iterable[str]) -> None:
     read = OmegaConf.to_yaml(config.agent, resolve=False)
     for name, _, value in (override.lstrip("+").partition("=") for override in overrides):
         if name in shared and f"${{{name}}}" not in read:
-            log.warning(
-                "%s=%s changes nothing: agent=%s does not read it, see --help agent=%s", name, value, agent, agent
-            )
+            log.warning("%s=%s changes nothing: %s does not read it", name, value, config.agent._target_)
 
 
 def check(config: DictConfig) -> None:
