@@ -363,7 +363,7 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         check_folder(Path(config.out), "out")
         if command == "reproduce":
             check_folder(Path(config.paths.logs), "paths.logs")
-    elif command in ("benchmark", "train_expert"):
+    elif command in ("benchmark", "export", "train_expert"):
         check_file(Path(config.out), "out")
 
 
