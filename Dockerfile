@@ -5,9 +5,9 @@
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
-# compile=true needs a compiler, rendering without a screen EGL, the commit of a run git.
+# compile=true needs a compiler, rendering without a screen EGL.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ git libegl1 libegl-mesa0 libgl1-mesa-dri \
+    && apt-get install --yes --no-install-recommends g++ libegl1 libegl-mesa0 libgl1-mesa-dri \
     && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 deflow
@@ -26,14 +26,13 @@ RUN pip install --no-cache-dir ${TORCH}
 COPY --chown=deflow pyproject.toml setup.py constraints.txt README.md LICENSE source/
 COPY --chown=deflow configs source/configs
 COPY --chown=deflow src source/src
-RUN pip install --no-cache-dir --constraint source/constraints.txt './source[page,tensorboard]'
+RUN pip install --no-cache-dir --constraint source/constraints.txt './source[export,page,serve,tensorboard]'
 
 # A minute of training, from generating data to the report.
-HEALTHCHECK --interval=12h --timeout=10m --start-period=10m --retries=1 CMD \
+HEALTHCHECK --interval=12h --timeout=10m --start-period=10m --retries=1 CMD rm -rf /tmp/health && \
     deflow train experiment=quickstart stages=joint updates=20 networks.hidden=[16,16] data.source.generate_episodes=2 \
     eval.every=20 eval.episodes=1 validate_every=20 video.episodes=0 diversity.states=0 logger=csv \
-    paths.data=/tmp/health/data hydra.run.dir=/tmp/health/run \
-    && rm -r /tmp/health
+    paths.data=/tmp/health/data hydra.run.dir=/tmp/health/run
 
 ENTRYPOINT ["deflow"]
 CMD ["--help"]

@@ -148,7 +148,7 @@ def test_generate_and_train_on_it(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
-    settings = ("dataset=pointmaze-medium-navigate-v0", "episodes=100000", "workers=2")
+    settings = ("dataset=pointmaze-medium-navigate-v0", "episodes=20000", "workers=2")
     command = start("generate.py", *settings, f"out={tmp_path}")
     command.wait_for(lambda: len(workers(command)) == 2)
     workers(command)[0].kill()
@@ -163,7 +163,7 @@ def workers(command: Command) -> list[psutil.Process]:
 
 
 def test_workers_end_with_the_command(tmp_path: Path) -> None:
-    settings = ("dataset=pointmaze-medium-navigate-v0", "episodes=100000", "workers=2")
+    settings = ("dataset=pointmaze-medium-navigate-v0", "episodes=20000", "workers=2")
     command = start("generate.py", *settings, f"out={tmp_path}")
     command.wait_for(lambda: len(workers(command)) == 2)
     command.send_signal(signal.SIGKILL)

@@ -133,8 +133,8 @@ def test_a_run_as_onnx(
         finished_run(), tmp_path / "run", lambda config: config["agent"]["behavior_flow"]["solver"].update(steps=1)
     )
     result = command(run, out, "best_of_n=2")
-    assert {path.name for path in out.parent.iterdir()} == {"policy.onnx", "policy.json"}
-    assert json.loads(out.with_suffix(".json").read_text()) == json.loads(json.dumps(result))
+    assert {path.name for path in out.parent.iterdir()} == {"policy.onnx", "policy.onnx.json"}
+    assert json.loads((out.parent / "policy.onnx.json").read_text()) == json.loads(json.dumps(result))
     assert result["parity"]["max_difference"] < ROUNDING
     assert (result["agent"], result["best_of_n"], result["opset"]) == ("DeFlow", 2, OPSET)
     for batch in ("batch_1", "batch_64"):
@@ -170,7 +170,9 @@ def test_a_run_as_onnx(
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL):
         exec(code, names)  # the page's own text
     assert (names["action"].shape, names["actions"].shape) == ((2,), (1, 1, 2))
-    with pytest.raises(UserError, match=r"holds policy.onnx, policy.json: choose another out=, or say overwrite=true"):
+    with pytest.raises(
+        UserError, match=r"holds policy.onnx, policy.onnx.json: choose another out=, or say overwrite=true"
+    ):
         command(run, out)
     (tmp_path / "half.onnx").write_bytes(out.read_bytes()[: out.stat().st_size // 2])
     with pytest.raises(UserError, match="it is no whole ONNX model"):

@@ -11,7 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -110,7 +110,8 @@ class Serving:
         await self.server.run("127.0.0.1", 0, self._stop, self._started.put)
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        with suppress(RuntimeError):  # it has stopped by itself, and its loop is closed
+            self._loop.call_soon_threadsafe(self._stop.set)
 
     def __enter__(self) -> Serving:
         self._thread.start()

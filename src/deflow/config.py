@@ -228,6 +228,8 @@ def _refuse_a_choice_without_name(argument: str) -> None:
 
 def choices(group: str) -> list[str]:
     """Names that a group of configurations takes, sorted; none if it is not a group."""
+    if GlobalHydra.instance().is_initialized():  # a command that composes for another one
+        return GlobalHydra.instance().config_loader().get_group_options(group)
     with initialize_config_dir(CONFIG_DIR, version_base=None):
         return GlobalHydra.instance().config_loader().get_group_options(group)
 

@@ -31,7 +31,7 @@ from deflow.evaluation.parity import parity
 from deflow.exported import ACTIONS, ENTRY, EXTRA, NOISE, OBSERVATIONS, SUFFIX, About
 from deflow.files import refuse_to_replace, replacing_all
 from deflow.flow.ode import ADAPTIVE
-from deflow.loading import ACTING, load
+from deflow.loading import ACTING, load, newest_checkpoint
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.policy import Policy
 from deflow.trust import trust_only
@@ -64,9 +64,9 @@ def export(config: DictConfig) -> dict[str, Any]:
             is missing, the policy cannot be exported, or what was exported acts otherwise. Nothing is written then.
     """
     trust_only(config.trust)
-    path, format = Path(config.ckpt), FORMATS[config.format]
+    path, format = newest_checkpoint(Path(config.ckpt)), FORMATS[config.format]
     out = path.with_name(f"policy{format.suffix}") if config.out is None else Path(config.out).expanduser()
-    files = out, out.with_suffix(".json")
+    files = out, _report_of(out)
     if out.suffix != format.suffix:
         raise UserError(f"out: format={config.format} makes a file that ends in {format.suffix}, got {out.name}")
     if not config.overwrite:
@@ -100,6 +100,10 @@ def export(config: DictConfig) -> dict[str, Any]:
         report.write_text(json.dumps(result, indent=2) + "\n")
     _print(result, out)
     return result
+
+
+def _report_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.json")
 
 
 def _about(policy: Policy, trained: dict[str, Any], source: Source) -> About:
@@ -250,4 +254,4 @@ def _print(result: dict[str, Any], out: Path) -> None:
         f"{found['observations']} observations: actions in [-1, 1] differ by at most {found['max_difference']:.2g}, "
         f"in the median by {found['median_difference']:.2g}"
     )
-    print(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB) and {out.with_suffix('.json').name}")
+    print(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB) and {_report_of(out).name}")

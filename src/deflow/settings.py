@@ -296,7 +296,7 @@ class Reproduce(TypedDict):
     rows: Sequence[str] | None
     tasks: Sequence[TaskId] | None
     agents: Sequence[str] | None
-    seeds: Count
+    seeds: Count | None
     settings: Mapping[str, Any]  # checked by each run
     dry: bool
     compare: Sequence[str] | None

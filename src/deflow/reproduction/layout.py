@@ -50,6 +50,7 @@ class Layout:
         folder: of its runs, below `paths.logs/reproduce`.
         value: what of a run's evaluations a cell shows.
         cells: in their order.
+        seeds: runs of a cell, unless another number is asked for.
         generate: of data sets that are not there.
     """
 
@@ -57,6 +58,7 @@ class Layout:
     folder: str
     value: Value
     cells: Mapping[Key, Cell]
+    seeds: int = 8
     generate: Generated | None = None
 
     @property
@@ -86,6 +88,7 @@ class OwnTable(TypedDict):
 
     folder: str
     value: Value
+    seeds: Count
     generate: NotRequired[Generated]
     every: Sequence[str]
     rows: Mapping[str, OwnRow]
@@ -108,6 +111,8 @@ def layout(table: str) -> Layout:
         UserError: if there is no such table, or its file is no table.
     """
     if table.endswith(".yaml"):
+        if Path(table).stem in names():
+            raise UserError(f"{table}: there is a table {Path(table).stem} already, give the file another name")
         return _of_file(Path(table))
     if table in _own():
         return _of_file(_own()[table])
@@ -156,10 +161,13 @@ def _of_file(path: Path) -> Layout:
         folder=file["folder"],
         value=file["value"],
         cells={
-            (name, row.get("task"), column): Cell((*file["every"], *row["settings"], *settings), row.get("data"))
+            (str(name), row.get("task"), str(column)): Cell(
+                (*file["every"], *row["settings"], *settings), row.get("data")
+            )
             for name, row in file["rows"].items()
             for column, settings in file["columns"].items()
         },
+        seeds=file["seeds"],
         generate=file.get("generate"),
     )
 
@@ -173,6 +181,8 @@ def _read(path: Path) -> OwnTable:
             check_value(*setting)
     except (YAMLError, OmegaConfBaseException, OSError, UserError) as error:
         raise UserError(f"{path} is no table: {' '.join(str(error).split())}") from error
+    if not file["rows"] or not file["columns"]:
+        raise UserError(f"{path}: a table needs rows and columns")
     for name in (*file["rows"], *file["columns"], file["folder"]):
         if not str(name) or "/" in str(name) or str(name).startswith("."):
             raise UserError(f"{path}: '{name}' becomes a folder's name, and cannot be one")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
 
@@ -55,7 +56,7 @@ def _links(run: Path, folder: Path) -> Iterator[tuple[str, str]]:
     """Name and relative address of what a run has left."""
     for name in OF_A_RUN:
         if (run / name).exists():
-            yield name, Path(os.path.relpath(run / name, folder.absolute())).as_posix()
+            yield name, quote(Path(os.path.relpath(run / name, folder.absolute())).as_posix())
 
 
 def _plots(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
@@ -63,7 +64,7 @@ def _plots(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
     colours = dict(zip(dict.fromkeys(result.agent for result in results), COLOURS * len(results), strict=False))
     for row, task in dict.fromkeys((result.row, result.task) for result in results):
         drawn = [trace for curve in curves(results, row, task) for trace in _band(curve, colours[curve.agent])]
-        yield {"title": task_name(row, task), "traces": drawn, "x": "updates", "y": measure(row)}
+        yield {"title": task_name(row, task), "traces": drawn, "x": "updates", "y": measure(results, row)}
     drawn = [trace for curve in profiles(results) for trace in _band(curve, colours[curve.agent])]
     if drawn:
         yield {"title": "Performance profile", "traces": drawn, "x": "score", "y": "share of runs above it"}

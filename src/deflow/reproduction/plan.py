@@ -15,9 +15,18 @@ from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
 
 # Settings that say how a run is made, not what it is.
 TECHNICAL = (
-    *("trainer", "compile", "threads", "logger", "paths", "data.device", "data.source.path", "matmul_precision"),
-    *("checkpoint_every", "validate_every", "eval.num_envs", "video", "diversity"),
+    *(
+        "trainer",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.strategy",
+        "trainer.one_launch",
+    ),
+    *("trainer.log_every_n_steps", "compile", "threads", "matmul_precision", "data.device", "data.source.path"),
+    *("logger", "paths", "checkpoint_every", "validate_every", "eval.num_envs", "video", "diversity"),
 )
+WHOLE_GROUPS = ("logger", "paths", "video", "diversity")  # of them, those all of whose settings are
 
 OF_THE_PLAN = ("seed", "seeds", "agent", "task", "task_id", "stages", "experiment", "resume", "ckpt")
 
@@ -83,6 +92,11 @@ class Job:
         return self.folder.with_suffix(".settings")
 
     @property
+    def begun_with(self) -> tuple[str, ...]:
+        """The settings with which the run was begun, as far as that is known; else those of the plan."""
+        return tuple(self.made_by.read_text().split("\n")) if self.made_by.exists() else self.settings
+
+    @property
     def output(self) -> Path:
         """The file beside the folder that holds what the run prints."""
         return self.folder.with_suffix(".log")
@@ -123,7 +137,9 @@ def plan(
     _refuse_unknown(f"agent of {table.name}", agents or (), table.columns)
     if [] in (rows, agents, tasks):
         raise UserError("an empty list chooses nothing: leave out rows, agents or tasks for all of them")
-    for row in rows or table.rows:
+    for row in rows or table.rows if tasks else ():
+        if table.rows[row] == [None]:
+            raise UserError(f"{row} is one task in {table.name}: leave out tasks")
         _refuse_unknown(f"task of {row} in {table.name}", list(map(str, tasks or ())), list(map(str, table.rows[row])))
     for name in (setting.lstrip("+").partition("=")[0] for setting in settings):
         if name in OF_THE_PLAN or name.startswith("hydra."):
@@ -138,16 +154,16 @@ def plan(
 
 
 def refuse_other_settings(jobs: Sequence[Job]) -> None:
-    """A run that was begun with other settings is not a run of this plan.
+    """A run that was begun with other settings is not a run of this plan, unless they are technical.
 
     Raises:
         UserError: naming the run, and its settings.
     """
     for job in jobs:
-        if job.state == "missing" or not job.made_by.exists():
+        if job.state == "missing":
             continue
-        before, now = job.made_by.read_text().split("\n"), list(job.settings)
-        differing = [setting for setting in (*before, *now) if (setting in before) != (setting in now)]
+        before, now = job.begun_with, job.settings
+        differing = [s for s in (*before, *now) if (s in before) != (s in now) and not is_technical(s)]
         if differing:
             raise UserError(
                 f"{job.folder} was begun with other settings ({' '.join(differing)}): go on with its own, or choose "
@@ -160,11 +176,17 @@ def _job(
 ) -> Job:
     cell = table.cells[row, task, agent]
     place = logs / table.folder / (row if task is None else f"{row}-task{task}") / agent / f"seed_{seed}"
-    changed = tuple(sorted(s for s in settings if not s.lstrip("+").startswith(TECHNICAL)))
+    changed = tuple(sorted(setting for setting in settings if not is_technical(setting)))
     dataset = None if cell.data is None else _dataset(cell.data, data, table.generate)
     from_data = () if dataset is None else (f"data.source.path={dataset.path}",)
     chosen = (*cell.settings, *from_data, f"seed={seed}", "logger=csv", *settings)
     return Job(row, task, agent, seed, place, chosen, table.value, changed, dataset)
+
+
+def is_technical(setting: str) -> bool:
+    """Whether an argument of `train.py` says how a run is made, and not what it is."""
+    name = setting.lstrip("+").partition("=")[0]
+    return name in TECHNICAL or name.partition(".")[0] in WHOLE_GROUPS
 
 
 def _dataset(name: str, folder: Path, generate: Generated | None) -> Dataset:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from deflow.files import replacing
 from deflow.reproduction.results import Result
 from deflow.reproduction.statistics import performance_profile, probability_of_improvement, profile_band
-from deflow.reproduction.table import common_scores, is_score, task_name
+from deflow.reproduction.table import common_scores, task_name
 
 LEVELS = 101  # at which a profile is drawn
 
@@ -51,9 +51,10 @@ def profiles(results: Sequence[Result]) -> Iterator[Curve]:
         yield Curve(agent, agent, levels.tolist(), share.tolist(), low.tolist(), high.tolist())
 
 
-def measure(row: str) -> str:
-    """What its values are."""
-    return "score" if is_score(row) else "success, %"
+def measure(results: Sequence[Result], row: str) -> str:
+    """What a row's values are, as an axis says it."""
+    of_row = next(result.measure for result in results if result.row == row)
+    return "success, %" if of_row == "success" else of_row
 
 
 def draw_curves(results: Sequence[Result], path: Path) -> None:
@@ -63,7 +64,7 @@ def draw_curves(results: Sequence[Result], path: Path) -> None:
     def draw(panels: Sequence[Axes]) -> None:
         for axes, (row, task) in zip(panels, tasks, strict=True):
             _lines(axes, curves(results, row, task), marker="o")
-            axes.set(title=task_name(row, task), xlabel="updates", ylabel=measure(row))
+            axes.set(title=task_name(row, task), xlabel="updates", ylabel=measure(results, row))
 
     _draw(path, len(tasks), draw)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +32,7 @@ from deflow.reproduction.results import Result, read_results, refuse_mixture, re
 from deflow.reproduction.runs import generate_missing, run_all
 from deflow.reproduction.table import Cell, cells_of, compare, latex, markdown, summary
 from deflow.reproduction.tracking import track
+from deflow.settings import check_settings
 from deflow.timing import seconds_of_updates
 from deflow.types import Spec
 
@@ -61,12 +63,14 @@ def reproduce(config: DictConfig) -> list[Result]:
     table = layout(config.table)
     logs, data = Path(config.paths.logs).absolute() / "reproduce", Path(config.paths.data).expanduser().absolute()
     chosen = config.rows, config.tasks, config.agents
-    jobs = plan(table, logs, data, config.seeds, *chosen, settings=list(_arguments(plain(config.settings))))
+    jobs = plan(
+        table, logs, data, config.seeds or table.seeds, *chosen, settings=list(_arguments(plain(config.settings)))
+    )
     refuse_other_settings(jobs)
-    threads, on_gpu = config.threads, config.settings.get("trainer") not in (None, "cpu")
+    first = {(job.row, job.agent): _checked(job) for job in reversed(jobs)}  # a mistake in the settings is every run's
+    threads, on_gpu = config.threads, all(run.trainer.accelerator != "cpu" for run in first.values())
     at_once = config.jobs or (1 if on_gpu else max(1, usable_cores() // threads))
-    _composed(jobs[0].settings)  # a mistake in the settings is every run's
-    _show_plan(jobs, at_once, threads, on_gpu)
+    _show_plan(jobs, first, at_once, threads, on_gpu)
     if config.dry:
         print("\n".join(commands(jobs, threads)))
         return []
@@ -143,14 +147,23 @@ def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Ce
         draw(results, folder / f"{table}_{name}.png")
     write_results(folder / f"{table}.jsonl", results)
     print(text)
-    log.info("%s.md, .tex, .jsonl, .html and pictures are in %s", table, folder)
-    return cells, [
-        folder / name for name in (*written, *(f"{table}_{name}.png" for name in pictures), f"{table}.jsonl")
-    ]
+    names = (*written, *(f"{table}_{name}.png" for name in pictures), f"{table}.jsonl")
+    log.info("%s are in %s", ", ".join(names), folder)
+    return cells, [folder / name for name in names]
 
 
-def _show_plan(jobs: Sequence[Job], at_once: int, threads: int, on_gpu: bool) -> None:
-    """How many runs there are, how far they are, and how long those take that are missing."""
+def _show_plan(
+    jobs: Sequence[Job], first: Mapping[tuple[str, str], DictConfig], at_once: int, threads: int, on_gpu: bool
+) -> None:
+    """How many runs there are, how far they are, and how long those take that are missing.
+
+    Args:
+        jobs: of the plan.
+        first: row and agent -> the configuration of one of its runs.
+        at_once: runs side by side.
+        threads: of torch, in each.
+        on_gpu: whether the runs are, whose time is not estimated.
+    """
     table = Table(title=f"{len(jobs)} runs, {at_once} at a time with {threads} threads each")
     for column in ("row", "agent", "done", "begun", "missing", "updates of a run", "hours left, about"):
         table.add_column(column)
@@ -162,10 +175,10 @@ def _show_plan(jobs: Sequence[Job], at_once: int, threads: int, on_gpu: bool) ->
         left = len(states) - states.count("done")
         updates, hours = "", 0.0
         if left:
-            job_config = _composed(of_cell[0].settings)
+            job_config = first[row, agent]
             steps = sum(stage.steps for stage in job_config.stages.values())
             updates = f"{steps:,}"
-            if not on_gpu:
+            if not on_gpu and job_config.task.get("frames") is None:  # an update of images takes seconds
                 if agent not in speeds:
                     speeds[agent] = _seconds(job_config, threads)
                 hours = left * steps * speeds[agent] / 3600
@@ -174,7 +187,7 @@ def _show_plan(jobs: Sequence[Job], at_once: int, threads: int, on_gpu: bool) ->
         table.add_row(row, agent, *counts, updates, f"{hours:.1f}" if hours else "")
     if total:
         table.caption = (
-            f"about {total / at_once:.1f} hours by timing {TIMED} updates here, evaluations and data excepted"
+            f"about {total / at_once:.1f} hours by timing {TIMED} updates here, evaluations, data and images excepted"
         )
     console = Console(stderr=True)
     console.width = max(console.width, PLAN_WIDTH)
@@ -192,6 +205,19 @@ def _seconds(config: DictConfig, threads: int) -> float:
         return [seconds_of_updates(agent, stream) for _ in range(2)][-1] / TIMED
     finally:
         torch.set_num_threads(before)
+
+
+def _checked(job: Job) -> DictConfig:
+    """The configuration of a run, with all that can be said against it before it begins."""
+    config = _composed(job.settings)
+    try:
+        check_settings(config, "train")
+        source = instantiate(config.data.source)
+    except UserError as error:
+        raise UserError(f"{job.name}: {error}") from error
+    if not source.has_env:
+        raise UserError(f"{job.name}: its data have no environment, and a table needs evaluations: set data.source.env")
+    return config
 
 
 def _composed(overrides: Iterable[str]) -> DictConfig:

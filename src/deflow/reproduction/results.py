@@ -20,6 +20,7 @@ from deflow.run_folder import METRICS_FILE, SUMMARY_FILE
 
 OGBENCH_TRANSITIONS = 1_000_000  # at least, of a published data set
 OF_THE_METHOD = ("n_step", "horizon")
+MEASURES = {"score": 1.0, "success": 100.0, "return": 1.0}  # the first that a run has, and by what it is multiplied
 PUBLISHED_TIMING = "pre"  # success as OGBench's and FQL's code read it, see `SuccessRule`
 
 
@@ -32,12 +33,13 @@ class Result:
         task: of OGBench; None where a row is one task.
         agent: a choice of the group agent.
         seed: of the run.
-        value: what the table shows, success in % or D4RL's score; online, after the online updates.
+        measure: what its values are: `success` in %, D4RL's `score`, or `return` where an environment knows neither.
+        value: what the table shows; online, after the online updates.
         before: online alone: before them.
         curve: updates -> what an evaluation came to, in the same unit.
         episodes: of an evaluation.
         identity: what must be the same for numbers to be compared.
-        command: that made the run.
+        command: that began the run.
         commit: of the code, if it was a clone.
         versions: of the packages.
         updates_per_second: of the last stage.
@@ -49,6 +51,7 @@ class Result:
     task: int | None
     agent: str
     seed: int
+    measure: str
     value: float
     before: float | None
     curve: dict[int, float]
@@ -78,17 +81,17 @@ def _result_of(job: Job) -> Result:
     summary = read_summary(job.folder / SUMMARY_FILE)
     if summary is None:
         raise UserError(f"{job.folder} is not done")
-    measure, unit = ("eval/score", 1.0) if "eval/score" in summary else ("eval/success", 100.0)
-    if measure not in summary:
+    measure = next((name for name in MEASURES if f"eval/{name}" in summary), None)
+    if measure is None:
         raise UserError(f"{job.folder} has no evaluation: a table needs runs with an environment")
-    found = summary[measure]
+    found, unit = summary[f"eval/{measure}"], MEASURES[measure]
     if job.value == "before_and_after":
         *offline, value = found["last_of_stage"].values()
         before = offline[0] if offline else 0.0  # trained from scratch
     else:
         before, value = None, found[job.value]
     if not math.isfinite(value):
-        raise ValueError(f"{measure} is {value}")
+        raise ValueError(f"its {measure} is {value}")
     rows = read_metrics(job.folder / METRICS_FILE)
     *_, speed = summary["updates_per_second"].values()
     return Result(
@@ -96,12 +99,13 @@ def _result_of(job: Job) -> Result:
         task=job.task,
         agent=job.agent,
         seed=job.seed,
+        measure=measure,
         value=unit * value,
         before=None if before is None else unit * before,
-        curve={int(row["step"]): unit * row[measure] for row in rows if measure in row},
+        curve={int(row["step"]): unit * row[f"eval/{measure}"] for row in rows if f"eval/{measure}" in row},
         episodes=summary["eval_episodes"],
         identity=_identity(summary) | {"changed": list(job.changed)},
-        command=shlex.join(("python", "train.py", *job.settings)),
+        command=shlex.join(("python", "train.py", *job.begun_with)),
         commit=summary.get("commit"),
         versions=summary["versions"],
         updates_per_second=speed,
@@ -149,6 +153,8 @@ def why_not_published(table: str, result: Result) -> str | None:
     identity = result.identity
     if identity["changed"]:
         return f"its settings are others ({' '.join(identity['changed'])})"
+    if not str(identity["data"]).startswith(result.row):
+        return f"its data are others ({identity['data']})"
     if identity["generated"]:
         return "its data were generated here"
     if table.startswith("ogbench") and identity["transitions"] < OGBENCH_TRANSITIONS:
@@ -184,7 +190,7 @@ def read_results(path: Path) -> list[Result]:
             for line in lines
         ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no results file of reproduce.py: {error}") from error
+        raise UserError(f"{path} is no results file of reproduce.py ({type(error).__name__}: {error})") from error
     if not results:
         raise UserError(f"{path} holds no results")
     refuse_mixture(results)

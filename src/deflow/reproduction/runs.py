@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def stop_running() -> None:
     """End what this process has started; a run writes a checkpoint first. Signal handlers may call it."""
     for process in _running:
         process.send_signal(signal.SIGTERM)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # `process.wait` may be what the signal interrupted
+        with suppress(ChildProcessError):  # it has ended, and been waited for
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # `process.wait` may be what was interrupted
 
 
 def _run(command: str, arguments: Sequence[str], output: Path, apart: bool = False) -> int:

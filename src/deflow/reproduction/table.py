@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -32,7 +33,6 @@ INSIDE = (
     " A cell is inside if that interval meets the published one, which is at least as wide as two honest published "
     "runs of a cell differ."
 )
-ADROIT = ("pen", "door", "hammer", "relocate")  # rows whose score is no share of successes
 RERUN = "optiflow_state"  # a third party's re-run of the baselines: how far two honest runs of a cell are apart
 
 
@@ -70,7 +70,7 @@ def cells_of(table: str, results: Sequence[Result]) -> list[Cell]:
 
 
 def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[Result]) -> Cell:
-    scores = _by_task(results)
+    scores = _by_task(_of_common_seeds(results))
     mean, deviation = mean_and_deviation(scores)
     known = find(table, row, agent, task) if table in tables() else None
     reason = next((why for why in (why_not_published(table, result) for result in results) if why), None)
@@ -79,7 +79,7 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
         reason = "the published mean is over more tasks"
     if reason is None and known is None:
         reason = "not published"
-    spread = _interval(scores, results[0].episodes, is_share=not is_score(row))
+    spread = _interval(scores, results[0].episodes, is_share=results[0].measure == "success")
     if reason is None and spread is None:
         reason = "nothing is known of the spread of one run's score"
     return Cell(
@@ -97,7 +97,18 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
     )
 
 
+def _of_common_seeds(results: Sequence[Result]) -> Sequence[Result]:
+    """Those of the seeds that all tasks have, so that a seed has a mean over tasks; all, if there are none."""
+    of_tasks: dict[int | None, set[int]] = {}
+    for result in results:
+        of_tasks.setdefault(result.task, set()).add(result.seed)
+    common = set.intersection(*of_tasks.values())
+    return [result for result in results if result.seed in common or not common]
+
+
 def _by_task(results: Sequence[Result]) -> list[np.ndarray]:
+    """The values of each task, by their seeds."""
+    results = sorted(results, key=lambda result: result.seed)
     tasks = dict.fromkeys((result.row, result.task) for result in results)
     return [
         np.array([result.value for result in results if (result.row, result.task) == task], np.float64)
@@ -105,15 +116,11 @@ def _by_task(results: Sequence[Result]) -> list[np.ndarray]:
     ]
 
 
-def is_score(row: str) -> bool:
-    """Whether its values are D4RL's normalised score, and no share of successes in %."""
-    return row.startswith(ADROIT)
-
-
 def _interval(scores: Sequence[np.ndarray], episodes: int, is_share: bool) -> Interval | None:
-    """Of the mean over seeds of a seed's mean over tasks; of the seeds that all tasks have."""
-    seeds = min(len(values) for values in scores)
-    of_seeds = np.mean([values[:seeds] for values in scores], axis=0)
+    """Of the mean over seeds of a seed's mean over tasks; None where the tasks have no seeds in common."""
+    if len({len(values) for values in scores}) > 1:
+        return None
+    of_seeds = np.mean(scores, axis=0)
     if not is_share:
         return None if np.ptp(of_seeds) == 0 else seed_interval(of_seeds)
     low, high = interval(of_seeds.clip(0, 100) / 100, episodes * len(scores))
@@ -148,7 +155,7 @@ def markdown(title: str, cells: Sequence[Cell]) -> str:
         "| task | agent | seeds | ours | 95% | published | difference | verdict |",
         "|---" * 8 + "|",
     ]
-    lines += ["| " + " | ".join(texts(cell)) + " |" for cell in cells]
+    lines += ["| " + " | ".join(text.replace("|", r"\|") for text in texts(cell)) + " |" for cell in cells]
     lines += ["", legend(cells)]
     if found := reasons(cells):
         lines += ["", "No verdict: " + "; ".join(found) + "."]
@@ -202,16 +209,21 @@ def latex(cells: Sequence[Cell]) -> str:
     lines = [
         r"\begin{tabular}{l" + "c" * len(agents) + "}",
         r"\toprule",
-        " & ".join(["", *agents]).replace("_", r"\_") + r" \\",
+        " & ".join(["", *map(_escaped, agents)]) + r" \\",
         r"\midrule",
     ]
     for row, task in dict.fromkeys((cell.row, cell.task) for cell in cells):
-        line = [row if task is None else f"{row} {task}"]
+        line = [_escaped(row if task is None else f"{row} {task}")]
         for agent in agents:
             cell = places.get((row, task, agent))
             line.append("--" if cell is None else _in_latex(cell))
-        lines.append(" & ".join(line).replace("_", r"\_") + r" \\")
+        lines.append(" & ".join(line) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """A name as LaTeX prints it."""
+    return re.sub(r"[&%$#_{}]", r"\\\g<0>", text.replace("\\", "/")).replace("~", " ").replace("^", r"\^{}")
 
 
 def _in_latex(cell: Cell) -> str:
@@ -238,6 +250,7 @@ def summary(results: Sequence[Result]) -> str:
         line = [agent, f"{interquartile_mean(own):.0f}", known]
         line += ["-" if other is own else f"{probability_of_improvement(own, other):.2f}" for other in scores.values()]
         lines.append("| " + " | ".join(line) + " |")
+    lines += ["", "IQM: mean of the middle half of all runs; its 95% by bootstrap of the seeds within each task."]
     return "\n".join(lines) + "\n"
 
 

@@ -70,7 +70,8 @@ def _track(client: Any, table: str, cells: Sequence[Cell], results: Sequence[Res
 
 def _run(client: Any, experiment: str, name: str, tags: dict[str, str]) -> str:
     """The run that has these tags; made if there is none."""
-    found = client.search_runs([experiment], " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items()))
+    quoted = ((key, f'"{value}"' if "'" in value else f"'{value}'") for key, value in tags.items())
+    found = client.search_runs([experiment], " and ".join(f"tags.`{key}` = {value}" for key, value in quoted))
     if found:
         return str(found[0].info.run_id)
     made = client.create_run(experiment, run_name=name, tags=tags).info.run_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import hmac
 import logging
@@ -193,19 +194,19 @@ class Robot:
             UserError: if the observation or the seed cannot be.
         """
         observation = self._policy.single(request["observation"]) if "observation" in request else None
-        if "reset" in request:
-            self._reset(request["reset"])
-        return {} if observation is None else await self._decide(observation)
+        noise = self._after(request["reset"]) if "reset" in request else copy.deepcopy(self._noise)
+        reply = {} if observation is None else await self._decide(observation, noise)
+        self._noise = noise  # not before: what is refused has changed nothing
+        return reply
 
-    def _reset(self, reset: Any) -> None:
-        """As `Policy.reset`; there is no plan to forget, as the client has the whole of it."""
+    def _after(self, reset: Any) -> np.random.Generator:
+        """The noise after a reset, as `Policy.reset` has it; the client has the whole plan, so none is forgotten."""
         if reset is False or reset is None:
             raise UserError(f"reset is true, or the seed with which the noise begins anew, got {reset}")
-        if reset is not True:
-            self._noise = noise_stream(checked_seed(reset))
+        return copy.deepcopy(self._noise) if reset is True else noise_stream(checked_seed(reset))
 
-    async def _decide(self, observation: np.ndarray) -> dict[str, Any]:
-        decision = await self._batcher.decide(observation, self._policy.draw_noise(self._noise))
+    async def _decide(self, observation: np.ndarray, noise: np.random.Generator) -> dict[str, Any]:
+        decision = await self._batcher.decide(observation, self._policy.draw_noise(noise))
         latencies = self._batcher.latencies
         timing = {
             "infer_ms": decision.milliseconds,
