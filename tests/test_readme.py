@@ -19,7 +19,9 @@ from tests.commands import ROOT
 from tests.conftest import compose_config
 
 README = (ROOT / "README.md").read_text()
-DATA, *OTHERS = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "gpu", "tables", "deploy", "serving"))
+DATA, *OTHERS = (
+    (ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "gpu", "tables", "deploy", "serving", "sharing")
+)
 COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", "".join([README, DATA, *OTHERS]), re.MULTILINE)
 
 
