@@ -167,7 +167,9 @@ def test_what_keeps_one_from_sharing(
     assert len(hub.repositories["someone/taken"].commits) == 1
 
 
-def test_without_a_network(trained: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network(
+    trained: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     share(trained, f"to={TO}")
     expected = actions(deflow.load(TO))
     monkeypatch.setattr(time, "sleep", lambda _: None)  # the library tries for half a minute
@@ -176,6 +178,7 @@ def test_without_a_network(trained: Path, hub: Hub, tmp_path: Path, monkeypatch:
     for what in (lambda: deflow.load("hf://someone/other"), lambda: share(trained, f"to={TO}")):
         with pytest.raises(UserError, match=r"^cannot reach http://127\.0\.0\.1:9 for hf://someone/"):
             what()
+    assert not caplog.records  # of every try
 
 
 def test_offline(trained: Path, hub: Hub, tmp_path: Path) -> None:

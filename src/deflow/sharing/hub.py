@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,11 +89,16 @@ def upload(address: HubAddress, files: Mapping[str, bytes], message: str, privat
 def _errors_in_one_line(address: HubAddress) -> Iterator[None]:
     from huggingface_hub import errors
 
+    log = logging.getLogger("huggingface_hub")  # it tells of every try, twice
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     except (errors.HTTPError, OSError, ValueError) as error:  # its own are among the two kinds that Python has
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
         raise UserError(_in_words(cause if isinstance(cause, Exception) else error, address)) from error
+    finally:
+        log.setLevel(level)
 
 
 def _in_words(error: Exception, address: HubAddress) -> str:
