@@ -26,7 +26,10 @@ lint: $(VENV)/.installed ## Check style, types and spelling
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+docs: $(VENV)/.installed ## Make the documentation's site in site/, links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 ui: $(VENV)/.installed ## Show the runs in MLflow at http://127.0.0.1:5000 (LOGS=FOLDER: where paths.logs is not logs)
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(LOGS)/mlflow.db --artifacts-destination $(LOGS)/mlartifacts --host 127.0.0.1 --port 5000
 
-.PHONY: help train test lint ui
+.PHONY: help train test lint docs ui

@@ -1,6 +1,7 @@
 """Two ways to act, equally good in one half of the states and not in the other: which policies keep both?
 
-python studies/bimodal.py [PICTURE.png]    trains every flow agent for some minutes; prints the table of docs/results.md
+python studies/bimodal.py [PICTURE.png]    trains every flow agent for some minutes; prints the table of
+                                           docs/results/modes.md
 
 One-step episodes. The state s is uniform in [-1, 1]; the data's action (2-d) lies around (-0.6, 0) or (0.6, 0), a coin
 decides. The reward of either mode is a bump whose top is 0.1 above the data's centre. Left of s = 0 both tops are worth

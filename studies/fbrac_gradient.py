@@ -1,6 +1,6 @@
 """What FBRAC's gradient through the ODE costs: back-propagation and the adjoint method against the solver's steps.
 
-python studies/fbrac_gradient.py    prints the table of docs/results.md; each row is a process of its own
+python studies/fbrac_gradient.py    prints the table of docs/results/speed.md; each row is a process of its own
 """
 
 from __future__ import annotations

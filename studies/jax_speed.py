@@ -1,7 +1,7 @@
 """Our updates beside DeFlow's joint update written in JAX, the authors' library: updates/s, in turns in one process.
 
-python studies/jax_speed.py [key=value ...]    prints a table of docs/results.md; needs `pip install jax optax`; the
-                                               settings are those of `benchmark.py`: rounds=4, precisions=[fp32], ...
+python studies/jax_speed.py [key=value ...]    prints a table of docs/results/speed.md; needs `pip install jax optax`;
+                                               the settings are those of `benchmark.py`: rounds=4, precisions=[fp32]...
 
 The JAX update is ours too, written as their code is organised: one jitted function, a vmap over the critic's members,
 the solver's steps unrolled, the tanh form of GELU, one Adam over everything. Before anything is timed, it must give

@@ -108,6 +108,25 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "unread"),
+    [
+        (("agent=srpo", "networks.hidden=[8]", "tau=0.1"), ["networks.hidden=[8]"]),
+        (("agent=flow_bc", "networks.hidden=[8]", "tau=0.1"), ["tau=0.1"]),
+        (("agent=fql", "networks.hidden=[8]", "networks.activation=relu", "tau=0.1"), []),
+    ],
+)
+def test_what_the_agent_does_not_read_is_said(
+    overrides: tuple[str, ...],
+    unread: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert command("train", ["task=scene", *overrides, f"hydra.run.dir={tmp_path / 'run'}"], monkeypatch) == 0
+    assert [message.split()[0] for message in caplog.messages if "changes nothing" in message] == unread
+
+
 def test_a_sweep_over_rows_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     seen = []

@@ -19,10 +19,12 @@ from tests.commands import ROOT
 from tests.conftest import compose_config
 
 README = (ROOT / "README.md").read_text()
-DATA, *OTHERS = (
-    (ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "gpu", "tables", "deploy", "serving", "sharing")
-)
+OF_A_POLICY = ("deploy", "serving", "sharing")
+PAGES = ("data", "gpu", "tables", *OF_A_POLICY, "results", "choosing", "faq", "cluster", "adding_an_agent")
+DATA, *OTHERS = ((ROOT / "docs" / f"{name}.md").read_text() for name in PAGES)
+ADDING_AN_AGENT = OTHERS[-1]
 COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", "".join([README, DATA, *OTHERS]), re.MULTILINE)
+FLAGS = ("--help", "-m", "hydra/", "hydra.launcher")  # and what is for Hydra alone
 
 
 def test_the_first_commands_are_make() -> None:
@@ -42,7 +44,9 @@ def test_make_ui_shows_the_runs_of_any_folder() -> None:
 @pytest.mark.parametrize("script,arguments", COMMANDS)
 def test_commands_compose(script: str, arguments: str) -> None:
     assert (ROOT / f"{script}.py").exists()
-    overrides = [argument for argument in arguments.split() if argument != "--help"]
+    overrides = [argument for argument in arguments.split() if not argument.startswith(FLAGS)]
+    if arguments.startswith("-m "):  # a sweep, of which the first job
+        overrides = [argument.split(",")[0] for argument in overrides]
     check_settings(compose_config(*overrides, config_name=script), script)
 
 
@@ -67,10 +71,10 @@ def test_the_table_names_every_experiment_with_its_settings() -> None:
 
 
 def test_the_example_agent_works() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", ADDING_AN_AGENT, re.DOTALL)
     (code,) = [block for block in blocks if "class FlowBC" in block]
     names: dict = {"Agent": Agent, "torch": torch}
-    exec(code, names)  # the README's own text
+    exec(code, names)  # the page's own text
     flow = partial(BehaviorFlow, hidden=(16,))
     agent = names["FlowBC"](Spec(5, 3), flow, partial(torch.optim.Adam, lr=3e-4))
     check_agent(agent)

@@ -160,7 +160,7 @@ TRAIN = [
     ("task.discount=1", "task.discount must be a number of at least 0 and below 1, got 1"),
     ("task.discount=2 agent=flow_bc", "task.discount must be a number of at least 0 and below 1, got 2"),
     ("data.discount=1", "data.discount must be a number of at least 0 and below 1, got 1"),
-    ("data.reward_scale=0", "data.reward_scale must be a number above 0, got 0"),
+    ("data.reward_scale=0", "data.reward_scale must be a number above 0 or auto, got 0"),
     ("data.reward_shift=inf", "data.reward_shift must be a number, got inf"),
     ("data.n_step=0", f"data.n_step must be {COUNT}, got 0"),
     ("data.batch_size=0", f"data.batch_size must be {COUNT}, got 0"),

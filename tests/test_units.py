@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import deflow
@@ -27,7 +28,7 @@ from deflow.online import Collector
 from deflow.pipeline import train
 from deflow.policy import Policy
 from deflow.types import Lookahead, Spec
-from deflow.units import AS_THEY_ARE, Units
+from deflow.units import AS_THEY_ARE, Units, scale_and_shift
 from tests.agents.tester import Acting
 from tests.conftest import CKPT, tiny_config
 from tests.data.test_cases import ALL_KEYS, saved, walks
@@ -237,6 +238,27 @@ def test_seeds_learn_from_scaled_rewards(point_data: Path, tmp_path: Path) -> No
     assert summary["units"]["reward"] == (10.0, -5.0)
     config = OmegaConf.load(tmp_path / "config.yaml")
     assert config.agent.critic.value_range == pytest.approx([-150.0, 0.0])  # a step costs 1, which is 15, for ever
+
+
+def test_rewards_are_standardised_by_the_training_data(point_data: Path) -> None:
+    overrides = ("experiment=pointmaze", "data.reward_scale=auto", "data.reward_shift=0.5")
+    data = instantiate(tiny_config(point_data, *overrides).data)
+    plain = instantiate(tiny_config(point_data, "experiment=pointmaze").data)
+    for each in (data, plain):
+        each.prepare_data()
+        each.source.label = lambda rewards: rewards + np.arange(len(rewards)) % 7
+        each.setup()
+    rows = plain.transitions.has_successor
+    learned, labelled = data.transitions.units.learned(data.transitions.rewards)[rows], plain.transitions.rewards[rows]
+    assert (learned.mean().item(), learned.std(correction=0).item()) == pytest.approx((0.5, 1.0), abs=1e-5)
+    torch.testing.assert_close(learned, (labelled - labelled.mean()) / labelled.std(correction=0) + 0.5)
+    assert data.validation.units == data.transitions.units
+
+
+def test_rewards_that_are_all_the_same_cannot_be_standardised() -> None:
+    assert scale_and_shift(2.0, 1.0, np.zeros(3)) == (2.0, 1.0)
+    with pytest.raises(UserError, match="all rewards are the same"):
+        scale_and_shift("auto", 0.0, np.full(3, -1.0, np.float32))
 
 
 @pytest.mark.usefixtures("short_episodes")

@@ -347,6 +347,7 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
     if command == "train":
         check(config)
         _refuse_nothing_to_train_on(job.overrides.task)
+        _warn_of_unread(config, job.overrides.task)
     else:
         check_settings(config, command)
     if command in ("train", "distill"):
@@ -366,7 +367,7 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         check_folder(Path(config.out), "out")
         if command == "reproduce":
             check_folder(Path(config.paths.logs), "paths.logs")
-    elif command in ("benchmark", "train_expert"):
+    elif command in ("benchmark", "export", "train_expert"):
         check_file(Path(config.out), "out")
 
 
@@ -377,6 +378,17 @@ def _refuse_nothing_to_train_on(overrides: Iterable[str]) -> None:
             "nothing to train on: choose task=NAME or experiment=NAME (--help shows them); "
             "experiment=quickstart is the one that takes minutes"
         )
+
+
+def _warn_of_unread(config: DictConfig, overrides: Iterable[str]) -> None:
+    """What several agents share is a setting of the run's, also where the agent at hand does not refer to it."""
+    if config.resume is not None:
+        return
+    shared = {"tau", *(f"networks.{name}" for name in config.networks)}
+    read = OmegaConf.to_yaml(config.agent, resolve=False)
+    for name, _, value in (override.lstrip("+").partition("=") for override in overrides):
+        if name in shared and f"${{{name}}}" not in read:
+            log.warning("%s=%s changes nothing: %s does not read it", name, value, config.agent._target_)
 
 
 def check(config: DictConfig) -> None:

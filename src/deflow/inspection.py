@@ -24,7 +24,7 @@ from deflow.evaluation.diversity import policy_samples
 from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.trust import trust_only
-from deflow.units import AS_THEY_ARE, Units
+from deflow.units import AS_THEY_ARE, Units, scale_and_shift
 
 
 def inspect(config: DictConfig) -> dict[str, Any]:
@@ -39,8 +39,9 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     source: Source = instantiate(config.data.source)
     source.prepare()
     arrays, _ = source.arrays()
-    of_rewards = AS_THEY_ARE.with_rewards(config.data.reward_scale, config.data.reward_shift)
-    arrays["rewards"] = of_rewards.learned(source.label(arrays["rewards"]))
+    rewards = source.label(arrays["rewards"])
+    scaled = scale_and_shift(config.data.reward_scale, config.data.reward_shift, rewards[arrays["valids"] > 0])
+    arrays["rewards"] = AS_THEY_ARE.with_rewards(*scaled).learned(rewards)
     if arrays["observations"].ndim > 2:
         raise UserError(f"{source.name} holds images, which are not inspected: look at the same data with states")
     described = card.describe(arrays, _units(source, arrays))

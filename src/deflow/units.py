@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from deflow.errors import UserError
 
 Numbers = tuple[float, ...]
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -70,6 +72,25 @@ class Units(NamedTuple):
             return rewards
         scale, shift = self.reward
         return rewards * scale + shift
+
+
+def scale_and_shift(scale: float | Literal["auto"], shift: float, rewards: np.ndarray) -> tuple[float, float]:
+    """What `Units.with_rewards` takes; `auto` gives the data's rewards mean 0 and deviation 1 before the shift.
+
+    Args:
+        scale: as set.
+        shift: as set, added to the scaled rewards.
+        rewards: the data's, as their source labels them.
+
+    Raises:
+        UserError: if all rewards are the same, so that `auto` has nothing to scale by.
+    """
+    if scale != "auto":
+        return scale, shift
+    deviation = float(rewards.std(dtype=np.float64))
+    if deviation == 0:
+        raise UserError("data.reward_scale=auto: all rewards are the same, so that nothing can scale them")
+    return 1 / deviation, shift - float(rewards.mean(dtype=np.float64)) / deviation
 
 
 def _like(array: Array, numbers: Numbers) -> Array:

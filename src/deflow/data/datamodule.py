@@ -26,6 +26,7 @@ from deflow.errors import UserError
 from deflow.ranges import Count, Discount, Positive, Probability, Seed
 from deflow.seeding import torch_generator
 from deflow.types import Batch, Block, Lookahead, stack
+from deflow.units import scale_and_shift
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class OfflineDataModule(LightningDataModule):
         discount: gamma.
         horizon: actions that the policy decides at once; above 1 the return spans as many steps.
         crop_probability: that a batch of images is randomly cropped in training; 0 for states.
-        reward_scale: of the source's rewards, before anything is summed up; see `Units`.
+        reward_scale: of the source's rewards, before anything is summed up; `auto`: see `scale_and_shift`.
         reward_shift: added to them after that.
         device: where the data lie: `auto` with the networks, if they fit there; `cpu` in this machine's memory.
     """
@@ -237,7 +238,7 @@ class OfflineDataModule(LightningDataModule):
         n_step: Count = 1,
         horizon: Count = 1,
         crop_probability: Probability = 0.0,
-        reward_scale: Positive = 1.0,
+        reward_scale: Positive | Literal["auto"] = 1.0,
         reward_shift: float = 0.0,
         device: Literal["auto", "cpu"] = "auto",
     ) -> None:
@@ -246,7 +247,8 @@ class OfflineDataModule(LightningDataModule):
             raise UserError("a chunk's return already spans agent.horizon steps: leave data.n_step at 1")
         self.span = Lookahead(discount, max(n_step, horizon), horizon)
         self.crop_probability = crop_probability
-        self.reward_scale, self.reward_shift = reward_scale, reward_shift
+        self.reward_scale: float | Literal["auto"] = reward_scale
+        self.reward_shift = reward_shift
         self.source, self.batch_size = source, batch_size
         self.validation_batches = validation_batches
         self.seeds = range(seed, seed + seeds)
@@ -263,7 +265,9 @@ class OfflineDataModule(LightningDataModule):
         if self.transitions is not None:
             return
         train, validation = self.source.load()
-        self.transitions, self.validation = self._with_units(train), validation and self._with_units(validation)
+        rewards = train.rewards[train.has_successor].numpy()
+        units = train.units.with_rewards(*scale_and_shift(self.reward_scale, self.reward_shift, rewards))
+        self.transitions, self.validation = replace(train, units=units), validation and replace(validation, units=units)
         self._check_chunks()
         if self.crop_probability and self.transitions.states.ndim != 4:
             raise UserError("data.crop_probability is for images: leave it at 0 for states")
@@ -271,10 +275,6 @@ class OfflineDataModule(LightningDataModule):
             raise UserError(
                 f"data.batch_size={self.batch_size} is larger than the data ({len(self.transitions)} transitions)"
             )
-
-    def _with_units(self, transitions: Transitions) -> Transitions:
-        """The source's units, and those of the rewards."""
-        return replace(transitions, units=transitions.units.with_rewards(self.reward_scale, self.reward_shift))
 
     def _check_chunks(self) -> None:
         """Validation trajectories may all be shorter than a chunk: then there is nothing to validate on."""
