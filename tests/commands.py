@@ -29,6 +29,7 @@ PRELOADED = (
     "deflow.pipeline",
     "deflow.serving.serve",
     "deflow.serving.server",
+    "deflow.sharing.push",
     "matplotlib.figure",
     "mlflow",
     "ogbench",

@@ -46,6 +46,8 @@ from tests.commands import ROOT, Command, run, start, tiny_overrides
         ("train.py", ["resume=nowhere"], "nowhere is not a run to resume"),
         ("evaluate.py", [], "Missing mandatory value: ckpt"),
         ("serve.py", ["ckpt=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        ("push.py", ["ckpt=nowhere.ckpt"], "Missing mandatory value: to"),
+        ("push.py", ["ckpt=nowhere.ckpt", "to=hf://name"], "hf://name is no address of a policy: hf://USER/NAME or"),
         ("generate.py", ["dataset=nonsense", "out=/tmp"], "cannot generate 'nonsense'"),
     ],
 )
@@ -85,6 +87,7 @@ def test_a_mistake_on_the_command_line_is_told_before_anything_big_is_imported()
         ),
         ("evaluate.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
         ("export.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
+        ("push.py", ["ckpt={}/none.ckpt", "to=hf://someone/none"], "no checkpoint"),
         ("distill.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
         ("inspect_data.py", ["task=pointmaze_medium", "data.source.path={}/none.npz"], "no file"),
         ("generate.py", ["dataset=nonsense", "out={}"], "cannot generate 'nonsense'"),

@@ -87,8 +87,8 @@ def test_the_commands_are_listed(
 ) -> None:
     type_in(monkeypatch, *arguments)
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    commands = ["train", "evaluate", "serve", "export", "generate", "inspect", "distill", "benchmark", "reproduce"]
-    assert listed == [*commands, "train-expert"]
+    commands = ["train", "evaluate", "serve", "export", "push", "generate", "inspect", "distill", "benchmark"]
+    assert listed == [*commands, "reproduce", "train-expert"]
 
 
 def test_help_speaks_of_the_command_that_was_typed(

@@ -19,7 +19,8 @@ from tests.commands import ROOT
 from tests.conftest import compose_config
 
 README = (ROOT / "README.md").read_text()
-PAGES = ("data", "gpu", "tables", "deploy", "serving", "results", "choosing", "faq", "cluster", "adding_an_agent")
+OF_A_POLICY = ("deploy", "serving", "sharing")
+PAGES = ("data", "gpu", "tables", *OF_A_POLICY, "results", "choosing", "faq", "cluster", "adding_an_agent")
 DATA, *OTHERS = ((ROOT / "docs" / f"{name}.md").read_text() for name in PAGES)
 ADDING_AN_AGENT = OTHERS[-1]
 COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", "".join([README, DATA, *OTHERS]), re.MULTILINE)

@@ -13,6 +13,7 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.errors import UserError
+from deflow.sharing.fetching import at_hand
 from deflow.stored import checked, modernised
 from deflow.types import Spec
 from deflow.units import Units
@@ -44,22 +45,26 @@ TO_RESUME: dict[str, type] = {
 OF_A_STAGE: dict[str, type] = {"optimizer_states": list, "deflow.updates_per_second": float}
 
 
-def load_checkpoint(path: Path, more: dict[str, type] | None = None) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, more: dict[str, type] | None = None, tracking_uri: str | None = None
+) -> dict[str, Any]:
     """A checkpoint's plain contents; its configuration names nothing that a file may not, see `stored.checked`.
 
     Args:
-        path: of the file, a `.ckpt` of a run or a `.safetensors` that was exported of one.
+        path: of the file, a `.ckpt` of a run or a `.safetensors` that was exported of one; or where a policy is shared.
         more: entries that are needed besides those of every checkpoint, such as `TO_RESUME`.
+        tracking_uri: of MLflow, where a shared policy is looked for; see `registry.store_of`.
 
     Raises:
         UserError: if it is missing, not one of ours, or not a whole one.
     """
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}")
-    try:
-        checkpoint = _weights(path) if path.suffix == WEIGHTS else _pickled(path)
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not a checkpoint
-        raise UserError(f"cannot read {path}: it is not a whole checkpoint") from error
+    with at_hand(path, tracking_uri) as file:
+        if not file.is_file():
+            raise UserError(f"no checkpoint {path}")
+        try:
+            checkpoint = _weights(file) if file.suffix == WEIGHTS else _pickled(file)
+        except Exception as error:  # torch raises half a dozen kinds for a file that is not a checkpoint
+            raise UserError(f"cannot read {path}: it is not a whole checkpoint") from error
     if not isinstance(checkpoint, dict) or "deflow" not in checkpoint:
         raise UserError(f"{path} is a checkpoint of something else: it lacks the entry 'deflow'")
     for key, kind in (CONTENT | (more or {})).items():
@@ -102,7 +107,7 @@ def units_of(checkpoint: dict[str, Any]) -> Units:
     return Units.of(checkpoint["deflow"].get("units"))
 
 
-def load_weights(agent: Agent, path: Path, task: str | None, units: Units) -> None:
+def load_weights(agent: Agent, path: str | Path, task: str | None, units: Units) -> None:
     """Load the weights of a checkpoint of the same networks into `agent`.
 
     Args:
@@ -167,7 +172,7 @@ def _is_optimizer_state(state: Any) -> bool:
     return named and isinstance(_entry(state, "state"), dict) and all("name" in group for group in groups)
 
 
-def _check_format(about: dict[str, Any], path: Path, to_go_on: bool) -> None:
+def _check_format(about: dict[str, Any], path: str | Path, to_go_on: bool) -> None:
     written = about.get("format", 1)
     if written not in (1, FORMAT):
         raise UserError(f"{path} was written by a newer version of deflow: update this one")

@@ -54,6 +54,15 @@ def export(config: DictConfig, folder: Path) -> None:
     exporting.export(config)
 
 
+@entry_point("push")
+def push(config: DictConfig, folder: Path) -> None:
+    """Share a policy, on Hugging Face's hub or in MLflow's registry: ckpt=PATH to=ADDRESS."""
+    with quick_imports():
+        from deflow.sharing.push import push
+
+    push(config)
+
+
 @entry_point("generate")
 def generate(config: DictConfig, folder: Path) -> None:
     """Make a data set with OGBench's own recipe: dataset=NAME out=FOLDER."""
@@ -130,6 +139,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "serve": serve,
     "export": export,
+    "push": push,
     "generate": generate,
     "inspect": inspect_data,
     "distill": distill,

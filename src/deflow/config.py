@@ -36,6 +36,7 @@ from deflow.imports import quick_imports
 from deflow.invocation import as_script_and_as_typed
 from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
 from deflow.settings import check_settings, unknown_setting
+from deflow.sharing.address import is_address
 from deflow.signals import Stopped, end_with_parent, listening
 from deflow.tables import CONFIG_DIR, look_first_in
 
@@ -360,7 +361,10 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         else:
             check_folder(Path(job.run.dir), "hydra.run.dir")
     elif command == "evaluate" or (command == "export" and config.out is None):
-        check_folder(Path(config.ckpt).parent, "ckpt")  # its result is written beside it
+        if not is_address(config.ckpt):
+            check_folder(Path(config.ckpt).parent, "ckpt")  # its result is written beside it
+    elif command == "push" and config.dry:
+        check_folder(Path(config.out), "out")
     elif command in ("generate", "inspect_data", "reproduce"):
         check_folder(Path(config.out), "out")
         if command == "reproduce":

@@ -62,7 +62,7 @@ def distill(config: DictConfig, folder: Path, again: str = "python distill.py re
 def _training_config(command: DictConfig) -> DictConfig:
     """The configuration of the teacher's run with another agent and other stages."""
     config = plain(command)
-    taught = load_checkpoint(Path(config["ckpt"]))["deflow"]["config"]
+    taught = load_checkpoint(config["ckpt"])["deflow"]["config"]
     teacher = taught["agent"] | config["teacher"] | {"_partial_": True}
     agent = config["agent"] | {"horizon": teacher.pop("horizon", 1), "teacher": teacher}
     of_command = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")

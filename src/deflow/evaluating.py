@@ -19,18 +19,21 @@ from deflow.evaluation.rollout import Evaluator
 from deflow.evaluation.statistics import summarise
 from deflow.loading import ACTING
 from deflow.policy import AnyPolicy, Policy
+from deflow.sharing.address import is_address
 from deflow.trust import trust_only
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
     """Play a checkpoint's policy; the result goes to the terminal and into `evaluation.json` beside the checkpoint.
 
+    Of a policy that is shared it goes to the terminal alone.
+
     Raises:
         UserError: if the checkpoint is broken or of another task than `config.task`.
     """
     set_threads(config.threads)
     trust_only(config.trust)
-    path = Path(config.ckpt)
+    path = str(config.ckpt)
     checkpoint = load_checkpoint(path)
     trained = checkpoint["deflow"]["config"]
     if config.task is not None:
@@ -41,12 +44,13 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if not source.has_env:
         raise UserError(f"{path}: {source.task} has no environment to evaluate in")
     num_envs = trained["eval"]["num_envs"] if config.num_envs is None else config.num_envs
-    result = {"checkpoint": str(path), "task": source.task, "seed": config.seed} | source.protocol()
+    result = {"checkpoint": path, "task": source.task, "seed": config.seed} | source.protocol()
     result |= {"horizon": policy.spec.horizon, "n_step": trained["data"]["n_step"]}
     result |= play(policy, source, config.episodes, num_envs, config.seed) | latency(policy)
     settings = trained["agent"] | chosen
     result |= {key: settings[key] for key in ACTING if key in settings}
-    report.write_json(path.with_name("evaluation.json"), result)
+    if not is_address(path):
+        report.write_json(Path(path).with_name("evaluation.json"), result)
     report.print_evaluation(result)
     return result
 
@@ -59,7 +63,7 @@ def play(policy: AnyPolicy, source: Source, episodes: int, num_envs: int | None,
     return summarise(played, source.score)
 
 
-def _check_task(path: Path, asked: dict[str, Any], trained: dict[str, Any]) -> None:
+def _check_task(path: str, asked: dict[str, Any], trained: dict[str, Any]) -> None:
     """Raise `UserError` unless a checkpoint was trained in the environment and on the data set that are asked for."""
     names = [" ".join(str(task[key]) for key in ("env", "dataset") if key in task) for task in (asked, trained)]
     if names[0] != names[1]:

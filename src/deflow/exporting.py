@@ -34,6 +34,7 @@ from deflow.flow.ode import ADAPTIVE
 from deflow.loading import ACTING, load, newest_checkpoint
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.policy import Policy
+from deflow.sharing.address import is_address
 from deflow.trust import trust_only
 from deflow.units import Units
 
@@ -64,8 +65,11 @@ def export(config: DictConfig) -> dict[str, Any]:
             is missing, the policy cannot be exported, or what was exported acts otherwise. Nothing is written then.
     """
     trust_only(config.trust)
-    path, format = newest_checkpoint(Path(config.ckpt)), FORMATS[config.format]
-    out = path.with_name(f"policy{format.suffix}") if config.out is None else Path(config.out).expanduser()
+    path, format = config.ckpt, FORMATS[config.format]
+    if config.out is None and is_address(path):
+        raise UserError(f"out: name a file, there is nothing beside {path}")
+    path = path if is_address(path) else newest_checkpoint(Path(path))
+    out = Path(path).with_name(f"policy{format.suffix}") if config.out is None else Path(config.out).expanduser()
     files = out, _report_of(out)
     if out.suffix != format.suffix:
         raise UserError(f"out: format={config.format} makes a file that ends in {format.suffix}, got {out.name}")
@@ -83,7 +87,7 @@ def export(config: DictConfig) -> dict[str, Any]:
     agent.freeze()
     policy = Policy(agent, units=units_of(checkpoint))
     source: Source = instantiate(trained["data"]["source"])
-    about = _about(policy, checkpoint["deflow"], source)
+    about = about_of(policy, checkpoint["deflow"], source)
     content = format.content(policy, about, checkpoint)
 
     result = {"file": out.name, "format": config.format, **format.facts, "bytes": len(content), "of": str(path)}
@@ -106,7 +110,14 @@ def _report_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.json")
 
 
-def _about(policy: Policy, trained: dict[str, Any], source: Source) -> About:
+def about_of(policy: Policy, trained: dict[str, Any], source: Source) -> About:
+    """What an exported file says of itself.
+
+    Args:
+        policy: of a checkpoint.
+        trained: the checkpoint's entry `deflow`.
+        source: of the data that it was trained on.
+    """
     settings = trained["config"]["agent"]
     return About(
         agent=type(policy.agent).__name__,

@@ -16,7 +16,7 @@ from deflow.errors import UserError
 from deflow.evaluation import video
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions
 from deflow.run import Run
-from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
+from deflow.run_folder import CONFIG_FILE, REPORT_FILE, SUMMARY_FILE
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _measure_diversity(run: Run) -> dict[str, Any]:
 
 
 def _draw_report(run: Run) -> None:
-    path, task = run.folder / "report.png", run.data.source.task
+    path, task = run.folder / REPORT_FILE, run.data.source.task
     report.draw(run.metrics.rows, run.episodes, run.agents[0].panels(), path, plain(run.config), task)
 
 
@@ -80,7 +80,7 @@ def _record_video(run: Run) -> None:
 
 
 def _hand_to_trackers(run: Run, summary: dict[str, Any]) -> None:
-    pictures = (run.folder / name for name in ("report.png", "actions.png", "video.mp4"))
+    pictures = (run.folder / name for name in (REPORT_FILE, "actions.png", "video.mp4"))
     with TemporaryDirectory() as elsewhere:
         report.write_json(Path(elsewhere, SUMMARY_FILE), summary)
         files = [run.folder / CONFIG_FILE, Path(elsewhere, SUMMARY_FILE), *filter(Path.exists, pictures)]

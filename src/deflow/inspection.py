@@ -34,7 +34,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
         UserError: if the data or the checkpoint cannot be read, or the data are images.
     """
     trust_only(config.trust)
-    checkpoint = None if config.ckpt is None else load_checkpoint(Path(config.ckpt))
+    checkpoint = None if config.ckpt is None else load_checkpoint(config.ckpt)
     policy = None if checkpoint is None else Policy(agent_of(checkpoint), units=units_of(checkpoint))  # before any work
     source: Source = instantiate(config.data.source)
     source.prepare()

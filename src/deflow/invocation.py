@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+
+from hydra.core.hydra_config import HydraConfig
+
 _typed = ""  # the command behind `deflow`; empty if a script was started
 
 
@@ -14,6 +18,15 @@ def started_by_console(command: str) -> None:
 def typed_command() -> str:
     """The command that was typed behind `deflow`; empty if a script was started."""
     return _typed
+
+
+def command_line() -> str:
+    """The command that Hydra has composed, in one line that a shell takes; empty in a program or a notebook."""
+    if not HydraConfig.initialized():
+        return ""
+    job = HydraConfig.get()
+    words = [word for word in job.overrides.task if "\n" not in word]
+    return shlex.join([*as_script_and_as_typed(str(job.job.config_name))[1].split(), *words])
 
 
 def as_script_and_as_typed(script: str) -> tuple[str, str]:

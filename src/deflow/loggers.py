@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,10 @@ from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.imports import quick_imports
 from deflow.mlflow_run import start_run
+from deflow.mlflow_store import calm_mlflow
 from deflow.tracking import Tracker
 
 Row = dict[str, float]
-
-MLFLOW_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    # A server that is away would be asked for minutes; whoever asks tries again by itself.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
 
 
 class CsvMetrics(Logger):
@@ -111,11 +103,7 @@ def mlflow_logger(tracking_uri: str, experiment: str, run_dir: str) -> Tracker:
         UserError: if a server does not answer, the data base is locked, damaged or of another version of MLflow, or the
             experiment or the run has been deleted.
     """
-    for variable, value in MLFLOW_ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    # A line a table, and the traceback of whatever the tracker reports in one line.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    calm_mlflow()
     with quick_imports():
         from mlflow.exceptions import MlflowException  # not for other trackers
         from mlflow.tracking import MlflowClient  # noqa: F401 (with all that its data base needs)

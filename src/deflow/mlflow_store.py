@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sqlite3
 import tempfile
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import requests
@@ -18,8 +20,35 @@ from deflow.files import locked
 
 SERVER_TIMEOUT_SECONDS = 5
 
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A server that is away would be asked for minutes; whoever asks tries again by itself.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
-def have_experiment(uri: str, experiment: str) -> None:
+
+class Setting(NamedTuple):
+    """What of the command line names the store, for messages."""
+
+    name: str
+    instead: str  # what to do where no store is to be had
+
+
+OF_LOGGER = Setting("logger.tracking_uri", "use logger=csv")
+
+
+def calm_mlflow() -> None:
+    """Before MLflow is imported: let it neither call home, nor wait for minutes, nor say more than an error's line."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    # A line a table, and the traceback of whatever the tracker reports in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def have_experiment(uri: str, experiment: str, setting: Setting = OF_LOGGER) -> None:
     """See to it that a run of `experiment` can begin at `uri`; a data base that is missing is made.
 
     Raises:
@@ -27,28 +56,43 @@ def have_experiment(uri: str, experiment: str) -> None:
             experiment has been deleted.
     """
     if uri.startswith("http"):
-        _check_server(uri)
+        _check_server(uri, setting)
         _have_experiment(uri, experiment, artifacts=None)
         return
-    path = _database_path(uri)
+    path = _database_path(uri, setting)
     with locked(Path(f"{path}.lock"), "MLflow's data base"):  # two processes that make it at once would both fail
         _make_database(path)
-        _check_database(path, uri)
+        _check_database(path, uri, setting)
         _have_experiment(uri, experiment, (path.parent / "mlartifacts").as_uri())
 
 
-def _check_server(uri: str) -> None:
+def check_store(uri: str, setting: Setting) -> None:
+    """Whether something can be read at `uri`; nothing is made.
+
+    Raises:
+        UserError: if a server does not answer, or the data base is missing, locked, damaged or of another version.
+    """
+    if uri.startswith("http"):
+        _check_server(uri, setting)
+        return
+    path = _database_path(uri, setting)
+    if not path.is_file():
+        raise UserError(f"no data base of MLflow's at {path}: correct {setting.name}, or {setting.instead}")
+    _check_database(path, uri, setting)
+
+
+def _check_server(uri: str, setting: Setting) -> None:
     try:
         requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT_SECONDS).raise_for_status()
     except requests.RequestException as error:
         raise UserError(
-            f"no MLflow server answers at {uri}: start one (make ui), correct logger.tracking_uri or use logger=csv"
+            f"no MLflow server answers at {uri}: start one (make ui), correct {setting.name} or {setting.instead}"
         ) from error
 
 
-def _database_path(uri: str) -> Path:
+def _database_path(uri: str, setting: Setting) -> Path:
     if urlparse(uri).scheme != "sqlite":
-        raise UserError(f"logger.tracking_uri must start with sqlite:/// or http, got {uri}")
+        raise UserError(f"{setting.name} must start with sqlite:/// or http, got {uri}")
     return Path(re.sub(r"^sqlite:/{3}", "", uri)).absolute()
 
 
@@ -70,9 +114,9 @@ def _make_database(path: Path) -> None:
         os.replace(part, path)
 
 
-def _check_database(path: Path, uri: str) -> None:
+def _check_database(path: Path, uri: str, setting: Setting) -> None:
     """Whether it can be written to and is of the installed MLflow, which itself would try for minutes, or change it."""
-    instead = "or use logger=csv"
+    instead = f"or {setting.instead}"
     try:
         with closing(sqlite3.connect(path, SERVER_TIMEOUT_SECONDS, isolation_level=None)) as base:
             base.execute("BEGIN IMMEDIATE")

@@ -27,12 +27,14 @@ from deflow.distributed import is_main_process
 from deflow.errors import UserError
 from deflow.evaluation.rollout import Evaluator, load_episodes
 from deflow.files import replacing
+from deflow.invocation import command_line
 from deflow.loggers import CsvMetrics
 from deflow.precision import faster_precision
 from deflow.resuming import Progress, is_in_last_stage, saved_progress
 from deflow.run import Run, of_learning
-from deflow.run_folder import CONFIG_FILE, EPISODES_FILE, METRICS_FILE
+from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, EPISODES_FILE, METRICS_FILE
 from deflow.settings import AUTO
+from deflow.sharing.address import is_address
 from deflow.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         data.add_returns()
     if config.ckpt is not None and not (resume and is_in_last_stage(config, folder)):
         task = None if config.ckpt_of_any_task else data.source.task
-        load_weights(learner, Path(config.ckpt), task, data.transitions.units)
+        load_weights(learner, config.ckpt, task, data.transitions.units)
     if config.trainer.precision == AUTO:
         config.trainer.precision = faster_precision(learner, data.sample_stream(TIMED_UPDATES))
     if config.compile:
@@ -103,7 +105,7 @@ def _make_absolute(config: DictConfig) -> None:
     """Let the run's paths mean the same when it goes on from another working folder."""
     for key in ("paths.logs", "paths.data", "data.source.path", "data.source.dir", "ckpt"):
         path = OmegaConf.select(config, key)
-        if path is not None and not path.startswith("~"):
+        if path is not None and not path.startswith("~") and not is_address(path):
             OmegaConf.update(config, key, str(Path(path).absolute()))
 
 
@@ -144,8 +146,10 @@ def _make_evaluator(config: DictConfig, source: Source) -> Evaluator | None:
 
 def _write_config(config: DictConfig, folder: Path) -> None:
     if is_main_process():
+        typed = command_line()
+        first = f"{COMMAND_MARK}{typed}\n" if typed else ""
         with replacing(folder / CONFIG_FILE) as part:
-            part.write_text(OmegaConf.to_yaml(config, resolve=True))
+            part.write_text(first + OmegaConf.to_yaml(config, resolve=True))
 
 
 def _open_loggers(config: DictConfig, folder: Path, resume: bool, metrics: CsvMetrics, source: Source) -> list[Any]:

@@ -110,14 +110,20 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     """What `summary.json` says of a finished run; None if there is none, or (which is said) a damaged one."""
     if not path.exists():
         return None
+    summary = parsed_summary(path.read_bytes())
+    if summary is None:
+        log.warning("%s is damaged: it is made anew", path)
+    return summary
+
+
+def parsed_summary(text: bytes) -> dict[str, Any] | None:
+    """What a `summary.json` holds; None if it is damaged."""
     try:
-        summary = json.loads(path.read_bytes())
-        if isinstance(summary, dict) and {"agent", "task", "seed", "seeds", "data", "protocol"} <= summary.keys():
-            return summary
+        summary = json.loads(text)
     except ValueError:
-        pass
-    log.warning("%s is damaged: it is made anew", path)
-    return None
+        return None
+    whole = isinstance(summary, dict) and {"agent", "task", "seed", "seeds", "data", "protocol"} <= summary.keys()
+    return summary if whole else None
 
 
 def print_table(summary: dict[str, Any], folder: Path) -> None:

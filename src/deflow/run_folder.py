@@ -18,7 +18,9 @@ from filelock import FileLock, Timeout
 from deflow.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # the resolved configuration
+COMMAND_MARK = "# begun by: "  # before the command that began the run, in the first line of that file
 METRICS_FILE = "metrics.csv"
+REPORT_FILE = "report.png"
 SUMMARY_FILE = "summary.json"  # written last: a run that has it is finished
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"

@@ -224,6 +224,19 @@ class Export(TypedDict):
     threads: Count | None
 
 
+class Push(TypedDict):
+    ckpt: str
+    to: str
+    run_seed: Natural | None
+    private: bool | None
+    tracking_uri: str | None
+    dry: bool
+    out: str
+    overwrite: bool
+    trust: Sequence[str]
+    threads: Count | None
+
+
 class Generate(TypedDict):
     dataset: str
     episodes: Count
@@ -322,6 +335,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": Evaluate,
     "serve": Serve,
     "export": Export,
+    "push": Push,
     "generate": Generate,
     "inspect_data": InspectData,
     "benchmark": Benchmark,

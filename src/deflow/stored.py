@@ -82,7 +82,7 @@ def modernised(config: Any, depth: int = 0) -> Any:
     return config
 
 
-def checked(config: Any, file: Path) -> dict[str, Any]:
+def checked(config: Any, file: str | Path) -> dict[str, Any]:
     """`config`, if it holds plain values and nothing but this package's components can be built from it.
 
     A target must be a class that this package defines, of a kind that configurations name; a logger of ours;
@@ -104,7 +104,7 @@ def checked(config: Any, file: Path) -> dict[str, Any]:
     return config
 
 
-def _check(value: Any, key: str, file: Path, depth: int = 0) -> None:
+def _check(value: Any, key: str, file: str | Path, depth: int = 0) -> None:
     if depth > DEEPEST:
         raise UserError(f"{file}: {key[:80]}... is deeper than any configuration")
     if isinstance(value, dict):
@@ -123,7 +123,7 @@ def _check(value: Any, key: str, file: Path, depth: int = 0) -> None:
         raise UserError(f"{file}: {key} holds a {type(value).__name__}, which no configuration does")
 
 
-def _check_names(node: dict[Any, Any], key: str, file: Path) -> None:
+def _check_names(node: dict[Any, Any], key: str, file: str | Path) -> None:
     """Of a dictionary: strings, and of those that mean something to Hydra only the harmless."""
     for name in node:
         if not isinstance(name, str) or "${" in name:
@@ -132,7 +132,7 @@ def _check_names(node: dict[Any, Any], key: str, file: Path) -> None:
             raise UserError(f"{file}: {key} holds '{name}', which a file may not")
 
 
-def _check_target(node: dict[str, Any], key: str, file: Path) -> None:
+def _check_target(node: dict[str, Any], key: str, file: str | Path) -> None:
     target = node["_target_"]
     where = f"{file}: {key or 'the whole'}"
     if isinstance(target, str) and is_trusted(target):
@@ -173,7 +173,7 @@ def _is_module(dotted: str) -> bool:
     return PACKAGE.joinpath(*parts).with_suffix(".py").is_file()
 
 
-def _check_role(config: dict[str, Any], key: str, file: Path) -> None:
+def _check_role(config: dict[str, Any], key: str, file: str | Path) -> None:
     node: Any = config
     for name in key.split("."):
         node = node.get(name) if isinstance(node, dict) else None

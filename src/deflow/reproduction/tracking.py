@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 from deflow.errors import UserError
 from deflow.imports import quick_imports
-from deflow.loggers import MLFLOW_ENVIRONMENT
 from deflow.mlflow_run import PARENT_TAG
-from deflow.mlflow_store import have_experiment
+from deflow.mlflow_store import calm_mlflow, have_experiment
 from deflow.reproduction.results import Result
 from deflow.reproduction.table import Cell, task_name
 
@@ -35,8 +33,7 @@ def track(uri: str, table: str, cells: Sequence[Cell], results: Sequence[Result]
     Raises:
         UserError: if MLflow cannot be written to.
     """
-    for variable, value in MLFLOW_ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    calm_mlflow()
     with quick_imports():
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient

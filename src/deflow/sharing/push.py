@@ -1,0 +1,130 @@
+"""`push.py`: a policy shared, as weights and settings and a card for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from deflow.callbacks import FINAL
+from deflow.checkpoints import agent_of, load_checkpoint, units_of
+from deflow.data.sources.source import Source
+from deflow.errors import UserError
+from deflow.exporting import about_of, as_safetensors
+from deflow.files import refuse_to_replace, replacing_all
+from deflow.loading import newest_checkpoint
+from deflow.policy import Policy
+from deflow.report import parsed_summary
+from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, REPORT_FILE, SUMMARY_FILE
+from deflow.sharing import hub, registry
+from deflow.sharing.address import CARD, POLICY, HubAddress, RegistryAddress, is_address, parse
+from deflow.sharing.card import Shared, write_card
+from deflow.trust import trust_only
+
+Plain = TypeVar("Plain")
+
+
+def push(config: DictConfig) -> str:
+    """Share a policy; with `dry`, write what would be uploaded into a folder.
+
+    Returns:
+        The address from which it can be loaded again as it is now; or the folder.
+
+    Raises:
+        UserError: if the address is none, the checkpoint or the summary is damaged, a package is missing, nobody is
+            logged in, or what is asked for cannot be reached. Nothing is made or uploaded then.
+    """
+    trust_only(config.trust)
+    address = parse(config.to)
+    if isinstance(address, RegistryAddress) and address.version is not None:
+        raise UserError(f"to={address}: MLflow numbers the versions, say to={RegistryAddress(address.name)}")
+    if is_address(config.ckpt):
+        raise UserError(f"{config.ckpt} is shared already: ckpt= is a run's folder or a checkpoint in one")
+    if config.dry:
+        folder = Path(config.out).expanduser()
+        if not config.overwrite:
+            refuse_to_replace([folder / name for name in (CARD, POLICY, REPORT_FILE)])
+    elif isinstance(address, HubAddress):
+        hub.require()
+    shared, files = _collected(config)
+    card = write_card(shared, address)
+    files |= {CARD: card.encode()}
+
+    if config.dry:
+        with replacing_all([folder / name for name in files]) as parts:
+            for part, content in zip(parts, files.values(), strict=True):
+                part.write_bytes(content)
+        print(f"wrote {', '.join(sorted(files))} into {folder}; nothing was uploaded")
+        return str(folder)
+    if isinstance(address, HubAddress):
+        hub.check_place(address)
+        there = hub.upload(address, files, shared.title, config.private)
+    else:
+        there = registry.register(address, config.tracking_uri, files, card)
+    print(f'shared ({sum(map(len, files.values())) / 1e6:.1f} MB): deflow.load("{there}")')
+    return there
+
+
+def _collected(config: DictConfig) -> tuple[Shared, dict[str, bytes]]:
+    """What the card is about, and the files beside it."""
+    file = newest_checkpoint(Path(config.ckpt).expanduser(), config.run_seed)
+    checkpoint = load_checkpoint(file)
+    policy = Policy(agent_of(checkpoint), units=units_of(checkpoint))
+    trained = checkpoint["deflow"]["config"]
+    source: Source = instantiate(trained["data"]["source"])
+    about = about_of(policy, checkpoint["deflow"], source)
+
+    run = (file.parent / "../..").resolve()
+    is_run = (run / CONFIG_FILE).is_file()
+    summary = _summary(run / SUMMARY_FILE) if is_run else None
+    picture = run / REPORT_FILE
+    checkpoint["deflow"]["config"] = without_home(trained)
+    files = {POLICY: as_safetensors(checkpoint, about)}
+    if summary is not None and picture.is_file():
+        files[REPORT_FILE] = picture.read_bytes()
+    shared = Shared(
+        about=about,
+        trained=trained,
+        summary=summary,
+        is_result=_is_result(file, trained),
+        command=without_home(_command(run / CONFIG_FILE)) if is_run else "",
+        picture=REPORT_FILE if REPORT_FILE in files else None,
+        trust=config.trust,
+    )
+    return shared, files
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    summary = parsed_summary(path.read_bytes())
+    if summary is None:
+        raise UserError(f"{path} is damaged: make it anew by resume={path.parent}, or move it away to share without it")
+    return summary
+
+
+def _is_result(file: Path, trained: dict[str, Any]) -> bool:
+    """Whether a checkpoint is what its run's last evaluation was of: that of the last stage's end, or a seed's."""
+    *_, last = trained["stages"]
+    in_last_stage = file.parent.name == f"{len(trained['stages']) - 1}_{last}"
+    return in_last_stage and file.name in (FINAL, f"seed_{trained['seed']}.ckpt")
+
+
+def _command(config: Path) -> str:
+    """The command that began a run, which its configuration begins with; empty if it does not."""
+    first = config.read_text().partition("\n")[0]
+    return first.removeprefix(COMMAND_MARK) if first.startswith(COMMAND_MARK) else ""
+
+
+def without_home(value: Plain) -> Plain:
+    """A plain value in which paths do not tell who is at home where: ~ for the home folder."""
+    home = str(Path.home())
+    if isinstance(value, str):
+        return value.replace(f"{home}/", "~/") if home != "/" else value  # type: ignore[return-value]
+    if isinstance(value, dict):
+        return {key: without_home(item) for key, item in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list):
+        return [without_home(item) for item in value]  # type: ignore[return-value]
+    return value
