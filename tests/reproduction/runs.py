@@ -33,7 +33,7 @@ def write_run(job: Job, successes: Sequence[float], **changed: Any) -> None:
         "eval_episodes": EPISODES,
         "updates_per_second": {"joint": 10.0},
         "seconds": 60.0,
-        "data": {"name": "data-v0", "generated": False},
+        "data": {"name": f"{job.row}-data-v0", "generated": False},
         "protocol": "OGBench single-task",
         "success_timing": "pre",
         "transitions": {"train": 1_000_000},

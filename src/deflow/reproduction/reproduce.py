@@ -67,7 +67,10 @@ def reproduce(config: DictConfig) -> list[Result]:
         table, logs, data, config.seeds or table.seeds, *chosen, settings=list(_arguments(plain(config.settings)))
     )
     refuse_other_settings(jobs)
-    first = {(job.row, job.agent): _checked(job) for job in reversed(jobs)}  # a mistake in the settings is every run's
+    first: dict[tuple[str, str], DictConfig] = {}
+    for job in jobs:
+        if (job.row, job.agent) not in first:  # a mistake in the settings is every run's
+            first[job.row, job.agent] = _checked(job)
     threads, on_gpu = config.threads, all(run.trainer.accelerator != "cpu" for run in first.values())
     at_once = config.jobs or (1 if on_gpu else max(1, usable_cores() // threads))
     _show_plan(jobs, first, at_once, threads, on_gpu)
