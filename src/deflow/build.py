@@ -93,14 +93,14 @@ def transition_statistics(transitions: Transitions) -> Statistics:
     rows = transitions.starts[:: -(-len(transitions) // MOST_MEASURED)]
     observations = transitions.observations(rows).double()
     changes = transitions.observations(rows + 1).double() - observations
-    rewards = transitions.learned_rewards(rows).double()
+    low, high = (end.item() for end in transitions.learned_rewards(transitions.starts).aminmax())
     return {
         "observation_mean": observations.mean(0).tolist(),
         "observation_std": _deviation(observations).tolist(),
         "change_mean": changes.mean(0).tolist(),
         "change_std": _deviation(changes).tolist(),
-        "reward_mean": rewards.mean().item(),
-        "reward_std": _deviation(rewards).item(),
+        "reward_centre": (low + high) / 2,
+        "reward_scale": (high - low) / 2 if high > low else 1.0,
     }
 
 

@@ -20,8 +20,8 @@ STATISTICS: Statistics = {
     "observation_std": [2.0],
     "change_mean": [0.0],
     "change_std": [1.0],
-    "reward_mean": 0.0,
-    "reward_std": 1.0,
+    "reward_centre": 0.0,
+    "reward_scale": 1.0,
 }
 
 

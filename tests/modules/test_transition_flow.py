@@ -22,8 +22,8 @@ UNIT: Statistics = {
     "observation_std": [1.0],
     "change_mean": [0.0],
     "change_std": [0.5],
-    "reward_mean": -0.5,
-    "reward_std": 0.5,
+    "reward_centre": -0.5,
+    "reward_scale": 0.5,
 }
 
 
@@ -94,6 +94,29 @@ def test_a_deterministic_system_and_the_one_step_copy() -> None:
     certain = batch.observations[:, 0].abs() > 0.2
     assert (outcome.continues == (batch.discounts > 0))[certain].float().mean() > 0.9
     assert (outcome.rewards - batch.rewards)[certain].abs().mean() < 0.2  # where it jumps by 1
+
+
+def test_a_flow_has_both_outcomes_of_a_coin_and_a_gaussian_what_lies_between() -> None:
+    between = {}
+    for kind in ("flow", "gaussian"):
+        model = make(kind)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(400):
+            batch = linear_batch(generator)
+            coins = torch.randint(2, (256, 2), generator=generator) * 2.0 - 1  # s' is s - 1 or s + 1, whatever a is
+            x_0 = torch.randn(256, model.outcome_dim, generator=generator)
+            times = torch.rand(256, 1, generator=generator)
+            loss, _ = model.loss(batch._replace(next_observations=batch.observations + coins), x_0, times)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        batch = linear_batch(generator, size=1000)
+        z = torch.randn(1000, model.outcome_dim, generator=generator)
+        changes = model.sample(batch.observations, batch.actions, z).observations - batch.observations
+        between[kind] = (changes.abs() < 0.5).float().mean().item()
+    assert between["flow"] < 0.2
+    assert between["gaussian"] == pytest.approx(0.38, abs=0.05)  # a normal distribution of deviation 1
 
 
 def test_a_gaussians_density() -> None:

@@ -202,6 +202,7 @@ def _draw_errors(axis: Axes, errors: dict[str, dict[str, float]]) -> None:
         style: dict[str, Any] = {"color": "tab:gray", "linestyle": ":"} if name == UNCHANGED else {}
         axis.plot([int(steps) for steps in by_steps], list(by_steps.values()), marker="o", label=name, **style)
     axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="standard deviations of the state")
+    axis.margins(y=0.4)  # room for the names
     axis.set_title("error without looking at the data again")
 
 

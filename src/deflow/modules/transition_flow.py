@@ -23,14 +23,18 @@ from deflow.types import Batch, Metrics, Spec
 
 
 class Statistics(TypedDict):
-    """Mean and standard deviation of what the networks see and predict, in the units that the agent learns from."""
+    """Of what the networks see and predict, in the units that the agent learns from: means and standard deviations.
+
+    Rewards have the centre of their range and half its width instead: where nearly all of them are the same, the few
+    others would be many standard deviations away, and their errors all that a batch is about.
+    """
 
     observation_mean: Sequence[float]
     observation_std: Sequence[Positive]
     change_mean: Sequence[float]  # of s' - s
     change_std: Sequence[Positive]
-    reward_mean: float
-    reward_std: Positive
+    reward_centre: float
+    reward_scale: Positive
 
 
 class Outcome(NamedTuple):
@@ -44,7 +48,7 @@ class Outcome(NamedTuple):
 class TransitionModel(LightningModule, ABC):
     r"""A distribution of the outcome of a step, given `(s, a)`: what both kinds of model have in common.
 
-    The outcome is :math:`x = ((s' - s - \mu_\Delta) / \sigma_\Delta, (r - \mu_r) / \sigma_r, 2 m - 1)`, of width
+    The outcome is :math:`x = ((s' - s - \mu_\Delta) / \sigma_\Delta, (r - c_r) / h_r, 2 m - 1)`, of width
     observation_dim + 2, where the mask `m` is 0 if the task ended; networks see :math:`(s - \mu_s) / \sigma_s` and `a`.
     The statistics are buffers. A batch must hold single steps, and discounts above 0 where the task goes on.
 
@@ -60,8 +64,8 @@ class TransitionModel(LightningModule, ABC):
     observation_std: Tensor
     change_mean: Tensor
     change_std: Tensor
-    reward_mean: Tensor
-    reward_std: Tensor
+    reward_centre: Tensor
+    reward_scale: Tensor
 
     def __init__(self, spec: Spec, statistics: Statistics) -> None:
         super().__init__()
@@ -106,7 +110,7 @@ class TransitionModel(LightningModule, ABC):
     def outcomes_of(self, batch: Batch) -> Tensor:
         """What the networks learn of a batch, shape (batch, outcome_dim)."""
         changes = (batch.next_observations - batch.observations - self.change_mean) / self.change_std
-        rewards = (batch.rewards - self.reward_mean) / self.reward_std
+        rewards = (batch.rewards - self.reward_centre) / self.reward_scale
         continues = (batch.discounts > 0).to(rewards.dtype)
         return torch.cat([changes, rewards[:, None], 2 * continues[:, None] - 1], dim=-1)
 
@@ -119,7 +123,7 @@ class TransitionModel(LightningModule, ABC):
         changes, rewards, continues = x.split([self.spec.observation_dim, 1, 1], dim=-1)
         return Outcome(
             observations + self.change_mean + self.change_std * changes,
-            self.reward_mean + self.reward_std * rewards.squeeze(-1),
+            self.reward_centre + self.reward_scale * rewards.squeeze(-1),
             (continues.squeeze(-1) > 0).to(x.dtype),
         )
 
