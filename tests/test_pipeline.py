@@ -23,6 +23,7 @@ from tests.conftest import compose_config, tiny_config
 
 pytestmark = pytest.mark.usefixtures("short_episodes")
 
+DECAY = ("stages.behavior.cosine_decay=true",)
 STAGES = {"joint": ["0_joint"], "staged": ["0_behavior", "1_extraction"]}
 
 
@@ -115,20 +116,28 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "stages,at,seeds",
-    [("joint", 4, 1), ("staged", 3, 1), ("staged", 6, 1), ("staged", 9, 1), ("staged", 11, 1), ("staged", 9, 2)],
+    "stages,at,seeds,more",
+    [
+        ("joint", 4, 1, ()),
+        ("joint", 3, 1, ("agent/dynamics=flow", "agent.dynamics.one_step=true")),
+        ("staged", 3, 1, DECAY),
+        ("staged", 6, 1, DECAY),
+        ("staged", 9, 1, DECAY),
+        ("staged", 11, 1, DECAY),
+        ("staged", 9, 2, DECAY),
+    ],
 )
 def test_resume_is_bit_for_bit(
     stages: str,
     at: int,
     seeds: int,
+    more: tuple[str, ...],
     finished_run: Callable[..., Path],
     point_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    decay = ("stages.behavior.cosine_decay=true",) if stages == "staged" else ()
-    whole = finished_run(f"stages={stages}", f"seeds={seeds}", *decay)
+    whole = finished_run(f"stages={stages}", f"seeds={seeds}", *more)
     updates = 0
     training_step = Agent.training_step
 
@@ -142,7 +151,7 @@ def test_resume_is_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(Agent, "training_step", dies)
         with pytest.raises(Killed):
-            run(tmp_path / "killed", point_data, f"stages={stages}", f"seeds={seeds}", *decay)
+            run(tmp_path / "killed", point_data, f"stages={stages}", f"seeds={seeds}", *more)
     resumed = compose_config(f"resume={tmp_path / 'killed'}")
     train(resumed, tmp_path / "killed")
     for stage in STAGES[stages]:

@@ -22,7 +22,10 @@ DOCUMENTED = ("deflow.agents.", "deflow.modules.")
 
 # Title and folders of configs/ on each page; what a file's keys are below, if it is not the folder's name.
 SETTINGS = {
-    "agent": ("agent", "agent/behavior_flow", "agent/critic", "agent/value", "agent/actor", "agent/optimizer"),
+    "agent": (
+        *("agent", "agent/behavior_flow", "agent/critic", "agent/value", "agent/actor", "agent/dynamics"),
+        "agent/optimizer",
+    ),
     "data": ("data", "datamodule", "own_data"),
     "stages": ("stages",),
     "others": ("solver", "iav", "trainer", "logger", "engine"),

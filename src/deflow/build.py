@@ -6,18 +6,25 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from deflow.agents.base import Agent
 from deflow.config import plain
 from deflow.data.measures.iav import intrinsic_action_variance
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
+from deflow.modules.transition_flow import Statistics
 from deflow.settings import AUTO, STAND_IN, check_component
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
+
+# Transitions of which statistics are taken, evenly spaced: more would not change what standardises.
+MOST_MEASURED = 200_000
+LEAST_DEVIATION = 1e-6  # below which a number is taken to be constant, and is not scaled
 
 
 def build_agent(settings: DictConfig | dict[str, Any], spec: Spec) -> Agent:
@@ -45,6 +52,8 @@ def decide(config: DictConfig, transitions: Transitions) -> bool:
         _decide_trust_region(config, transitions)
     if "critic.value_range" in undecided:
         _decide_value_range(config, transitions)
+    if "dynamics.statistics" in undecided:
+        config.agent.dynamics.statistics = transition_statistics(transitions)
     return bool(undecided)
 
 
@@ -77,3 +86,25 @@ def _decide_value_range(config: DictConfig, transitions: Transitions) -> None:
     low, high = (end / (1 - config.data.discount) for end in ends)
     config.agent.critic.value_range = [low, high]
     log.info("value range of the flow critic: %.4g to %.4g", low, high)
+
+
+def transition_statistics(transitions: Transitions) -> Statistics:
+    """What standardises a model of the environment's steps, in the units that the agent learns from."""
+    rows = transitions.starts[:: -(-len(transitions) // MOST_MEASURED)]
+    observations = transitions.observations(rows).double()
+    changes = transitions.observations(rows + 1).double() - observations
+    low, high = (end.item() for end in transitions.learned_rewards(transitions.starts).aminmax())
+    return {
+        "observation_mean": observations.mean(0).tolist(),
+        "observation_std": _deviation(observations).tolist(),
+        "change_mean": changes.mean(0).tolist(),
+        "change_std": _deviation(changes).tolist(),
+        "reward_centre": (low + high) / 2,
+        "reward_scale": (high - low) / 2 if high > low else 1.0,
+    }
+
+
+def _deviation(values: Tensor) -> Tensor:
+    """Standard deviations along the first axis; 1 for what does not vary."""
+    deviation = values.std(0, correction=0)
+    return torch.where(deviation > LEAST_DEVIATION, deviation, 1.0)

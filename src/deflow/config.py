@@ -409,6 +409,11 @@ def check(config: DictConfig) -> None:
     processes = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
     if config.data.batch_size % (processes * config.trainer.get("num_nodes", 1)):
         raise UserError(f"data.batch_size={config.data.batch_size} does not divide by the {processes} processes")
+    if config.agent.get("dynamics") is not None and (config.data.get("n_step", 1) > 1 or config.data.discount == 0):
+        raise UserError(
+            "agent.dynamics learns single steps, and their ends from the discount: "
+            "leave data.n_step at 1 and task.discount above 0"
+        )
     online = any(stage.get("environment") is not None for stage in config.stages.values())
     if config.seeds > 1 and (online or config.trainer.devices != 1):
         raise UserError("seeds > 1 trains on data alone and in one process: train the seeds one by one")

@@ -15,6 +15,9 @@ from deflow.distributed import is_main_process
 from deflow.errors import UserError
 from deflow.evaluation import video
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions
+from deflow.evaluation.open_loop import draw_transitions, measure_transitions
+from deflow.modules.transition_flow import TransitionModel
+from deflow.policy import evaluation_mode
 from deflow.run import Run
 from deflow.run_folder import CONFIG_FILE, REPORT_FILE, SUMMARY_FILE
 
@@ -28,6 +31,8 @@ def finish(run: Run) -> dict[str, Any]:
         return summary
     if run.config.diversity.states and run.agents[0].spec.image is None:  # distances between images say little
         summary["diversity"] = _measure_diversity(run)
+    if (model := run.agents[0].transition_model) is not None:
+        summary["dynamics"] = _measure_dynamics(run, model)
     _draw_report(run)
     if run.config.video.episodes and run.evaluator is not None:
         _record_video(run)
@@ -65,6 +70,15 @@ def _measure_diversity(run: Run) -> dict[str, Any]:
     return diversity(policy, around, settings.samples, settings.radius, seed)
 
 
+def _measure_dynamics(run: Run, model: TransitionModel) -> dict[str, Any]:
+    """What the model of the environment's steps is worth; draws `transitions.png`."""
+    assert run.data.transitions is not None
+    with evaluation_mode(run.agents[0]):
+        found = measure_transitions(model, run.data.transitions, run.data.validation, run.config.seed)
+    draw_transitions(found, run.folder / "transitions.png")
+    return found
+
+
 def _draw_report(run: Run) -> None:
     path, task = run.folder / REPORT_FILE, run.data.source.task
     report.draw(run.metrics.rows, run.episodes, run.agents[0].panels(), path, plain(run.config), task)
@@ -80,7 +94,7 @@ def _record_video(run: Run) -> None:
 
 
 def _hand_to_trackers(run: Run, summary: dict[str, Any]) -> None:
-    pictures = (run.folder / name for name in (REPORT_FILE, "actions.png", "video.mp4"))
+    pictures = (run.folder / name for name in (REPORT_FILE, "actions.png", "transitions.png", "video.mp4"))
     with TemporaryDirectory() as elsewhere:
         report.write_json(Path(elsewhere, SUMMARY_FILE), summary)
         files = [run.folder / CONFIG_FILE, Path(elsewhere, SUMMARY_FILE), *filter(Path.exists, pictures)]

@@ -75,7 +75,7 @@ def _paragraph(group: str, comment: str | None) -> list[str]:
 
 
 def _wrapped(name: str, text: str) -> list[str]:
-    return textwrap.wrap(f"  {name:<13}{text}", WIDTH, subsequent_indent=15 * " ", break_on_hyphens=False)
+    return textwrap.wrap(f"  {name:<12} {text}", WIDTH, subsequent_indent=15 * " ", break_on_hyphens=False)
 
 
 def _choices(group: str) -> list[str]:

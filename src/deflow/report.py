@@ -160,7 +160,9 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     )
     if "diversity" in summary:
         console.print(_diversity_line(summary["diversity"]))
-    for name in ("report.png", "actions.png", "video.mp4"):
+    if "error" in summary.get("dynamics", {}):
+        console.print(_dynamics_line(summary["dynamics"]["error"]))
+    for name in ("report.png", "actions.png", "transitions.png", "video.mp4"):
         if (folder / name).exists():
             console.print(f"{folder / name}", soft_wrap=True)
 
@@ -168,6 +170,13 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
 def _chunking(result: Mapping[str, Any]) -> str:
     horizon = result.get("horizon", 1)
     return "no action chunking" if horizon == 1 else f"chunks of {horizon} actions"
+
+
+def _dynamics_line(errors: dict[str, dict[str, float]]) -> str:
+    """`error of the model of steps after 1, 5, 25 steps: sample 0.01, 0.05, 0.3; ... standard deviations`."""
+    steps = ", ".join(next(iter(errors.values())))
+    shown = (f"{name} {', '.join(f'{error:.2g}' for error in by_steps.values())}" for name, by_steps in errors.items())
+    return f"error of the model of steps after {steps} steps, in deviations of the state: {'; '.join(shown)}"
 
 
 def _diversity_line(diversity: dict[str, Any]) -> str:

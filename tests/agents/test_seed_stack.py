@@ -69,6 +69,8 @@ def train(agent: Agent, batches: list[Any], train: Any, freeze: tuple[str, ...])
         "agent=srpo agent.behavior.width=8 agent.actor.normalise=true",
         "agent=cac agent.optimizer.clip=0.1 agent.backup_samples=2",
         "agent=deflow agent.behavior_flow.ema=0.5",
+        "agent=fql agent/dynamics=flow agent.dynamics.one_step=true",
+        "agent=deflow agent/dynamics=gaussian",
         f"agent=deflow {IMAGES}",
     ],
 )

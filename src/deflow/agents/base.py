@@ -19,8 +19,9 @@ from deflow.agents.panels import Panel, loss_panel
 from deflow.agents.watch import LossWatch
 from deflow.distributed import rank
 from deflow.errors import UserError
-from deflow.flow.ode import ADAPTIVE
+from deflow.flow.ode import ADAPTIVE, Solver
 from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.modules.transition_flow import TransitionModel
 from deflow.seeding import fold_seed
 from deflow.types import Batch, Block, Drawn, Metrics, Spec
 
@@ -148,6 +149,11 @@ class Agent(LightningModule, ABC):
         """The flow whose proposals may come with the batch once it is frozen, without the noise they started from."""
         return None
 
+    @property
+    def transition_model(self) -> TransitionModel | None:
+        """What it knows of the environment's steps, if it has a model of them."""
+        return None
+
     def facts(self) -> dict[str, Any]:
         """What a run's summary says of the agent beside its results, in plain values."""
         return {}
@@ -265,8 +271,9 @@ class Agent(LightningModule, ABC):
     @property
     def uses_torchdiffeq(self) -> bool:
         """Whether torchdiffeq takes part in the losses: it waits for the device, and several seeds cannot share it."""
-        solvers = [module.solver for module in self.modules() if isinstance(module, BehaviorFlow)]
-        return self.traits.differentiates_flow or any(solver.method in ADAPTIVE for solver in solvers)
+        solvers = [getattr(module, "solver", None) for module in self.modules()]
+        adaptive = any(isinstance(solver, Solver) and solver.method in ADAPTIVE for solver in solvers)
+        return self.traits.differentiates_flow or adaptive
 
     @property
     def has_rhythm(self) -> bool:

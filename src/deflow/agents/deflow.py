@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic, take_best
+from deflow.agents.actor_critic import ActorCritic, MakeDynamics, take_best
 from deflow.agents.base import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
@@ -51,6 +51,7 @@ class DeFlow(ActorCritic):
         best_of_n: policy actions scored by the mean value for each action taken; 1 is the papers' setting.
         refine_steps: how often the refiner is applied at test time. 1 is the papers' setting; with more, the
             candidate with the highest mean value is taken, the unrefined proposal included.
+        dynamics: makes the model of the environment's steps, see `TransitionModel`; None: there is none.
 
     Raises:
         UserError: if `best_of_n` or `refine_steps` is below 1.
@@ -74,16 +75,19 @@ class DeFlow(ActorCritic):
         seed: Seed = 0,
         best_of_n: Count = 1,
         refine_steps: Count = 1,
+        dynamics: MakeDynamics | None = None,
     ) -> None:
         parts = {
             "behavior_flow": behavior_flow(spec),
             "critic": critic(spec),
             "refiner": refiner(spec, trust_region=trust_region, constraints=constraints),
         }
-        super().__init__(spec, parts, optimizer, seed)
+        super().__init__(spec, parts, optimizer, seed, dynamics=dynamics)
         self.best_of_n, self.refine_steps, self.trust_region = best_of_n, refine_steps, trust_region
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        yield from self.dynamics_loss(batch, noise)
+
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):
             yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
@@ -146,6 +150,7 @@ class DeFlow(ActorCritic):
             value_panel("refiner"),
             Panel("multiplier", {f"{trust_region}/multiplier": "alpha"}),
             Panel("distance from the proposal", {f"{trust_region}/cost": "mean squared residual"}, True, limit),
+            *self.dynamics_panels(),
         ]
 
     def facts(self) -> dict[str, Any]:

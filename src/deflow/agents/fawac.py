@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.actor_critic import ActorCritic, MakeDynamics
 from deflow.agents.base import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
@@ -39,6 +39,7 @@ class FAWAC(ActorCritic):
         optimizer: makes the optimizer from parameter groups.
         seed: of every noise draw.
         alpha: inverse temperature of the weights in 1 / units of reward, > 0; the papers tune it for each task.
+        dynamics: makes the model of the environment's steps, see `TransitionModel`; None: there is none.
     """
 
     behavior_flow: BehaviorFlow
@@ -54,12 +55,15 @@ class FAWAC(ActorCritic):
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,
         alpha: Positive = 3.0,
+        dynamics: MakeDynamics | None = None,
     ) -> None:
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "value": value(spec)}
-        super().__init__(spec, parts, optimizer, seed)
+        super().__init__(spec, parts, optimizer, seed, dynamics=dynamics)
         self.alpha = alpha
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        yield from self.dynamics_loss(batch, noise)
+
         # Policy: flow matching, weighted by the advantage of the data's action.
         if self.trains("behavior_flow"):
             with torch.no_grad():
@@ -85,4 +89,5 @@ class FAWAC(ActorCritic):
 
     def panels(self) -> list[Panel]:
         losses = [loss_panel("behavior_flow"), loss_panel("critic", log=True), loss_panel("value", log=True)]
-        return [*losses, value_panel(), Panel("advantage weight", {"train/behavior_flow/weight": "mean"}, log=True)]
+        weight = Panel("advantage weight", {"train/behavior_flow/weight": "mean"}, log=True)
+        return [*losses, value_panel(), weight, *self.dynamics_panels()]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.actor_critic import ActorCritic, MakeDynamics
 from deflow.agents.base import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
@@ -37,6 +37,7 @@ class FBRAC(ActorCritic):
         alpha: weight of the flow matching against the value, > 0; the papers tune it for each task.
         normalize_q: divide the value term by the batch mean of its absolute value.
         gradient: `backprop` through the solver, or the `adjoint` method.
+        dynamics: makes the model of the environment's steps, see `TransitionModel`; None: there is none.
     """
 
     behavior_flow: BehaviorFlow
@@ -52,12 +53,17 @@ class FBRAC(ActorCritic):
         alpha: Positive = 10.0,
         normalize_q: bool = False,
         gradient: Gradient = "backprop",
+        dynamics: MakeDynamics | None = None,
     ) -> None:
-        super().__init__(spec, {"behavior_flow": behavior_flow(spec), "critic": critic(spec)}, optimizer, seed)
+        super().__init__(
+            spec, {"behavior_flow": behavior_flow(spec), "critic": critic(spec)}, optimizer, seed, dynamics=dynamics
+        )
         self.alpha, self.normalize_q = alpha, normalize_q
         self.gradient: Gradient = gradient
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        yield from self.dynamics_loss(batch, noise)
+
         # Policy: flow matching on the data's actions, and the value of the flow's own.
         if self.trains("behavior_flow"):
             matching, metrics = self.behavior_flow.loss(batch, noise.x_0, noise.times)
@@ -78,4 +84,5 @@ class FBRAC(ActorCritic):
         return self.behavior_flow.propose(observations, z)
 
     def panels(self) -> list[Panel]:
-        return [loss_panel("behavior_flow"), loss_panel("critic", log=True), value_panel("behavior_flow")]
+        losses = [loss_panel("behavior_flow"), loss_panel("critic", log=True)]
+        return [*losses, value_panel("behavior_flow"), *self.dynamics_panels()]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic
+from deflow.agents.actor_critic import ActorCritic, MakeDynamics
 from deflow.agents.base import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
@@ -38,6 +38,7 @@ class FQL(ActorCritic):
         actor: makes the OneStepActor.
         optimizer: makes the optimizer from parameter groups.
         seed: of every noise draw.
+        dynamics: makes the model of the environment's steps, see `TransitionModel`; None: there is none.
     """
 
     behavior_flow: BehaviorFlow
@@ -52,14 +53,17 @@ class FQL(ActorCritic):
         actor: Callable[[Spec], OneStepActor],
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,
+        dynamics: MakeDynamics | None = None,
     ) -> None:
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "actor": actor(spec)}
-        super().__init__(spec, parts, optimizer, seed)
+        super().__init__(spec, parts, optimizer, seed, dynamics=dynamics)
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator, self.critic.levels, self.critic.samples)
+        return FlowNoise.draw(batch, generator, self.critic.levels, self.critic.samples, self.outcome_dim)
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        yield from self.dynamics_loss(batch, noise)
+
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):
             yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
@@ -88,4 +92,5 @@ class FQL(ActorCritic):
             loss_panel("critic", log=True),
             value_panel("actor"),
             Panel("distance from the proposal", distillation, log=True),
+            *self.dynamics_panels(),
         ]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import take_best
+from deflow.agents.actor_critic import MakeDynamics, take_best
 from deflow.agents.base import Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.noise import FlowNoise
@@ -37,6 +37,7 @@ class IFQL(ImplicitQ):
         optimizer: makes the optimizer from parameter groups.
         seed: of every noise draw.
         best_of_n: N, samples scored for each action taken.
+        dynamics: makes the model of the environment's steps, see `TransitionModel`; None: there is none.
     """
 
     behavior_flow: BehaviorFlow
@@ -50,12 +51,15 @@ class IFQL(ImplicitQ):
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,
         best_of_n: Count = 32,
+        dynamics: MakeDynamics | None = None,
     ) -> None:
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "value": value(spec)}
-        super().__init__(spec, parts, optimizer, seed)
+        super().__init__(spec, parts, optimizer, seed, dynamics=dynamics)
         self.best_of_n = best_of_n
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
+        yield from self.dynamics_loss(batch, noise)
+
         # Behaviour: flow matching on the data's actions.
         if self.trains("behavior_flow"):
             yield "behavior_flow", *self.behavior_flow.loss(batch, noise.x_0, noise.times)
@@ -77,4 +81,4 @@ class IFQL(ImplicitQ):
         return take_best(actions.reshape(z.shape), values.reshape(batch, candidates))
 
     def panels(self) -> list[Panel]:
-        return [loss_panel("behavior_flow"), *self.value_panels()]
+        return [loss_panel("behavior_flow"), *self.value_panels(), *self.dynamics_panels()]

@@ -15,7 +15,7 @@ from deflow.reproduction.plots import Curve, curves, measure, profiles
 from deflow.reproduction.results import Result
 from deflow.reproduction.table import Cell, legend, reasons, task_name, texts
 
-OF_A_RUN = ("report.png", "actions.png", "video.mp4", "train.log", "summary.json")
+OF_A_RUN = ("report.png", "actions.png", "transitions.png", "video.mp4", "train.log", "summary.json")
 COLOURS = (  # Okabe and Ito's, which colour-blind people tell apart; without black and yellow, for both backgrounds
     *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"),
     *("#8c6bb1", "#7f7f7f", "#b15928", "#33a02c", "#e7298a", "#1f9e9e"),
