@@ -62,7 +62,7 @@ def one_rank(rank: int, folder: str, backend: str) -> None:
     noise = agent.draw_noise(batch, torch.Generator().manual_seed(0))  # on the CPU, for any backend
     mine = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
     batch = batch._replace(**{k: v[mine].to(device) for k, v in batch._asdict().items() if v is not None})
-    noise = type(noise)(*(draw[mine].to(device) for draw in noise))
+    noise = type(noise)(*(None if draw is None else draw[mine].to(device) for draw in noise))
     found = update(agent, DistributedDataParallel(SummedLoss(agent)), batch, noise)
     torch.save({name: value.cpu() for name, value in found.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
