@@ -35,7 +35,7 @@ def test_a_preempted_job_goes_on_and_one_that_fails_is_named(
     tiny_data: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     data = tiny_data("cube-single", "play")
-    (job,) = jobs_of(tmp_path, data, "updates=2000", "eval.every=2000", "validate_every=2000", "checkpoint_every=20")
+    (job,) = jobs_of(tmp_path, data, "updates=1000", "eval.every=1000", "validate_every=1000", "checkpoint_every=20")
     (submitted,) = cluster(tmp_path)._executor.submit_array([Work(job, 1)])
     last = job.folder / "checkpoints" / "0_joint" / "last.ckpt"
     while not last.exists():
