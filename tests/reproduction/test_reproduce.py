@@ -256,6 +256,10 @@ def test_a_table_of_ones_own_is_a_file(tmp_path: Path) -> None:
         ({"columns": None}, "the setting 'columns' is missing"),
         ({"values": "last"}, "no setting 'values': did you mean 'value'?"),
         ({"columns": {"a/b": []}}, "'a/b' becomes a folder's name, and cannot be one"),
+        (
+            {"rows": {"a": {"settings": [], "task": 1}, "a-task1": {"settings": []}}},
+            "two rows have one folder, a-task1",
+        ),
         ({"folder": "../mine"}, "'../mine' becomes a folder's name, and cannot be one"),
         ({"rows": {"a": {"settings": [], "data": "scene-play-v0"}}}, "rows with data need generate"),
         ({"rows": {"a": {"settings": [], "task": 7}}}, "rows.a.task must be a whole number from 1 to 5, got 7"),

@@ -121,6 +121,11 @@ def layout(table: str) -> Layout:
     return _of_papers(table)
 
 
+def place_of(row: str, task: int | None) -> str:
+    """The folder of a row's runs."""
+    return row if task is None else f"{row}-task{task}"
+
+
 def _own() -> dict[str, Path]:
     return {path.stem: path for path in (Path(CONFIG_DIR) / "tables").glob("*.yaml")}
 
@@ -186,4 +191,7 @@ def _read(path: Path) -> OwnTable:
     for name in (*file["rows"], *file["columns"], file["folder"]):
         if not str(name) or "/" in str(name) or str(name).startswith("."):
             raise UserError(f"{path}: '{name}' becomes a folder's name, and cannot be one")
+    places = [place_of(str(name), row.get("task")) for name, row in file["rows"].items()]
+    if len(set(places)) < len(places):
+        raise UserError(f"{path}: two rows have one folder, {max(places, key=places.count)}: name them otherwise")
     return file

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from deflow.errors import UserError
 from deflow.report import read_summary
-from deflow.reproduction.layout import Generated, Layout, Value
+from deflow.reproduction.layout import Generated, Layout, Value, place_of
 from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
 
 # Settings that say how a run is made, not what it is.
@@ -175,7 +175,7 @@ def _job(
     table: Layout, row: str, task: int | None, agent: str, seed: int, logs: Path, data: Path, settings: Sequence[str]
 ) -> Job:
     cell = table.cells[row, task, agent]
-    place = logs / table.folder / (row if task is None else f"{row}-task{task}") / agent / f"seed_{seed}"
+    place = logs / table.folder / place_of(row, task) / agent / f"seed_{seed}"
     changed = tuple(sorted(setting for setting in settings if not is_technical(setting)))
     dataset = None if cell.data is None else _dataset(cell.data, data, table.generate)
     from_data = () if dataset is None else (f"data.source.path={dataset.path}",)

@@ -99,7 +99,7 @@ def _runner(engine: DictConfig, logs: Path, at_once: int, threads: int) -> Calla
     """What does the runs that are not done, and returns what is to be said of those that are not done then."""
     if engine.cluster is None:
         return lambda jobs: run_all(jobs, at_once, threads)
-    return Cluster(logs / "jobs", at_once, threads, engine.cluster, plain(engine.submit), engine.max_timeouts).run_all
+    return Cluster(logs / ".jobs", at_once, threads, engine.cluster, plain(engine.submit), engine.max_timeouts).run_all
 
 
 def _done(jobs: Sequence[Job]) -> tuple[list[Result], list[str]]:
