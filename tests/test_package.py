@@ -150,3 +150,15 @@ def test_a_program_is_interrupted_and_goes_on(
     (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
     assert str(stopped.value) == f'stopped by SIGINT: go on by deflow.train("resume={folder}", "trust=[mylab]")'
     assert deflow.train(f"resume={folder}")["updates"] == 6
+
+
+def test_what_building_and_running_leave_is_not_committed() -> None:
+    left = [
+        "build/lib/deflow/policy.py",
+        "dist/deflow.whl",
+        "site/index.html",
+        "results/quick.md",
+        "logs/run/summary.json",
+    ]
+    ignored = subprocess.run(["git", "check-ignore", *left], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ignored.stdout.split() == left
