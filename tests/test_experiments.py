@@ -151,6 +151,7 @@ def test_the_papers_settings_offline_to_online(task: str) -> None:
         "agent.refiner.lagrange=false",
         "agent.refiner.objective=gradient_step",
         "agent/critic=flow",
+        "agent/critic=occupancy",
         "agent.horizon=3",
         "networks.activation=gelu_tanh",
     ],

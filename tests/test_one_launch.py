@@ -125,6 +125,7 @@ def train(agent: Agent, recorded: bool, batches: Sequence[Batch], **stage: Any) 
         "agent=deflow agent/critic=flow agent.critic.value_range=[-1,0]",
         "agent=fql",
         "agent=fql agent/critic=floq agent.critic.value_range=[-1,0]",
+        "agent=fql agent/critic=occupancy",
         "agent=ifql",
         "agent=fawac",
         "agent=flow_bc",

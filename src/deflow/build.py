@@ -16,7 +16,7 @@ from deflow.config import plain
 from deflow.data.measures.iav import intrinsic_action_variance
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
-from deflow.modules.transition_flow import Statistics
+from deflow.modules.statistics import StateStatistics, StepStatistics
 from deflow.settings import AUTO, STAND_IN, check_component
 from deflow.types import Spec
 
@@ -52,8 +52,10 @@ def decide(config: DictConfig, transitions: Transitions) -> bool:
         _decide_trust_region(config, transitions)
     if "critic.value_range" in undecided:
         _decide_value_range(config, transitions)
+    if "critic.statistics" in undecided:
+        config.agent.critic.statistics = state_statistics(transitions)
     if "dynamics.statistics" in undecided:
-        config.agent.dynamics.statistics = transition_statistics(transitions)
+        config.agent.dynamics.statistics = step_statistics(transitions)
     return bool(undecided)
 
 
@@ -88,20 +90,32 @@ def _decide_value_range(config: DictConfig, transitions: Transitions) -> None:
     log.info("value range of the flow critic: %.4g to %.4g", low, high)
 
 
-def transition_statistics(transitions: Transitions) -> Statistics:
-    """What standardises a model of the environment's steps, in the units that the agent learns from."""
-    rows = transitions.starts[:: -(-len(transitions) // MOST_MEASURED)]
-    observations = transitions.observations(rows).double()
-    changes = transitions.observations(rows + 1).double() - observations
+def state_statistics(transitions: Transitions) -> StateStatistics:
+    """What standardises a model of states, in the units that the agent learns from."""
+    observations = transitions.observations(_measured(transitions)).double()
     low, high = (end.item() for end in transitions.learned_rewards(transitions.starts).aminmax())
     return {
         "observation_mean": observations.mean(0).tolist(),
         "observation_std": _deviation(observations).tolist(),
-        "change_mean": changes.mean(0).tolist(),
-        "change_std": _deviation(changes).tolist(),
         "reward_centre": (low + high) / 2,
         "reward_scale": (high - low) / 2 if high > low else 1.0,
     }
+
+
+def step_statistics(transitions: Transitions) -> StepStatistics:
+    """What standardises a model of the environment's steps, in the units that the agent learns from."""
+    rows = _measured(transitions)
+    changes = transitions.observations(rows + 1).double() - transitions.observations(rows).double()
+    return {
+        **state_statistics(transitions),
+        "change_mean": changes.mean(0).tolist(),
+        "change_std": _deviation(changes).tolist(),
+    }
+
+
+def _measured(transitions: Transitions) -> Tensor:
+    """Rows of which statistics are taken."""
+    return transitions.starts[:: -(-len(transitions) // MOST_MEASURED)]
 
 
 def _deviation(values: Tensor) -> Tensor:

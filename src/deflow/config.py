@@ -43,6 +43,7 @@ from deflow.tables import CONFIG_DIR, look_first_in
 log = logging.getLogger(__name__)
 
 OF_THE_USER = (UserError, HydraException, OmegaConfBaseException)
+OCCUPANCY = "deflow.modules.occupancy_flow.OccupancyFlow"
 PARENT = "DEFLOW_PARENT"  # variable with the number of the process that starts others
 
 
@@ -409,11 +410,7 @@ def check(config: DictConfig) -> None:
     processes = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
     if config.data.batch_size % (processes * config.trainer.get("num_nodes", 1)):
         raise UserError(f"data.batch_size={config.data.batch_size} does not divide by the {processes} processes")
-    if config.agent.get("dynamics") is not None and (config.data.get("n_step", 1) > 1 or config.data.discount == 0):
-        raise UserError(
-            "agent.dynamics learns single steps, and their ends from the discount: "
-            "leave data.n_step at 1 and task.discount above 0"
-        )
+    _check_single_steps(config)
     online = any(stage.get("environment") is not None for stage in config.stages.values())
     if config.seeds > 1 and (online or config.trainer.devices != 1):
         raise UserError("seeds > 1 trains on data alone and in one process: train the seeds one by one")
@@ -421,6 +418,19 @@ def check(config: DictConfig) -> None:
         raise UserError("trainer.precision=auto compares on trainer=cpu alone: choose 32-true or bf16-mixed")
     if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("compile=true needs a C++ compiler: install g++, or name another in CXX")
+
+
+def _check_single_steps(config: DictConfig) -> None:
+    """Refuse what would teach a model of single steps something else, or that every step is the last."""
+    critic = config.agent.get("critic") or {}
+    models = {"agent.dynamics": config.agent.get("dynamics") is not None}
+    models["agent/critic=occupancy"] = critic.get("_target_") == OCCUPANCY
+    for model in (name for name, there in models.items() if there):
+        if config.data.get("n_step", 1) > 1 or config.data.discount == 0:
+            raise UserError(
+                f"{model} learns single steps, and their ends from the discount: "
+                "leave data.n_step at 1 and task.discount above 0"
+            )
 
 
 def _check_device(trainer: DictConfig) -> None:

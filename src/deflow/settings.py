@@ -49,17 +49,12 @@ from deflow.ranges import (
 AUTO = "auto"  # in the place of a setting that the data (or the machine) decide
 
 # Such settings of an agent, and what stands in for them in one that is built before the data are there.
+OF_STATES = {"observation_mean": [0.0], "observation_std": [1.0], "reward_centre": 0.0, "reward_scale": 1.0}
 STAND_IN: dict[str, Any] = {
     "trust_region": 1.0,
     "critic.value_range": [-1.0, 0.0],
-    "dynamics.statistics": {
-        "observation_mean": [0.0],
-        "observation_std": [1.0],
-        "change_mean": [0.0],
-        "change_std": [1.0],
-        "reward_centre": 0.0,
-        "reward_scale": 1.0,
-    },
+    "critic.statistics": OF_STATES,
+    "dynamics.statistics": OF_STATES | {"change_mean": [0.0], "change_std": [1.0]},
 }
 
 # All of them are per parameter, so that one with a group for each part equals one for each part.

@@ -33,7 +33,14 @@ def test_shared_checks(agent: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["fbrac agent.gradient=adjoint", "ifql agent/critic=flow", "ifql agent/critic=floq", "fbrac agent.horizon=2"],
+    [
+        "fbrac agent.gradient=adjoint",
+        "fbrac agent.horizon=2",
+        "fbrac agent/critic=occupancy",
+        "fawac agent/critic=occupancy",
+        "ifql agent/critic=flow",
+        "ifql agent/critic=floq",
+    ],
 )
 def test_shared_checks_of_choices(override: str) -> None:
     check_agent(make(*override.split()))

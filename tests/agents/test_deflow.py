@@ -29,6 +29,7 @@ def make(*overrides: str) -> DeFlow:
         ("agent.critic.aggregate=min",),
         ("agent/critic=flow",),
         ("agent/critic=floq",),
+        ("agent/critic=occupancy", "agent.critic.objective=td_cfm_coupled"),
         ("agent.horizon=4",),
     ],
 )

@@ -51,6 +51,8 @@ def make(*overrides: str) -> FQL:
         ("agent.critic.aggregate=min",),
         ("agent/critic=flow",),
         ("agent/critic=floq", "agent.critic.field_hidden=[8]"),
+        ("agent/critic=occupancy",),
+        ("agent/critic=occupancy", "agent.critic.members=2", "agent.critic.objective=td_cfm", "solver=heun"),
         ("agent.horizon=4",),
     ],
 )

@@ -34,6 +34,7 @@ class NoWaiting(TorchDispatchMode):
         "agent=deflow agent/critic=flow",
         "agent=fql",
         "agent=fql agent/critic=floq",
+        "agent=fql agent/critic=occupancy",
         "agent=fql agent/dynamics=flow agent.dynamics.one_step=true",
         "agent=ifql",
         "agent=fawac",

@@ -54,6 +54,7 @@ def train(agent: Agent, batches: list[Any], train: Any, freeze: tuple[str, ...])
         "agent=deflow agent/critic=flow agent.critic.value_range=[-1,0]",
         "agent=fql",
         "agent=fql agent/critic=floq agent.critic.value_range=[-1,0]",
+        "agent=fql agent/critic=occupancy",
         "agent=ifql",
         "agent=fawac",
         "agent=flow_bc",

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from deflow.data.memory.transitions import Transitions
 from deflow.evaluation.open_loop import draw_transitions, measure_transitions
-from deflow.modules.transition_flow import Outcome, Statistics, TransitionModel
+from deflow.modules.statistics import StepStatistics
+from deflow.modules.transition_flow import Outcome, TransitionModel
 from deflow.types import Batch, Metrics, Spec
 
-STATISTICS: Statistics = {
+STATISTICS: StepStatistics = {
     "observation_mean": [0.0],
     "observation_std": [2.0],
     "change_mean": [0.0],

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
-from deflow.modules.transition_flow import Statistics, TransitionFlow, TransitionGaussian, TransitionModel
+from deflow.modules.statistics import StepStatistics
+from deflow.modules.transition_flow import TransitionFlow, TransitionGaussian, TransitionModel
 from deflow.types import Batch, Spec
 
 SPEC = Spec(2, 1)
 A, B = torch.tensor([[1.0, 0.2], [0.0, 0.9]]), torch.tensor([[0.0], [0.5]])
 NOISE = torch.tensor([0.1, 0.3])  # standard deviations of a step of the linear system
-UNIT: Statistics = {
+UNIT: StepStatistics = {
     "observation_mean": [0.0],
     "observation_std": [1.0],
     "change_mean": [0.0],

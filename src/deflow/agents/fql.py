@@ -59,7 +59,7 @@ class FQL(ActorCritic):
         super().__init__(spec, parts, optimizer, seed, dynamics=dynamics)
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator, self.critic.levels, self.critic.samples, self.outcome_dim)
+        return FlowNoise.draw(batch, generator, self.critic.levels, self.critic.next_draws, self.outcome_dim)
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         yield from self.dynamics_loss(batch, noise)

@@ -13,8 +13,10 @@ from deflow.agents.base import Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
+from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.critic import Critic
+from deflow.modules.occupancy_flow import OccupancyFlow
 from deflow.modules.value import Value
 from deflow.ranges import Count, Seed
 from deflow.types import Batch, Spec
@@ -38,6 +40,9 @@ class IFQL(ImplicitQ):
         seed: of every noise draw.
         best_of_n: N, samples scored for each action taken.
         dynamics: makes the model of the environment's steps, see `TransitionModel`; None: there is none.
+
+    Raises:
+        UserError: for `agent/critic=occupancy`.
     """
 
     behavior_flow: BehaviorFlow
@@ -55,6 +60,10 @@ class IFQL(ImplicitQ):
     ) -> None:
         parts = {"behavior_flow": behavior_flow(spec), "critic": critic(spec), "value": value(spec)}
         super().__init__(spec, parts, optimizer, seed, dynamics=dynamics)
+        if isinstance(self.critic, OccupancyFlow):
+            raise UserError(
+                "IFQL's values know no policy, whose future agent/critic=occupancy samples: use ensemble or flow"
+            )
         self.best_of_n = best_of_n
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:

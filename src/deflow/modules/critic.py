@@ -56,7 +56,7 @@ class Critic(LightningModule):
         UserError: if there is no mean that `rho` could lower.
     """
 
-    levels, samples = 0, 1  # uniform numbers of each transition, and draws of them, of a critic that is a flow
+    levels, next_draws = 0, 1  # uniform numbers, and actions at s', that a critic that is a flow takes for a transition
 
     def __init__(
         self,

@@ -151,6 +151,11 @@ class FlowCritic(LightningModule):
         """Uniform numbers that a loss takes for each transition."""
         return DRAWS * self.samples
 
+    @property
+    def next_draws(self) -> int:
+        """Actions at s' that a loss may take for each transition: each of the draws its own, or one for all."""
+        return self.samples
+
     def loss(self, batch: Batch, next_actions: Tensor, levels: Tensor) -> tuple[Tensor, Metrics]:
         """Flow matching toward the temporal-difference target, and the distillation.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +15,12 @@ from torch import Tensor
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.flow.path import straight_path
+from deflow.modules.statistics import StepStatistics, register_statistics
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
 from deflow.nets.vector_field import VectorField
-from deflow.ranges import Activation, Interval, Positive, Widths
+from deflow.ranges import Activation, Interval, Widths
 from deflow.types import Batch, Metrics, Spec
-
-
-class Statistics(TypedDict):
-    """Of what the networks see and predict, in the units that the agent learns from: means and standard deviations.
-
-    Rewards have the centre of their range and half its width instead: where nearly all of them are the same, the few
-    others would be many standard deviations away, and their errors all that a batch is about.
-    """
-
-    observation_mean: Sequence[float]
-    observation_std: Sequence[Positive]
-    change_mean: Sequence[float]  # of s' - s
-    change_std: Sequence[Positive]
-    reward_centre: float
-    reward_scale: Positive
 
 
 class Outcome(NamedTuple):
@@ -54,7 +40,7 @@ class TransitionModel(LightningModule, ABC):
 
     Args:
         spec: sizes of the task.
-        statistics: of the data, one number a dimension, or one for all of them.
+        statistics: of the data.
 
     Raises:
         UserError: for images, action chunks, or statistics of another number of dimensions.
@@ -67,21 +53,14 @@ class TransitionModel(LightningModule, ABC):
     reward_centre: Tensor
     reward_scale: Tensor
 
-    def __init__(self, spec: Spec, statistics: Statistics) -> None:
+    def __init__(self, spec: Spec, statistics: StepStatistics) -> None:
         super().__init__()
         if spec.image is not None:
             raise UserError("agent.dynamics models states, not images: leave it out with agent/dynamics=null")
         if spec.horizon > 1:
             raise UserError(f"agent.dynamics models single steps, not chunks of agent.horizon={spec.horizon} actions")
         self.spec, self.outcome_dim = spec, spec.observation_dim + 2
-        for name, value in statistics.items():
-            numbers = torch.tensor(value, dtype=torch.float32)
-            if numbers.ndim and len(numbers) not in (1, spec.observation_dim):
-                raise UserError(
-                    f"agent.dynamics.statistics.{name} needs {spec.observation_dim} numbers, got {len(numbers)}"
-                )
-            size = () if name.startswith("reward") else (spec.observation_dim,)
-            self.register_buffer(name, numbers.expand(size).clone())
+        register_statistics(self, spec, statistics, "agent.dynamics.statistics")
 
     @abstractmethod
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
@@ -153,7 +132,7 @@ class TransitionFlow(TransitionModel):
     def __init__(
         self,
         spec: Spec,
-        statistics: Statistics,
+        statistics: StepStatistics,
         hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         solver: Solver = Solver(),  # noqa: B008 (frozen)
@@ -221,7 +200,7 @@ class TransitionGaussian(TransitionModel):
     def __init__(
         self,
         spec: Spec,
-        statistics: Statistics,
+        statistics: StepStatistics,
         hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         log_std_range: Interval = (-5.0, 1.0),

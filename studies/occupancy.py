@@ -1,0 +1,176 @@
+"""How near an occupancy flow comes to occupancies and values that are known in closed form, by objective and horizon.
+
+    python studies/occupancy.py [updates]      # 4000, unless said otherwise: an hour on one core
+
+Two systems with walls: a line, along which an action moves one state left or right with a chance of 0.8, under a
+policy that goes right in 0.6 of all steps; and a square grid on which the four neighbours are equally likely, whatever
+the action. In the last state the task ends; elsewhere a step costs 1. Of every pair of a state and an action so many
+futures are drawn and counted at the nearest state, apart by whether the task had ended. What is printed for each
+horizon `1 / (1 - gamma)`: their total variation from the truth, averaged over the pairs, beside that of as many draws
+from the truth itself; the correlation of the distilled values with the true ones, and their root mean square error as a
+share of the horizon.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from deflow.flow.ode import Solver
+from deflow.modules.occupancy_flow import Objective, OccupancyFlow
+from deflow.types import Batch, Spec
+
+HORIZONS = (5, 20, 100)
+FUTURES = 500  # drawn of each pair
+RIGHT = 0.6  # the policy's share of steps with an action above 0
+
+
+class System(NamedTuple):
+    """States and what follows from them."""
+
+    positions: Tensor  # (states, dim), in [-1, 1]
+    steps: Tensor  # (actions, states, states), chances of the next state, for an action below 0 and one above
+
+    @classmethod
+    def line(cls, states: int = 9) -> System:
+        number = torch.arange(states)
+        steps = torch.zeros(2, states, states)
+        for action, move in enumerate((-1, 1)):
+            steps[action, number, (number + move).clamp(0, states - 1)] += 0.8
+            steps[action, number, number] += 0.2
+        return cls(torch.linspace(-1, 1, states)[:, None], steps)
+
+    @classmethod
+    def grid(cls, side: int = 5) -> System:
+        along = torch.arange(side)
+        x, y = (axis.flatten() for axis in torch.meshgrid(along, along, indexing="ij"))
+        step = torch.zeros(side**2, side**2)
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            after = (x + dx).clamp(0, side - 1) * side + (y + dy).clamp(0, side - 1)
+            step[torch.arange(side**2), after] += 0.25
+        return cls(torch.stack([x, y], 1) * 2 / (side - 1) - 1, step.expand(2, -1, -1))
+
+    @property
+    def goes_on(self) -> Tensor:
+        """Of each state, whether a step from it does not end the task: shape (states,), 0 or 1."""
+        return (torch.arange(len(self.positions)) < len(self.positions) - 1).float()
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """Steps from states that are equally likely, and the policy's actions after them."""
+        states = torch.randint(len(self.positions), (size,), generator=generator)
+        actions, next_actions = torch.rand(2, size, generator=generator) * 2 - 1
+        actions = torch.where(actions > 0, 1.0, -1.0)
+        after = torch.multinomial(self.steps[(actions > 0).long(), states], 1, generator=generator).squeeze(1)
+        going_right = torch.where(next_actions < 2 * RIGHT - 1, 1.0, -1.0)[:, None]
+        goes_on = self.goes_on[states]
+        batch = Batch(
+            *(self.positions[states], actions[:, None], -goes_on, goes_on, self.positions[after]), going_right
+        )
+        return batch, going_right
+
+    def occupancy(self, discount: float) -> Tensor:
+        """Chances of a state ahead, shape (actions, states, 2 * states): where the task had ended, then where not."""
+        on = self.goes_on[:, None]
+        at_once = torch.cat([(1 - on) * self.steps, (1 - discount) * on * self.steps], dim=-1)
+        return self._with_what_follows(at_once, discount)
+
+    def values(self, discount: float) -> Tensor:
+        """Of the policy, shape (actions, states)."""
+        return self._with_what_follows(-self.goes_on.expand(2, -1)[..., None], discount).squeeze(-1)
+
+    def _with_what_follows(self, at_once: Tensor, discount: float) -> Tensor:
+        """Solve Bellman's equation of the policy for what a pair has at once, shape (actions, states, ...)."""
+        onward = discount * self.goes_on[:, None] * self.steps
+        of_policy = torch.linalg.solve(torch.eye(len(self.positions)) - _under_policy(onward), _under_policy(at_once))
+        return at_once + onward @ of_policy
+
+    def counted(self, states: Tensor, goes_on: Tensor) -> Tensor:
+        """Shares of futures, shape (..., futures, dim) and (..., futures), as `occupancy` has them."""
+        nearest = torch.cdist(states, self.positions).argmin(-1) + len(self.positions) * goes_on.long()
+        return torch.nn.functional.one_hot(nearest, 2 * len(self.positions)).float().mean(-2)
+
+
+SYSTEMS = {"line": System.line, "grid": System.grid}
+
+
+def _under_policy(of_actions: Tensor) -> Tensor:
+    return (1 - RIGHT) * of_actions[0] + RIGHT * of_actions[1]
+
+
+def total_variation(one: Tensor, other: Tensor) -> Tensor:
+    """Of distributions along the last axis."""
+    return (one - other).abs().sum(-1) / 2
+
+
+def trained(system: System, discount: float, updates: int, lr: float = 1e-3, **settings: Any) -> OccupancyFlow:
+    """An occupancy flow that learned from so many batches of 256 steps."""
+    torch.manual_seed(0)
+    dim = system.positions.shape[1]
+    spread = system.positions.std(0, correction=0).tolist()
+    statistics: Any = {
+        "observation_mean": [0.0] * dim,
+        "observation_std": spread,
+        "reward_centre": -0.5,
+        "reward_scale": 0.5,
+    }
+    settings = {
+        "hidden": (64, 64, 64),
+        "activation": "silu",
+        "tau": 0.02,
+        "samples": 1,
+        "solver": Solver(steps=10),
+    } | settings
+    critic = OccupancyFlow(Spec(dim, 1), statistics, discount, **settings)
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=lr)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    for _ in range(updates):
+        batch, next_actions = system.batch(256, generator)
+        loss, _ = critic.loss(batch, next_actions, torch.rand(256, critic.levels, generator=generator))
+        optimizer.zero_grad()
+        loss.backward()
+        for online, target, tau in critic.target_pairs():
+            target.data.lerp_(online.data, tau)
+        optimizer.step()
+        decay.step()
+    return critic
+
+
+def measured(system: System, critic: OccupancyFlow) -> dict[str, float]:
+    """Distances from the truth, see above."""
+    generator = torch.Generator().manual_seed(2)
+    truth, values = system.occupancy(critic.discount), system.values(critic.discount)
+    states = system.positions.repeat(2, 1)
+    actions = torch.tensor([-1.0, 1.0]).repeat_interleave(len(system.positions))[:, None]
+    z = torch.randn(len(states) * FUTURES, critic.point_dim, generator=generator)
+    drawn = critic.sample(states.repeat_interleave(FUTURES, 0), actions.repeat_interleave(FUTURES, 0), z)
+    shares = system.counted(drawn.observations.unflatten(0, (-1, FUTURES)), drawn.continues.unflatten(0, (-1, FUTURES)))
+    flat = truth.flatten(0, 1)
+    by_chance = torch.multinomial(flat, FUTURES, replacement=True, generator=generator)
+    of_truth = torch.nn.functional.one_hot(by_chance, flat.shape[1]).float().mean(1)
+    found = critic.values(states, actions).detach().mean(0)
+    return {
+        "total variation": total_variation(shares, flat).mean().item(),
+        "of the truth": total_variation(of_truth, flat).mean().item(),
+        "correlation": torch.corrcoef(torch.stack([found, values.flatten()]))[0, 1].item(),
+        "error": ((found - values.flatten()).square().mean().sqrt() * (1 - critic.discount)).item(),
+    }
+
+
+if __name__ == "__main__":
+    updates = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
+    torch.set_num_threads(1)
+    heads = ["system", "objective", "horizon", "total variation", "of the truth", "correlation", "error"]
+    print(f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", sep="\n")
+    for name, make in SYSTEMS.items():
+        for objective in get_args(Objective):
+            for horizon in HORIZONS:
+                system = make()
+                found = measured(system, trained(system, 1 - 1 / horizon, updates, objective=objective))
+                print(
+                    f"| {name} | {objective} | {horizon} | {' | '.join(f'{value:.3f}' for value in found.values())} |",
+                    flush=True,
+                )
