@@ -126,6 +126,7 @@ def train(agent: Agent, recorded: bool, batches: Sequence[Batch], **stage: Any) 
         "agent=fql",
         "agent=fql agent/critic=floq agent.critic.value_range=[-1,0]",
         "agent=fql agent/critic=occupancy",
+        "agent=deflow agent/dynamics=gaussian agent.dynamics.expansion=1 agent.refiner.objective=unrolled",
         "agent=ifql",
         "agent=fawac",
         "agent=flow_bc",

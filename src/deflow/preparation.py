@@ -58,6 +58,9 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         data.source.meet_environment(data.source.spec())
     decide(config, data.transitions)
     agents, learner = build_agents(config, data.source)
+    model = agents[0].transition_model
+    if model is not None and model.within is not None and data.validation is None:
+        raise UserError("agent.dynamics.within needs validation trajectories, on which the model's errors are measured")
     if config.seeds > 1 and config.trainer.accelerator == "cpu":
         log.info(
             "seeds=%d gains little on a CPU: a process a seed, one thread each, is faster (%s)", config.seeds, BESIDE
@@ -125,6 +128,12 @@ def _try_stages(config: DictConfig, source: Source) -> None:
         learner.begin_stage(name, first_step=0, **of_learning(stage))
         if learner.traits.trains_jointly and not all(learner.trains(part) for part in learner.parts):
             raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: {WHOLE_STAGES}")
+        model = agents[0].transition_model
+        if model is not None and model.within is not None and learner.trains("dynamics") and learner.trains("critic"):
+            raise UserError(
+                f"agent.dynamics.within is measured before a stage, and in '{name}' the model trains: give it a stage "
+                "of its own, and freeze it in the others (docs/transitions.md)"
+            )
         if stage.get("environment") is not None and not source.has_env:
             raise UserError(f"stage '{name}' plays in the environment, and these data have none")
 

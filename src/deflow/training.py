@@ -13,6 +13,7 @@ from lightning import Callback, Trainer
 from omegaconf import DictConfig
 
 from deflow import distributed, signals
+from deflow.agents.actor_critic import ActorCritic
 from deflow.callbacks import (
     FINAL,
     LAST,
@@ -30,6 +31,7 @@ from deflow.config import plain
 from deflow.data.memory.proposals import ProposalCache
 from deflow.distributed import is_main_process
 from deflow.errors import NonFiniteLossError, UserError
+from deflow.evaluation.open_loop import steps_within
 from deflow.evaluation.rollout import save_episodes
 from deflow.evaluation.statistics import summarise
 from deflow.online import OnlineStream
@@ -88,6 +90,7 @@ def _load_stage(run: Run, name: str, stage: DictConfig, final: Path, first_step:
 def _train_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:
     """Train one stage, from its newest checkpoint if the run goes on in it."""
     run.learner.begin_stage(name, first_step=first_step, **of_learning(stage))
+    _limit_imagined_steps(run, checkpoints / LAST)
     online = _online(run, name, stage)
     clock = StageClock()
     between_updates = _between_updates(run, name, stage, checkpoints, clock)
@@ -109,6 +112,30 @@ def _train_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, firs
     if online is not None:
         online.collector.close()
     run.learner.keep_moments({"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]})
+
+
+def _limit_imagined_steps(run: Run, last: Path) -> None:
+    """Let agents take as many steps in their models as these are right for, if there is a limit and the models rest."""
+    agents = [agent for agent in run.agents if isinstance(agent, ActorCritic) and agent.bounded]
+    if not agents:
+        return
+    if run.resume and last.exists():  # of a run that began with a checkpoint, this has the weights
+        run.learner.load_state_dict(load_checkpoint(last, TO_RESUME)["state_dict"])
+    asked, held_out = max(agents[0].asked_steps), run.data.validation
+    assert held_out is not None
+    measured = [steps_within(agent.dynamics, held_out, asked, run.config.seed) for agent in agents]
+    allowed = min(steps for steps, _ in measured)
+    shown = ", ".join(f"{max(errors):.3g}" for errors in zip(*(errors for _, errors in measured), strict=True))
+    log.info(
+        "imagined steps: %d of the %d asked for; the model's errors after each are %s standard deviations, of which "
+        "agent.dynamics.within=%g are allowed",
+        allowed,
+        asked,
+        shown,
+        agents[0].dynamics.within,
+    )
+    for agent in agents:
+        agent.allowed_steps = allowed
 
 
 def _between_updates(run: Run, name: str, stage: DictConfig, checkpoints: Path, clock: StageClock) -> BetweenUpdates:

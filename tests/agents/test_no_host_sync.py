@@ -35,6 +35,7 @@ class NoWaiting(TorchDispatchMode):
         "agent=fql",
         "agent=fql agent/critic=floq",
         "agent=fql agent/critic=occupancy",
+        "agent=deflow agent/dynamics=gaussian agent.dynamics.expansion=1 agent.refiner.objective=unrolled",
         "agent=fql agent/dynamics=flow agent.dynamics.one_step=true",
         "agent=ifql",
         "agent=fawac",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deflow.data.memory.transitions import Transitions
-from deflow.evaluation.open_loop import draw_transitions, measure_transitions
+from deflow.evaluation.open_loop import draw_transitions, measure_transitions, steps_within
 from deflow.modules.statistics import StepStatistics
 from deflow.modules.transition_flow import Outcome, TransitionModel
 from deflow.types import Batch, Metrics, Spec
@@ -29,16 +29,19 @@ STATISTICS: StepStatistics = {
 class Walk(TransitionModel):
     """Knows that each step adds the action, with noise of a given deviation, and gives no reward."""
 
-    def __init__(self, noise: float) -> None:
-        super().__init__(Spec(1, 1), STATISTICS)
+    def __init__(self, noise: float, within: float | None = None) -> None:
+        super().__init__(Spec(1, 1), STATISTICS, within=within)
         self.noise = noise
 
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
         raise NotImplementedError
 
+    def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+        nothing = torch.zeros(len(z), 1)
+        return torch.cat([actions + self.noise * z[:, :1], nothing, nothing + 1], dim=-1)
+
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
-        nothing = torch.zeros(len(z))
-        return Outcome(observations + actions + self.noise * z[:, :1], nothing, nothing + 1)
+        return self._outcome(observations, self(observations, actions, z))
 
 
 def walks(lengths: list[int], noise: float) -> Transitions:
@@ -98,3 +101,16 @@ def test_the_picture_with_and_without_validation(tmp_path: Path, caplog: pytest.
         assert (tmp_path / "transitions.png").stat().st_size > 5_000
     assert set(found) == {"spread"}
     assert "no validation data" in caplog.text
+
+
+@pytest.mark.parametrize("within,allowed", [(0.21, 0), (0.33, 1), (0.44, 2), (9.0, 5)])
+def test_steps_within_a_limit(within: float, allowed: int) -> None:
+    # Errors are of two independent walks: 0.2 * sqrt(2 n) standard deviations of the state after n steps.
+    steps, errors = steps_within(Walk(0.4, within), walks([200] * 4, noise=0.4), most=5, seed=0)
+    assert steps == allowed
+    assert errors == pytest.approx([0.2 * np.sqrt(2 * n) for n in range(1, 6)], rel=0.25)
+
+
+def test_steps_are_no_more_than_the_trajectories_have() -> None:
+    steps, errors = steps_within(Walk(0.0, within=0.1), walks([3] * 4, noise=0.0), most=5, seed=0)
+    assert (steps, errors) == (3, pytest.approx([0.0] * 3, abs=1e-6))

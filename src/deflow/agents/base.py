@@ -91,6 +91,7 @@ class Agent(LightningModule, ABC):
         self._seed = seed
         self._generator: torch.Generator | None = None
         self.compiled = False  # whether the losses are
+        self.stacked = False  # whether they are computed together with other seeds', see `SeedStack`
         # If given, does all of an update by itself, and Lightning only keeps count.
         self.whole_update: Callable[..., list[Loss]] | None = None
         self._refuse_unknown("agent.every", every)

@@ -100,11 +100,20 @@ class DeFlow(ActorCritic):
         with torch.no_grad():
             next_actions = self.refiner.refine(batch.next_observations, next_base_actions)
         if self.trains("critic"):
-            yield "critic", *self.critic.loss(batch, next_actions, noise.levels)
+            longer, last_actions = self.expanded(batch, next_actions, noise, self._refined)
+            yield "critic", *self.critic.loss(longer, last_actions, noise.levels)
 
         # Refiner: pathwise through Q into the residual, never into the flow or the critic.
         if self.trains("refiner"):
-            yield "refiner", *self.refiner.loss(batch, base_actions, next_actions, self.critic.frozen_values)
+            ahead = self.critic.frozen_values, self.imagination(noise), self.behavior_flow.propose
+            yield "refiner", *self.refiner.loss(batch, base_actions, next_actions, *ahead)
+
+    def _refined(self, observations: Tensor, z: Tensor) -> Tensor:
+        return self.refiner.refine(observations, self.behavior_flow.propose(observations, z))
+
+    @property
+    def policy_steps(self) -> int:
+        return self.refiner.imagined_steps
 
     def _proposals(self, batch: Batch, noise: FlowNoise) -> tuple[Tensor, Tensor]:
         """Proposals at `s` and `s'`: the cached ones of a frozen flow, else both in one solve."""

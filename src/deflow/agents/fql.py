@@ -59,7 +59,7 @@ class FQL(ActorCritic):
         super().__init__(spec, parts, optimizer, seed, dynamics=dynamics)
 
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> FlowNoise:
-        return FlowNoise.draw(batch, generator, self.critic.levels, self.critic.next_draws, self.outcome_dim)
+        return self.flow_noise(batch, generator, self.critic.next_draws)
 
     def losses(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         yield from self.dynamics_loss(batch, noise)
@@ -72,12 +72,18 @@ class FQL(ActorCritic):
         if self.trains("critic"):
             with torch.no_grad():
                 next_actions = self.actor.act(batch.next_observations, noise.z_next)
-            yield "critic", *self.critic.loss(batch, next_actions, noise.levels)
+            longer, next_actions = self.expanded(batch, next_actions, noise, self.actor.act)
+            yield "critic", *self.critic.loss(longer, next_actions, noise.levels)
 
         # Actor: distilled from the flow at the same noise, pathwise through Q.
         if self.trains("actor"):
             proposals = self.behavior_flow.propose(batch.observations, noise.z)
-            yield "actor", *self.actor.loss(batch.observations, noise.z, proposals, self.critic.frozen_values)
+            ahead = self.critic.frozen_values, self.imagination(noise), self.behavior_flow.propose
+            yield "actor", *self.actor.loss(batch.observations, noise.z, proposals, *ahead)
+
+    @property
+    def policy_steps(self) -> int:
+        return self.actor.imagined_steps
 
     def propose(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.behavior_flow.propose(observations, z)

@@ -46,6 +46,7 @@ class IFQL(ImplicitQ):
     """
 
     behavior_flow: BehaviorFlow
+    expands = False
 
     def __init__(
         self,

@@ -40,6 +40,8 @@ class SeedStack(Agent):
         super().__init__(first.spec, parts, first._make_optimizer, first._seed, first.every)
         self.traits, self.headline, self.drifts = first.traits, first.headline, first.drifts
         self._stacked: dict[str, Tensor] = {}
+        for agent in agents:
+            agent.stacked = True
         self._of_first = (_Losses(first),)  # in a tuple, as it is no part either
 
     @property

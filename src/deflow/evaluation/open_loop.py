@@ -61,6 +61,34 @@ def measure_transitions(
     return found | {"spread": _spread(model, training if held_out is None else held_out, generator)}
 
 
+@torch.no_grad()
+def steps_within(model: TransitionModel, held_out: Transitions, most: int, seed: int) -> tuple[int, list[float]]:
+    """How many imagined steps stay within what `model.within` allows, and the errors of each number of steps.
+
+    Args:
+        model: with such a limit.
+        held_out: trajectories that it was not trained on.
+        most: steps that are asked for.
+        seed: of the choice of trajectories and of the noise.
+
+    Returns:
+        The most steps of which none has an error above the limit, from 0 to `most`, and the errors of 1, 2, ... steps,
+        as far as the longest trajectory reaches.
+    """
+    assert model.within is not None
+    ends = held_out.last_rows[held_out.starts]
+    most = min(most, int((ends - held_out.starts).max()))
+    generator = torch_generator(model.device, seed, "imagined steps")
+    rows = _choose(held_out.starts[ends - held_out.starts >= most], STARTS, generator)
+    states, errors = _states(model, held_out, rows), []
+    for step in range(most):
+        actions = held_out.decisions(rows + step).to(model.device)
+        states = model.imagine(states, actions, _noise(model, len(states), generator)).observations
+        errors.append(_error(model, states - _states(model, held_out, rows + step + 1)))
+    allowed = next((step for step, error in enumerate(errors) if not error <= model.within), most)
+    return allowed, errors
+
+
 def _open_loop(model: TransitionModel, held_out: Transitions, generator: torch.Generator) -> dict[str, Any]:
     ends = held_out.last_rows[held_out.starts]
     trajectory_lengths = (ends - held_out.first_rows[held_out.starts])[held_out.starts + 1 == ends]

@@ -16,7 +16,7 @@ from deflow.types import Metrics
 class Refinement(NamedTuple):
     """A batch of refined actions and what they came from; each of shape (batch, action_dim)."""
 
-    residual: Tensor  # what the refiner added to the proposal
+    residual: Tensor  # what the refiner added to the proposal; of imagined steps too, as (steps, batch, action_dim)
     actions: Tensor  # the refined actions, clipped
     data_actions: Tensor  # the data's actions at the same states
     next_actions: Tensor  # the policy's actions at s', without gradient
@@ -45,7 +45,8 @@ class Constraint(nn.Module):
     .. math:: L(\phi) = sg[\lambda]\, C, \qquad L(\lambda) = -\log\lambda \, (sg[C] - d)
 
     The second loss raises :math:`\lambda` while the constraint is violated and lowers it otherwise. With one limit a
-    dimension, each dimension has a multiplier of its own and the first loss is the mean of their penalties.
+    dimension, each dimension has a multiplier of its own and the first loss is the mean of their penalties. Over
+    several steps the constraint is one of the step in which `C` is largest, and so of all of them.
     Source: DeFlow (arXiv 2601.10471) for the trust region.
 
     Args:
@@ -75,8 +76,10 @@ class Constraint(nn.Module):
 
     def loss(self, refinement: Refinement) -> tuple[Tensor, Tensor, Metrics]:
         """The penalty, the multiplier's loss (0 if it is fixed) and the metrics, all scalar."""
-        squares = self.quantity(refinement).square().mean(0)
-        cost = squares.mean() if self.limit.ndim == 0 else squares
+        squares = self.quantity(refinement).square().mean(-2)
+        cost = squares.mean(-1) if self.limit.ndim == 0 else squares
+        if squares.ndim > 1:
+            cost = cost.amax(0)
         multiplier = self.log_multiplier.detach().exp()
         penalty = (multiplier * cost).mean()
         violation = cost.detach() - self.limit

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from deflow.modules.critic import value_scale
+from deflow.modules.imagination import Decision, Imagination
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
-from deflow.ranges import Activation, Positive, Widths
+from deflow.ranges import Activation, Count, Positive, Widths
 from deflow.types import Metrics, Spec
 
 
@@ -30,6 +33,11 @@ class OneStepActor(LightningModule):
         encoder: settings of the image encoder, see `Impala`; not read for states.
         alpha: weight of the distillation, > 0; the papers tune it for each task.
         normalize_q: divide the value term by the batch mean of its absolute value.
+        objective: `value` (the paper's), or `unrolled`, which climbs the rewards of steps that the policy takes in a
+            model of the environment and the value of where they end, and is distilled in every state on the way:
+            :math:`E[\sum_{h < H} \gamma^h \hat r_h + \gamma^H \bar Q(\hat s_H, a_H)]`, with a gradient through the
+            model and all of the policy's actions (SVG, arXiv 1510.09142).
+        steps: `H` of `unrolled`.
     """
 
     def __init__(
@@ -40,14 +48,23 @@ class OneStepActor(LightningModule):
         encoder: Mapping[str, Any] | None = None,
         alpha: Positive = 10.0,
         normalize_q: bool = False,
+        objective: Literal["value", "unrolled"] = "value",
+        steps: Count = 3,
     ) -> None:
         super().__init__()
         self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
         self.alpha = alpha
         self.normalize_q = normalize_q
+        self.imagined_steps = steps if objective == "unrolled" else 0
 
     def loss(
-        self, observations: Tensor, z: Tensor, proposals: Tensor, values: Callable[[Tensor, Tensor], Tensor]
+        self,
+        observations: Tensor,
+        z: Tensor,
+        proposals: Tensor,
+        values: Callable[[Tensor, Tensor], Tensor],
+        imagination: Imagination | None = None,
+        propose: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Distillation plus value.
 
@@ -55,15 +72,25 @@ class OneStepActor(LightningModule):
             observations: shape (batch, observation_dim).
             z: standard normal noise, shape (batch, action_dim).
             proposals: the flow's actions from the same `z`, shape (batch, action_dim), without gradient.
-            values: `values(s, a)` of shape (members, batch) with a gradient into `a` only.
+            values: `values(s, a)` of shape (members, batch) with a gradient into `s` and `a` only.
+            imagination: steps to take before the value is asked; None: none.
+            propose: the flow's actions of states and noise, without gradient; only imagined steps need it.
         """
         actions = self(observations, z)
 
-        # Distillation.
-        distillation = (actions - proposals).square().mean()
+        # Value, of the actions at hand or of where they lead.
+        if imagination is None:
+            q = values(observations, actions.clamp(-1.0, 1.0)).mean(0)
+            deviations = actions - proposals
+        else:
+            assert propose is not None
+            imagined = imagination.unroll(observations, actions.clamp(-1.0, 1.0), partial(self._decide, propose))
+            last = values(imagined.observations, imagined.actions).mean(0)
+            q = imagined.rewards + imagined.discounts * last
+            deviations = torch.cat([(actions - proposals)[None], imagined.deviations])
 
-        # Value.
-        q = values(observations, actions.clamp(-1.0, 1.0)).mean(0)
+        # Distillation.
+        distillation = deviations.square().mean()
         value_loss = -q.mean()
         if self.normalize_q:
             value_loss = value_loss / value_scale(q)
@@ -75,6 +102,10 @@ class OneStepActor(LightningModule):
             "value_loss": value_loss.detach(),
             "q": q.detach().mean(),
         }
+
+    def _decide(self, propose: Callable[[Tensor, Tensor], Tensor], observations: Tensor, z: Tensor) -> Decision:
+        actions = self(observations, z)
+        return Decision(actions.clamp(-1.0, 1.0), actions - propose(observations, z))
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions before they are clipped, shape (batch, action_dim)."""

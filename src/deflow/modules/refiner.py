@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -13,12 +14,13 @@ from torch.func import grad
 from deflow.errors import UserError
 from deflow.modules.constraints import Constraint, ConstraintSettings, Refinement
 from deflow.modules.critic import advantage_weights, value_scale
+from deflow.modules.imagination import Decision, Imagination, Imagined
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
-from deflow.ranges import Activation, Limit, Positive, Widths
+from deflow.ranges import Activation, Count, Limit, Positive, Widths
 from deflow.types import Batch, Metrics, Spec
 
-Objective = Literal["value", "gradient_step", "demonstration"]
+Objective = Literal["value", "gradient_step", "demonstration", "unrolled"]
 Value = Callable[[Tensor, Tensor], Tensor]  # mean over the ensemble, shape (batch,)
 
 
@@ -33,12 +35,16 @@ class Refiner(LightningModule):
     Source: DeFlow (arXiv 2601.10471). Difference from the released code: a fixed alpha multiplies the penalty
     once (there it does twice).
 
-    Two other objectives may take the first term's place, inside the same constraints:
+    Three other objectives may take the first term's place, inside the same constraints:
 
     - `gradient_step`: :math:`E\|\Delta a - \eta g\|^2 / 2\eta`, a regression to one step uphill from the proposal, with
       :math:`g = \nabla_a \bar Q(s, a_{base}) / sg[E|\bar Q|]`. Its gradient at :math:`\Delta a = 0` is that of `value`.
     - `demonstration`: :math:`E\,w\,\|a_\pi - a\|^2`, a regression to the data's action where it is better than the
       proposal, :math:`w = \min(\exp(\beta(\bar Q(s, a) - \bar Q(s, a_{base}))), 100)`.
+    - `unrolled`: as `value`, of :math:`\sum_{h < H} \gamma^h \hat r_h + \gamma^H \bar Q(\hat s_H, a_H)` in the place of
+      :math:`\bar Q(s, a_\pi)`: rewards of steps that the policy takes in a model of the environment, and the value of
+      where they end, with a gradient through the model and all refined actions (SVG, arXiv 1510.09142). The trust
+      region holds in the step, imagined or not, that is farthest from its proposals.
 
     Args:
         spec: sizes of the task.
@@ -49,10 +55,11 @@ class Refiner(LightningModule):
             action dimension, each with a multiplier of its own.
         lagrange: learn the trust region's multiplier; otherwise it stays at `alpha`.
         alpha: the fixed multiplier when `lagrange` is off, > 0; a learned one starts at `exp(1)`.
-        objective: `value` (the paper's), `gradient_step` or `demonstration`.
+        objective: `value` (the paper's), `gradient_step`, `demonstration` or `unrolled`.
         eta: step of `gradient_step` in action units for a unit of the normalised gradient, > 0.
         beta: inverse temperature of `demonstration`'s weights in units of reward, > 0.
         constraints: further ones, each a mapping with the arguments of `Constraint`.
+        steps: `H` of `unrolled`.
 
     Raises:
         UserError: for an impossible constraint, or two of one kind.
@@ -71,13 +78,16 @@ class Refiner(LightningModule):
         eta: Positive = 0.1,
         beta: Positive = 3.0,
         constraints: Sequence[ConstraintSettings] = (),
+        steps: Count = 3,
     ) -> None:
         super().__init__()
         objectives = {
             "value": self._value_loss,
             "gradient_step": self._gradient_step_loss,
             "demonstration": self._demonstration_loss,
+            "unrolled": self._value_loss,  # of no steps, if a stage allows none
         }
+        self.imagined_steps = steps if objective == "unrolled" else 0
         self._objective = objectives[objective]
         self.eta, self.beta = eta, beta
         self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
@@ -101,6 +111,8 @@ class Refiner(LightningModule):
         base_actions: Tensor,
         next_actions: Tensor,
         values: Callable[[Tensor, Tensor], Tensor],
+        imagination: Imagination | None = None,
+        propose: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Metrics]:
         """The refinement loss plus the multipliers'.
 
@@ -108,13 +120,24 @@ class Refiner(LightningModule):
             batch: transitions.
             base_actions: proposals, shape (batch, action_dim), in [-1, 1].
             next_actions: the policy's actions at `s'`, shape (batch, action_dim), without gradient.
-            values: `values(s, a)` of shape (members, batch) with a gradient into `a` only.
+            values: `values(s, a)` of shape (members, batch) with a gradient into `s` and `a` only.
+            imagination: steps to take before the value is asked; None: none.
+            propose: proposals of states and noise, without gradient; only imagined steps need it.
         """
         residual = self.residual(batch.observations, base_actions)
         actions = (base_actions + residual).clamp(-1.0, 1.0)
 
         # What the residual is for.
-        loss, metrics = self._objective(batch, base_actions, actions, lambda s, a: values(s, a).mean(0))
+        def value(observations: Tensor, actions: Tensor) -> Tensor:
+            return values(observations, actions).mean(0)
+
+        if imagination is None:
+            loss, metrics = self._objective(batch, base_actions, actions, value)
+        else:
+            assert propose is not None
+            imagined = imagination.unroll(batch.observations, actions, partial(self._decide, propose))
+            loss, metrics = self._unrolled_loss(imagined, value)
+            residual = torch.cat([residual[None], imagined.deviations])
 
         # Trust region and whatever else is constrained.
         refinement = Refinement(residual, actions, batch.actions, next_actions)
@@ -126,6 +149,12 @@ class Refiner(LightningModule):
 
     def _value_loss(self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value) -> tuple[Tensor, Metrics]:
         q = value(batch.observations, actions)
+        loss = -q.mean() / value_scale(q)
+        return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
+
+    @staticmethod
+    def _unrolled_loss(imagined: Imagined, value: Value) -> tuple[Tensor, Metrics]:
+        q = imagined.rewards + imagined.discounts * value(imagined.observations, imagined.actions)
         loss = -q.mean() / value_scale(q)
         return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
 
@@ -150,6 +179,11 @@ class Refiner(LightningModule):
             weight = advantage_weights(advantage, self.beta)
         loss = (weight * (actions - batch.actions).square().mean(-1)).mean()
         return loss, {"regression": loss.detach(), "weight": weight.mean(), "q": q.mean()}
+
+    def _decide(self, propose: Callable[[Tensor, Tensor], Tensor], observations: Tensor, z: Tensor) -> Decision:
+        base_actions = propose(observations, z)
+        residual = self.residual(observations, base_actions)
+        return Decision((base_actions + residual).clamp(-1.0, 1.0), residual)
 
     def residual(self, observations: Tensor, base_actions: Tensor) -> Tensor:
         """The residual `da`, shape (batch, action_dim)."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor
+from torch.func import functional_call
 
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
@@ -19,7 +20,7 @@ from deflow.modules.statistics import StepStatistics, register_statistics
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
 from deflow.nets.vector_field import VectorField
-from deflow.ranges import Activation, Interval, Widths
+from deflow.ranges import Activation, Discount, Interval, Natural, Positive, Widths
 from deflow.types import Batch, Metrics, Spec
 
 
@@ -41,6 +42,12 @@ class TransitionModel(LightningModule, ABC):
     Args:
         spec: sizes of the task.
         statistics: of the data.
+        discount: gamma of the imagined steps, in [0, 1).
+        expansion: steps that the critic's target takes in the model before it bootstraps (model-based value expansion,
+            arXiv 1803.00101).
+        within: standard deviations of the state by which the model may be wrong, in open loop, at the last imagined
+            step, > 0: a stage in which the model rests begins by finding out how many steps that allows. None: as many
+            as are asked for.
 
     Raises:
         UserError: for images, action chunks, or statistics of another number of dimensions.
@@ -53,7 +60,14 @@ class TransitionModel(LightningModule, ABC):
     reward_centre: Tensor
     reward_scale: Tensor
 
-    def __init__(self, spec: Spec, statistics: StepStatistics) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        statistics: StepStatistics,
+        discount: Discount = 0.99,
+        expansion: Natural = 0,
+        within: Positive | None = None,
+    ) -> None:
         super().__init__()
         if spec.image is not None:
             raise UserError("agent.dynamics models states, not images: leave it out with agent/dynamics=null")
@@ -61,6 +75,7 @@ class TransitionModel(LightningModule, ABC):
             raise UserError(f"agent.dynamics models single steps, not chunks of agent.horizon={spec.horizon} actions")
         self.spec, self.outcome_dim = spec, spec.observation_dim + 2
         register_statistics(self, spec, statistics, "agent.dynamics.statistics")
+        self.discount, self.expansion, self.within = discount, expansion, within
 
     @abstractmethod
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
@@ -71,6 +86,20 @@ class TransitionModel(LightningModule, ABC):
             x_0: standard normal noise, shape (batch, outcome_dim).
             times: in [0, 1], shape (batch, 1).
         """
+
+    @abstractmethod
+    def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+        """The outcomes `x`, in the quickest way there is, with a gradient; the arguments are those of `sample`."""
+
+    def imagine(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
+        """Outcomes with a gradient into states and actions, but none into the model's own parameters.
+
+        Rewards are kept in the range of the data's. The arguments are those of `sample`.
+        """
+        frozen = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        outcome = self._outcome(observations, functional_call(self, frozen, (observations, actions, z)))
+        low, high = self.reward_centre - self.reward_scale, self.reward_centre + self.reward_scale
+        return outcome._replace(rewards=outcome.rewards.clamp(low, high))
 
     @abstractmethod
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
@@ -123,7 +152,9 @@ class TransitionFlow(TransitionModel):
         hidden: widths of the hidden layers, of both networks.
         activation: see `activate`.
         solver: of the ODE.
-        one_step: train the one-step copy beside the flow, for which each update solves the ODE.
+        one_step: train the one-step copy beside the flow, for which each update solves the ODE; what is imagined
+            comes from it.
+        discount, expansion, within: of imagined steps, see `TransitionModel`.
 
     Raises:
         UserError: as `TransitionModel`.
@@ -137,8 +168,11 @@ class TransitionFlow(TransitionModel):
         activation: Activation = "gelu",
         solver: Solver = Solver(),  # noqa: B008 (frozen)
         one_step: bool = False,
+        discount: Discount = 0.99,
+        expansion: Natural = 0,
+        within: Positive | None = None,
     ) -> None:
-        super().__init__(spec, statistics)
+        super().__init__(spec, statistics, discount, expansion, within)
         encoder = make_encoder(_of_inputs(spec), activation, None)
         self.field = VectorField(encoder, self.outcome_dim, hidden, activation)
         self.one_step = MLP(encoder, self.outcome_dim, hidden, self.outcome_dim, activation) if one_step else None
@@ -150,7 +184,9 @@ class TransitionFlow(TransitionModel):
         matching = (self.field(inputs, x_t, times) - velocity).square().mean()
         if self.one_step is None:
             return matching, {"loss": matching.detach()}
-        distillation = (self.one_step(inputs, x_0) - self._solve(inputs, x_0)).square().mean()
+        with torch.no_grad():
+            outcomes = self._walk(inputs, x_0)
+        distillation = (self.one_step(inputs, x_0) - outcomes).square().mean()
         loss = matching + distillation
         return loss, {
             "loss": loss.detach(),
@@ -158,9 +194,13 @@ class TransitionFlow(TransitionModel):
             "distillation": distillation.detach(),
         }
 
+    def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+        inputs = self._inputs(observations, actions)
+        return self._walk(inputs, z) if self.one_step is None else self.one_step(inputs, z)
+
     @torch.no_grad()
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
-        return self._outcome(observations, self._solve(self._inputs(observations, actions), z))
+        return self._outcome(observations, self._walk(self._inputs(observations, actions), z))
 
     @torch.no_grad()
     def sample_at_once(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
@@ -176,9 +216,9 @@ class TransitionFlow(TransitionModel):
     def samplers(self) -> dict[str, Callable[[Tensor, Tensor, Tensor], Outcome]]:
         return super().samplers() | ({} if self.one_step is None else {"one_step": self.sample_at_once})
 
-    def _solve(self, inputs: Tensor, z: Tensor) -> Tensor:
-        r"""The flow's outcome :math:`\mu_\xi(s, a, z)`, without gradient."""
-        return self.solver.sample(lambda t, x: self.field(inputs, x, t.expand(len(x), 1)), z)
+    def _walk(self, inputs: Tensor, z: Tensor) -> Tensor:
+        r"""The flow's outcome :math:`\mu_\xi(s, a, z)`."""
+        return self.solver.walk(lambda t, x: self.field(inputs, x, t.expand(len(x), 1)), z)
 
 
 class TransitionGaussian(TransitionModel):
@@ -192,6 +232,7 @@ class TransitionGaussian(TransitionModel):
         hidden: widths of the hidden layers.
         activation: see `activate`.
         log_std_range: lowest and highest logarithm of the standard deviation of an outcome, approached smoothly.
+        discount, expansion, within: of imagined steps, see `TransitionModel`.
 
     Raises:
         UserError: as `TransitionModel`, or if the lowest logarithm is not below the highest.
@@ -204,8 +245,11 @@ class TransitionGaussian(TransitionModel):
         hidden: Widths = (512, 512, 512, 512),
         activation: Activation = "gelu",
         log_std_range: Interval = (-5.0, 1.0),
+        discount: Discount = 0.99,
+        expansion: Natural = 0,
+        within: Positive | None = None,
     ) -> None:
-        super().__init__(spec, statistics)
+        super().__init__(spec, statistics, discount, expansion, within)
         if not log_std_range[0] < log_std_range[1]:
             raise UserError(f"agent.dynamics.log_std_range must be [lowest, highest], got {list(log_std_range)}")
         self.net = MLP(make_encoder(_of_inputs(spec), activation, None), 0, hidden, 2 * self.outcome_dim, activation)
@@ -226,10 +270,13 @@ class TransitionGaussian(TransitionModel):
         """The mean outcome; the arguments are those of `sample`."""
         return self._outcome(observations, self._moments(observations, actions)[0])
 
+    def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+        mean, log_std = self._moments(observations, actions)
+        return mean + log_std.exp() * z
+
     @torch.no_grad()
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
-        mean, log_std = self._moments(observations, actions)
-        return self._outcome(observations, mean + log_std.exp() * z)
+        return self._outcome(observations, self(observations, actions, z))
 
     def _moments(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Means and logarithms of the standard deviations of `x`, each of shape (batch, outcome_dim)."""

@@ -1,0 +1,75 @@
+"""Imagination: what a policy would do and earn in a model of the environment's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deflow.modules.transition_flow import TransitionModel
+
+
+class Decision(NamedTuple):
+    """A policy's action in a state, and how far that is from what it may do."""
+
+    actions: Tensor  # (batch, action_dim), in [-1, 1]
+    deviations: Tensor  # (batch, action_dim), from the proposal: what a policy is held to
+
+
+class Imagined(NamedTuple):
+    """Steps of a policy in the model, each number of shape (batch, ...)."""
+
+    rewards: Tensor  # (batch,), the discounted sum of them
+    discounts: Tensor  # (batch,), of the value of where they end: 0 where the task ended on the way
+    observations: Tensor  # (batch, observation_dim), where they end
+    actions: Tensor  # (batch, action_dim), the policy's there
+    deviations: Tensor  # (steps, batch, action_dim), of the decisions after each step
+
+
+class Imagination(NamedTuple):
+    """A model, and the random numbers of so many steps in it.
+
+    Args:
+        model: of the environment's steps; no gradient reaches its parameters.
+        z: the policy's noise after each step, shape (batch, steps, action_dim).
+        outcomes: the model's noise, shape (batch, steps, outcome_dim).
+        forgetful: whether a step that has a gradient is computed anew by the backward pass, so that memory does not
+            grow by what the networks compute, only by the states; `vmap` cannot do so.
+    """
+
+    model: TransitionModel
+    z: Tensor
+    outcomes: Tensor
+    forgetful: bool = True
+
+    def unroll(self, observations: Tensor, actions: Tensor, decide: Callable[[Tensor, Tensor], Decision]) -> Imagined:
+        """Take these actions, then the policy's, with a gradient through all of it if one is asked for.
+
+        Whether the task goes on has no gradient.
+
+        Args:
+            observations: where it begins, shape (batch, observation_dim).
+            actions: the first, shape (batch, action_dim).
+            decide: the policy, of states and `z`.
+        """
+
+        def step(observations: Tensor, actions: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            outcome = self.model.imagine(observations, actions, noise)
+            return (*outcome, *decide(outcome.observations, z))
+
+        rewards, discounts = torch.zeros_like(actions[:, 0]), torch.ones_like(actions[:, 0])
+        deviations: list[Tensor] = []
+        for z, noise in zip(self.z.unbind(1), self.outcomes.unbind(1), strict=True):
+            arguments = observations, actions, z, noise
+            if self.forgetful and torch.is_grad_enabled():
+                taken: Any = checkpoint(step, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                taken = step(*arguments)
+            observations, earned, goes_on, actions, deviation = taken
+            rewards = rewards + discounts * earned
+            discounts = self.model.discount * discounts * goes_on
+            deviations.append(deviation)
+        return Imagined(rewards, discounts, observations, actions, torch.stack(deviations))

@@ -1,0 +1,340 @@
+"""Imagined steps: the critic's longer target, the unrolled policy's gradient and optimum, and how many there are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deflow.build import build_agent
+from deflow.config import check
+from deflow.errors import UserError
+from deflow.modules.imagination import Decision, Imagination
+from deflow.modules.one_step import OneStepActor
+from deflow.modules.refiner import Refiner
+from deflow.modules.statistics import StepStatistics
+from deflow.modules.transition_flow import Outcome, TransitionFlow, TransitionModel
+from deflow.pipeline import train
+from deflow.types import Batch, Metrics, Spec
+from tests.agents.tester import check_agent, random_batch
+from tests.conftest import compose_config, tiny_config
+
+UNIT: StepStatistics = {
+    "observation_mean": [0.0],
+    "observation_std": [1.0],
+    "change_mean": [0.0],
+    "change_std": [1.0],
+    "reward_centre": -50.0,
+    "reward_scale": 50.0,
+}
+UNROLLED = (
+    ("agent=fql", "agent.actor.objective=unrolled"),
+    ("agent=deflow", "agent.refiner.objective=unrolled"),
+)
+
+
+def make(*overrides: str) -> Any:
+    torch.manual_seed(0)
+    config = compose_config("experiment=cube_single", "networks.hidden=[16,16]", *overrides)
+    return build_agent(config.agent, Spec(5, 3))
+
+
+class Linear(TransitionModel):
+    r"""Knows the system :math:`s' = A s + B a` with the reward :math:`-(s^T Q s + a^T R a)`, which never ends."""
+
+    A, B = torch.tensor([[1.0, 0.2], [0.0, 0.9]]), torch.tensor([[0.0], [0.3]])
+    Q, R = torch.diag(torch.tensor([1.0, 0.1])), torch.tensor([[1.0]])
+
+    def __init__(self, discount: float = 0.9) -> None:
+        super().__init__(Spec(2, 1), UNIT, discount=discount)
+
+    def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
+        raise NotImplementedError
+
+    def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+        changes = observations @ self.A.T + actions @ self.B.T - observations
+        rewards = (self.reward(observations, actions) - self.reward_centre) / self.reward_scale
+        return torch.cat([changes, rewards[:, None], torch.ones_like(rewards)[:, None]], dim=-1)
+
+    def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
+        return self._outcome(observations, self(observations, actions, z))
+
+    def reward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return -((observations @ self.Q) * observations).sum(-1) - ((actions @ self.R) * actions).sum(-1)
+
+    @cached_property
+    def optimum(self) -> tuple[Tensor, Tensor]:
+        """The gain `K` of the optimal `a = -K s`, and `P` of its values `-s^T P s`, by iterating Riccati's equation."""
+        P = self.Q
+        for _ in range(500):
+            K = self.discount * torch.linalg.solve(
+                self.R + self.discount * self.B.T @ P @ self.B, self.B.T @ P @ self.A
+            )
+            P = self.Q + self.discount * self.A.T @ P @ (self.A - self.B @ K)
+        return K, P
+
+    def values(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """The optimal action values, of one member."""
+        _, P = self.optimum
+        after = observations @ self.A.T + actions @ self.B.T
+        return (self.reward(observations, actions) - self.discount * ((after @ P) * after).sum(-1))[None]
+
+
+def nothing(observations: Tensor, actions: Tensor) -> Tensor:
+    return (0.0 * actions[:, 0])[None]
+
+
+def imagination(model: TransitionModel, size: int, steps: int, generator: torch.Generator | None = None) -> Imagination:
+    draws = (torch.randn(size, steps, n, generator=generator) for n in (model.spec.action_dim, model.outcome_dim))
+    return Imagination(model, *draws)
+
+
+def states(size: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(size, 2, generator=generator) * 2 - 1
+
+
+# The optimum of a linear system with quadratic costs.
+
+
+@pytest.mark.parametrize("steps,discount,knows_values", [(1, 0.9, True), (3, 0.9, True), (10, 0.7, False)])
+def test_the_policy_finds_the_optimal_gain(steps: int, discount: float, knows_values: bool) -> None:
+    model, generator = Linear(discount), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    actor = OneStepActor(Spec(2, 1), (32, 32), "silu", alpha=1e-6, objective="unrolled", steps=steps)
+    assert actor.imagined_steps == steps
+    optimizer = torch.optim.Adam(actor.parameters(), lr=1e-2)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 250)
+    values: Callable[[Tensor, Tensor], Tensor] = model.values if knows_values else nothing
+    for _ in range(250):
+        observations, z = states(64, generator), torch.randn(64, 1, generator=generator)
+        imagined = imagination(model, 64, steps, generator)
+        loss, _ = actor.loss(observations, z, torch.zeros(64, 1), values, imagined, lambda s, z: torch.zeros_like(z))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    observations = 0.8 * states(200, generator)
+    optimal = -observations @ model.optimum[0].T
+    assert optimal.abs().max() < 1
+    error = actor.act(observations, torch.randn(200, 1, generator=generator)) - optimal
+    assert error.square().mean().sqrt() < 0.05
+
+
+def test_the_trust_region_holds_in_every_imagined_step() -> None:
+    model, generator = Linear(), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    refiner = Refiner(Spec(2, 1), (32, 32), "silu", trust_region=0.01, objective="unrolled", steps=3)
+    optimizer = torch.optim.Adam(refiner.parameters(), lr=1e-2)
+    still = torch.zeros(64, 1)
+    for _ in range(400):
+        observations = states(64, generator)
+        batch = Batch(observations, still, still[:, 0], still[:, 0], observations, still)
+        ahead = model.values, imagination(model, 64, 3, generator), lambda s, z: torch.zeros_like(z)
+        loss, metrics = refiner.loss(batch, still, still, *ahead)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    imagined = imagination(model, 512, 3, generator)
+    observations, base = states(512, generator), torch.zeros(512, 1)
+
+    def decide(states: Tensor, z: Tensor) -> Decision:
+        residual = refiner.residual(states, base)
+        return Decision(residual.clamp(-1.0, 1.0), residual)
+
+    first = refiner.residual(observations, base)
+    costs = [first, *imagined.unroll(observations, first.clamp(-1.0, 1.0), decide).deviations]
+    of_steps = [cost.square().mean().item() for cost in costs]
+    assert max(of_steps) == pytest.approx(0.01, rel=0.3)
+    assert float(metrics["trust_region/multiplier"]) > 0.1
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+def test_gradients_against_finite_differences(one_step: bool) -> None:
+    torch.manual_seed(0)
+    model = TransitionFlow(Spec(2, 1), UNIT, (8,), "silu", one_step=one_step, discount=0.9).double()
+    actor = OneStepActor(Spec(2, 1), (8,), "silu", alpha=0.3, objective="unrolled").double()
+    observations, z = torch.randn(4, 2).double(), torch.randn(4, 1).double()
+    imagined = Imagination(model, torch.randn(4, 3, 1).double(), torch.randn(4, 3, model.outcome_dim).double())
+
+    def loss() -> Tensor:
+        last = lambda s, a: (s.square().sum(-1) - a[:, 0])[None]  # noqa: E731
+        return actor.loss(observations, z, 0.1 * z, last, imagined, lambda s, z: 0.1 * z)[0]
+
+    loss().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    step = 1e-6
+    for parameter in actor.parameters():
+        assert parameter.grad is not None
+        flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
+        for index in range(0, len(flat), 3):
+            before = flat[index].item()
+            ends = []
+            for end in (before + step, before - step):
+                flat[index] = end
+                ends.append(loss().item())
+            flat[index] = before
+            assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(gradient[index].item(), rel=1e-4, abs=1e-7)
+
+
+def test_memory_grows_by_states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+
+    def kept_by(steps: int) -> int:
+        torch.manual_seed(0)
+        model = TransitionFlow(Spec(2, 1), UNIT, (256, 256), "silu")
+        actor = OneStepActor(Spec(2, 1), (8,), "silu", objective="unrolled", steps=steps)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            z = torch.zeros(64, 1)
+            ahead = nothing, imagination(model, 64, steps), lambda s, z: z
+            actor.loss(torch.zeros(64, 2), z, z, *ahead)
+        return sum(kept)
+
+    assert (kept_by(8) - kept_by(2)) / 6 < 64 * 256  # of a single hidden layer; a step has 20 of them
+
+
+# The critic's target.
+
+
+def test_the_target_with_imagined_steps() -> None:
+    agent = make("agent=fql", "agent/dynamics=gaussian", "agent.dynamics.expansion=2")
+    model, batch = agent.dynamics, random_batch(agent)
+    noise = agent.noise(batch, "test")
+    assert noise.imagined.shape == (16, 2, 3 + model.outcome_dim)
+    with torch.no_grad():
+        next_actions = agent.actor.act(batch.next_observations, noise.z_next)
+        longer, last_actions = agent.expanded(batch, next_actions, noise, agent.actor.act)
+        rewards, discounts, at, actions = batch.rewards, batch.discounts, batch.next_observations, next_actions
+        for step in range(2):
+            z, outcome_noise = noise.imagined[:, step].split([3, model.outcome_dim], -1)
+            outcome = model.imagine(at, actions, outcome_noise)
+            rewards = rewards + discounts * outcome.rewards
+            discounts = discounts * 0.99 * outcome.continues
+            at, actions = outcome.observations, agent.actor.act(outcome.observations, z)
+    torch.testing.assert_close(longer.rewards, rewards)
+    torch.testing.assert_close(longer.discounts, discounts)
+    torch.testing.assert_close(longer.next_observations, at)
+    torch.testing.assert_close(last_actions, actions)
+    assert longer.observations is batch.observations
+    assert (longer.discounts[batch.discounts == 0] == 0).all()
+    expected = agent.critic.loss(longer, last_actions, noise.levels)[0]
+    losses = {part: loss for part, loss, _ in agent.losses(batch, noise)}
+    assert torch.equal(losses["critic"], expected)
+
+
+def test_imagined_rewards_stay_in_the_range_of_the_data() -> None:
+    model = Linear()
+    far = torch.full((1, 2), 100.0)
+    assert model.imagine(far, far[:, :1], torch.zeros(1, 4)).rewards.item() == -100.0
+    assert model.sample(far, far[:, :1], torch.zeros(1, 4)).rewards.item() < -1000.0
+
+
+@pytest.mark.parametrize("agent", ["deflow", "fql", "fawac", "fbrac"])
+def test_shared_checks_of_value_expansion(agent: str) -> None:
+    check_agent(make(f"agent={agent}", "agent/dynamics=flow", "agent.dynamics.expansion=2"))
+
+
+@pytest.mark.parametrize("model", ["flow", "gaussian", "flow agent.dynamics.one_step=true"])
+@pytest.mark.parametrize("overrides", UNROLLED)
+def test_shared_checks_of_unrolled_policies(overrides: tuple[str, ...], model: str) -> None:
+    check_agent(make(*overrides, *f"agent/dynamics={model}".split(), "agent.dynamics.expansion=1"))
+
+
+@pytest.mark.parametrize("agent", ["deflow", "fql"])
+def test_no_steps_are_as_without_a_model(agent: str) -> None:
+    without = make(f"agent={agent}")
+    part = "refiner" if agent == "deflow" else "actor"
+    allowed = make(f"agent={agent}", "agent/dynamics=flow", f"agent.{part}.objective=unrolled")
+    allowed.allowed_steps = 0
+    batch = random_batch(without)
+    losses, of_none = (
+        {name: loss for name, loss, _ in one.losses(batch, one.noise(batch, "test"))} for one in (without, allowed)
+    )
+    for name, loss in losses.items():
+        assert torch.equal(loss, of_none[name]), name
+
+
+# Settings and stages.
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize("overrides", UNROLLED)
+def test_a_model_first_and_steps_within_its_errors(
+    overrides: tuple[str, ...], point_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(
+        point_data,
+        "experiment=pointmaze",
+        *overrides,
+        "agent/dynamics=gaussian",
+        "agent.dynamics.within=1000",
+        "+stages.model={train: [dynamics], steps: 4, evaluate: false}",
+        "stages.joint.train=all",
+        "+stages.joint.freeze=[dynamics]",
+    )
+    config.stages = {"model": config.stages.model, "joint": config.stages.joint}
+    with caplog.at_level(logging.INFO):
+        summary = train(config, tmp_path)
+    assert "imagined steps: 3 of the 3 asked for" in caplog.text
+    assert summary["evaluations"] >= 1
+    assert np.isfinite(summary["dynamics"]["error"]["sample"]["1"])
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (("agent=fql", "agent.actor.objective=unrolled"), "add agent/dynamics=flow"),
+        (("agent=deflow", "agent.refiner.objective=unrolled"), "add agent/dynamics=flow"),
+        (("agent=ifql", "agent/dynamics=flow", "agent.dynamics.expansion=1"), "IFQL has none"),
+        (("agent=fql", "agent/dynamics=flow", "agent.dynamics.expansion=1", "agent/critic=floq"), "one target"),
+        (("agent=fql", "agent/dynamics=flow", "agent.dynamics.expansion=1", "agent/critic=occupancy"), "one target"),
+    ],
+)
+def test_what_does_not_fit_together(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(*overrides)
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("agent.dynamics.expansion=-1", "agent.dynamics.expansion must be a whole number of at least 0"),
+        ("agent.dynamics.within=0", "agent.dynamics.within must be"),
+        ("agent.actor.steps=0", "agent.actor.steps must be a whole number of at least 1"),
+        ("agent.actor.objective=values", "value or unrolled"),
+        ("agent.dynamics.discount=0.5", "agent.dynamics.discount=0.5"),
+    ],
+)
+def test_settings(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(compose_config("experiment=pointmaze", "agent=fql", "agent/dynamics=flow", override))
+
+
+def test_a_limit_needs_a_model_at_rest(point_data: Path, tmp_path: Path) -> None:
+    limited = ("agent=fql", "agent/dynamics=flow", "agent.dynamics.within=0.1")
+    with pytest.raises(UserError, match="in 'joint' the model trains"):
+        train(tiny_config(point_data, "experiment=pointmaze", *limited), tmp_path)
+
+
+def test_a_limit_needs_validation(point_data: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    columns = {
+        "observations": rng.normal(size=(60, 2)),
+        "actions": rng.uniform(-1, 1, (60, 2)),
+        "rewards": np.zeros(60),
+    }
+    np.savez(tmp_path / "alone.npz", **columns, terminals=np.arange(60) == 59)
+    limited = ("agent=fql", "agent/dynamics=flow", "agent.dynamics.within=0.1", "+stages.joint.freeze=[dynamics]")
+    config = tiny_config(point_data, "task=custom", f"data.source.path={tmp_path / 'alone.npz'}", *limited)
+    with pytest.raises(UserError, match="needs validation trajectories"):
+        train(config, tmp_path / "run")
