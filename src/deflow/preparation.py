@@ -131,8 +131,8 @@ def _try_stages(config: DictConfig, source: Source) -> None:
         model = agents[0].transition_model
         if model is not None and model.within is not None and learner.trains("dynamics") and learner.trains("critic"):
             raise UserError(
-                f"agent.dynamics.within is measured before a stage, and in '{name}' the model trains: give it a stage "
-                "of its own, and freeze it in the others (docs/transitions.md)"
+                f"agent.dynamics.within is measured before a stage, and in '{name}' the model trains with the rest: "
+                "use stages=model_first, or freeze it there"
             )
         if stage.get("environment") is not None and not source.has_env:
             raise UserError(f"stage '{name}' plays in the environment, and these data have none")

@@ -278,11 +278,8 @@ def test_a_model_first_and_steps_within_its_errors(
         *overrides,
         "agent/dynamics=gaussian",
         "agent.dynamics.within=1000",
-        "+stages.model={train: [dynamics], steps: 4, evaluate: false}",
-        "stages.joint.train=all",
-        "+stages.joint.freeze=[dynamics]",
+        "stages=model_first",
     )
-    config.stages = {"model": config.stages.model, "joint": config.stages.joint}
     with caplog.at_level(logging.INFO):
         summary = train(config, tmp_path)
     assert "imagined steps: 3 of the 3 asked for" in caplog.text
