@@ -16,7 +16,7 @@ from deflow.config import plain
 from deflow.data.measures.iav import intrinsic_action_variance
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
-from deflow.modules.statistics import StateStatistics, StepStatistics
+from deflow.modules.statistics import PathStatistics, StateStatistics, StepStatistics
 from deflow.settings import AUTO, STAND_IN, check_component
 from deflow.types import Spec
 
@@ -50,6 +50,8 @@ def decide(config: DictConfig, transitions: Transitions) -> bool:
     undecided = _undecided(config.agent)
     if "trust_region" in undecided:
         _decide_trust_region(config, transitions)
+    if "path" in undecided:
+        config.agent.path = path_statistics(transitions, config.agent.get("horizon", 1))
     if "critic.value_range" in undecided:
         _decide_value_range(config, transitions)
     if "critic.statistics" in undecided:
@@ -110,6 +112,18 @@ def step_statistics(transitions: Transitions) -> StepStatistics:
         **state_statistics(transitions),
         "change_mean": changes.mean(0).tolist(),
         "change_std": _deviation(changes).tolist(),
+    }
+
+
+def path_statistics(transitions: Transitions, horizon: int) -> PathStatistics:
+    """What standardises the states after each of so many steps, in the units that the agent learns from."""
+    starts = transitions.chunk_starts(horizon)
+    rows = starts[:: -(-len(starts) // MOST_MEASURED)]
+    here = transitions.observations(rows).double()
+    changes = [transitions.observations(rows + step).double() - here for step in range(1, horizon + 1)]
+    return {
+        "mean": [number for change in changes for number in change.mean(0).tolist()],
+        "std": [number for change in changes for number in _deviation(change).tolist()],
     }
 
 

@@ -54,6 +54,10 @@ class AnyPolicy(ABC):
             noise: of each row, see `draw_noise`, shape (batch, *noise_shape).
         """
 
+    def foresee(self, observations: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """A `Foresight` of `plan`, given the same arguments, in the networks' units; None if it expects nothing."""
+        return None
+
     def deciding(self) -> AbstractContextManager[None]:
         """A context for many decisions, in which what each of them would set up is set up once."""
         return nullcontext()
@@ -180,6 +184,13 @@ class Policy(AnyPolicy):
         seen = torch.from_numpy(self._as_taken(self.units.observed(observations))).to(device)
         actions = self.actions(seen, torch.from_numpy(noise).to(device))
         return self.units.executed(actions.float().cpu().numpy().reshape(len(observations), self.spec.horizon, -1))
+
+    @torch.no_grad()
+    def foresee(self, observations: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        device = self.agent.device
+        seen = torch.from_numpy(self._as_taken(self.units.observed(observations))).to(device)
+        foresight = self.agent.foresee(seen, torch.from_numpy(noise).to(device))
+        return None if foresight is None else (foresight.states.cpu().numpy(), foresight.scale.cpu().numpy())
 
     @torch.no_grad()
     def actions(self, observations: Tensor, z: Tensor) -> Tensor:

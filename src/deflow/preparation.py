@@ -67,6 +67,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         )
     if learner.traits.reads_returns:
         data.add_returns()
+    if learner.traits.reads_path:
+        data.add_path()
     if config.ckpt is not None and not (resume and is_in_last_stage(config, folder)):
         task = None if config.ckpt_of_any_task else data.source.task
         load_weights(learner, config.ckpt, task, data.transitions.units)
@@ -134,6 +136,8 @@ def _try_stages(config: DictConfig, source: Source) -> None:
                 f"agent.dynamics.within is measured before a stage, and in '{name}' the model trains with the rest: "
                 "use stages=model_first, or freeze it there"
             )
+        if stage.get("environment") is not None and learner.traits.reads_path:
+            raise UserError(f"agent.path is learned from data alone, and stage '{name}' plays: leave it at null")
         if stage.get("environment") is not None and not source.has_env:
             raise UserError(f"stage '{name}' plays in the environment, and these data have none")
 

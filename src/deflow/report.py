@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 # The papers report the mean over the last three evaluations.
 LAST_EVALUATIONS = 3
-EVALUATED = ("success", "score", "return", "length")
+EVALUATED = ("success", "score", "return", "length", "path_error")
+LOWER_IS_BETTER = ("length", "path_error")
 
 
 def summarise_run(
@@ -61,7 +62,7 @@ def summarise_run(
             summary[f"eval/{key}"] = {
                 "last": values[-1],
                 "mean_of_last_three": float(np.mean(values[-LAST_EVALUATIONS:])),
-                "best": min(values) if key == "length" else max(values),
+                "best": min(values) if key in LOWER_IS_BETTER else max(values),
                 "last_interval_95": [evaluations[-1][f"eval/{key}_low"], evaluations[-1][f"eval/{key}_high"]],
                 "last_of_stage": _last_of_stages(evaluations, key, summary["stages"]),
             }

@@ -52,6 +52,7 @@ AUTO = "auto"  # in the place of a setting that the data (or the machine) decide
 OF_STATES = {"observation_mean": [0.0], "observation_std": [1.0], "reward_centre": 0.0, "reward_scale": 1.0}
 STAND_IN: dict[str, Any] = {
     "trust_region": 1.0,
+    "path": {"mean": [0.0], "std": [1.0]},
     "critic.value_range": [-1.0, 0.0],
     "critic.statistics": OF_STATES,
     "dynamics.statistics": OF_STATES | {"change_mean": [0.0], "change_std": [1.0]},

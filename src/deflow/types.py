@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s
     next_base_actions: Tensor | None = None  # (batch, action_dim): a cached proposal at s'
     returns: Tensor | None = None  # (batch,): the discounted return that the data earned from s on
+    path: Tensor | None = None  # (batch, horizon, observation_dim): the states after each of the chunk's actions
 
 
 class Drawn(NamedTuple):
@@ -58,6 +59,14 @@ class Lookahead(NamedTuple):
     discount: float  # gamma, of one step
     steps: int = 1  # of reward before the bootstrap: those of n-step returns, or the chunk's
     horizon: int = 1  # actions decided at once; above 1 it equals `steps`
+    path: bool = False  # whether a batch has the states on the way
+
+
+class Foresight(NamedTuple):
+    """The states that a plan expects, after each of its actions, and how much so many steps change in the data."""
+
+    states: Tensor  # (batch, horizon, observation_dim)
+    scale: Tensor  # (horizon, observation_dim), standard deviations
 
 
 def stack(several: Sequence[Columns]) -> Columns:
@@ -69,18 +78,25 @@ def stack(several: Sequence[Columns]) -> Columns:
 class Spec(NamedTuple):
     """Sizes of a task's observations and actions: all that networks need to know of it.
 
-    With action chunks an action of the policy is `horizon` of the environment's, one after the other.
+    With action chunks an action of the policy is `horizon` of the environment's, one after the other. A generator of
+    whole trajectories gives more than actions.
     """
 
     observation_dim: int  # numbers in an observation
     action_dim: int  # of the whole chunk
     horizon: int = 1  # actions decided at once and executed without looking
     image: tuple[int, int, int, int] | None = None  # frames, height, width and channels, if images are observed
+    path_dim: int = 0  # of the states on the way, which are generated beside the actions
 
     @property
     def observation_shape(self) -> tuple[int, ...]:
         """Of one observation."""
         return (self.observation_dim,) if self.image is None else tuple(self.image)
+
+    @property
+    def plan_dim(self) -> int:
+        """Numbers that are generated at once: the actions, and what is beside them."""
+        return self.action_dim + self.path_dim
 
     @classmethod
     def of_list(cls, values: Sequence[Any]) -> Spec:

@@ -55,6 +55,7 @@ def train(agent: Agent, batches: list[Any], train: Any, freeze: tuple[str, ...])
         "agent=fql",
         "agent=fql agent/critic=floq agent.critic.value_range=[-1,0]",
         "agent=fql agent/critic=occupancy",
+        "agent=fql agent.horizon=2 agent.path={mean:[0.0],std:[2.0]}",
         "agent=deflow agent/dynamics=gaussian agent.dynamics.expansion=1 agent.refiner.objective=unrolled",
         "agent=ifql",
         "agent=fawac",

@@ -35,7 +35,9 @@ def random_batch(agent: Agent, size: int = 16, seed: int = 0) -> Batch:
     discounts = 0.99 * (torch.arange(size) % 4 != 0)
     rewards, returns = torch.randn(2, size, generator=generator)
     next_actions = torch.rand(size, agent.spec.action_dim, generator=generator) * 2 - 1
-    return Batch(observations, actions, rewards, discounts, next_observations, next_actions, returns=returns)
+    path = torch.randn(size, agent.spec.horizon, agent.spec.observation_dim, generator=generator)
+    batch = Batch(observations, actions, rewards, discounts, next_observations, next_actions, returns=returns)
+    return batch._replace(path=path if agent.traits.reads_path else None)
 
 
 def loss_of(agent: Agent, part: str, batch: Batch, noise: Any) -> Loss:

@@ -250,9 +250,9 @@ def test_a_batch_is_put_together_where_the_data_lie() -> None:
     states = {"observations": rng.normal(size=(rows, 4)), **columns, "valids": valids}
     frames = {"observations": rng.integers(0, 256, (rows, 9, 9, 3), dtype=np.uint8), **columns, "valids": valids}
     for arrays, span, crop in (
-        (states, Lookahead(0.9, 3), 0.0),
-        (states, Lookahead(0.9, 2, 2), 0.0),
-        (frames, Lookahead(0.9), 1.0),
+        (states, Lookahead(0.9, 3, path=True), 0.0),
+        (states, Lookahead(0.9, 2, 2, path=True), 0.0),
+        (frames, Lookahead(0.9, path=True), 1.0),
     ):
         data = Transitions.from_compact(arrays, "test", frames=2).with_returns(0.9)
         proposals = ProposalCache(torch.zeros(rows, 4, 2, dtype=torch.half))

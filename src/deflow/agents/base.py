@@ -23,7 +23,7 @@ from deflow.flow.ode import ADAPTIVE, Solver
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.transition_flow import TransitionModel
 from deflow.seeding import fold_seed
-from deflow.types import Batch, Block, Drawn, Metrics, Spec
+from deflow.types import Batch, Block, Drawn, Foresight, Metrics, Spec
 
 Loss = tuple[str, Tensor, Metrics]
 
@@ -42,6 +42,7 @@ class Traits(NamedTuple):
     """What the rest of the house must know of an algorithm before it trains."""
 
     reads_returns: bool = False  # whether the losses read `Batch.returns`
+    reads_path: bool = False  # whether the losses read `Batch.path`
     trains_jointly: bool = False  # whether policy and values only make sense when they train in the same stage
     differentiates_flow: bool = False  # whether the losses have a gradient through the flow's solution
 
@@ -131,6 +132,10 @@ class Agent(LightningModule, ABC):
 
     def propose(self, observations: Tensor, z: Tensor) -> Tensor | None:
         """What `act` improves on, from the same arguments and of the same shape; None if there is no such thing."""
+        return None
+
+    def foresee(self, observations: Tensor, z: Tensor) -> Foresight | None:
+        """The states that `act` expects, given the same arguments; None for an agent that expects none."""
         return None
 
     def action_values(self, observations: Tensor, actions: Tensor) -> Tensor | None:

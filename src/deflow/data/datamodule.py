@@ -293,6 +293,10 @@ class OfflineDataModule(LightningDataModule):
         if self.validation is not None:
             self.validation = self.validation.with_returns(self.span.discount)
 
+    def add_path(self) -> None:
+        """Let batches hold the `path` of their states."""
+        self.span = self.span._replace(path=True)
+
     def begin_stage(
         self,
         name: str,

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 class Episode:
     """What an episode came to.
 
-    `success` is None where the environment does not say, see `SuccessRule`; `path` holds the agent's x, y in a maze.
+    `success` is None where the environment does not say, see `SuccessRule`; `path` holds the agent's x, y in a maze;
+    `path_error` is of a policy that expects states: the root mean square of how far those that were reached are from
+    them, in standard deviations of what so many steps change in the data.
     """
 
     index: int
@@ -37,6 +39,7 @@ class Episode:
     episode_return: float = 0.0
     length: int = 0
     path: list[tuple[float, float]] = field(default_factory=list)
+    path_error: float | None = None
 
 
 def save_episodes(episodes: Sequence[Episode], path: Path) -> None:
@@ -68,6 +71,8 @@ class Seat:
     observation: np.ndarray
     rng: np.random.Generator
     plan: deque[np.ndarray] = field(default_factory=deque)  # actions decided and not yet taken
+    expected: deque[np.ndarray] = field(default_factory=deque)  # the states after them and their scales, (2, dim) each
+    errors: list[float] = field(default_factory=list)  # mean squares, of the episode so far
 
 
 def take_seat(env: gymnasium.Env, seed: int, index: int) -> Seat:
@@ -86,6 +91,19 @@ def decide(policy: AnyPolicy, seats: Sequence[Seat]) -> None:
     observations = np.stack([seat.observation for seat in seats])
     for seat, plan in zip(seats, policy.plan(observations, noise), strict=True):
         seat.plan.extend(plan)
+    foresight = policy.foresee(observations, noise)
+    if foresight is not None:
+        expected, scale = foresight
+        for seat, states in zip(seats, expected, strict=True):
+            seat.expected.extend(np.stack([states, scale], axis=1))
+
+
+def compare(policy: AnyPolicy, seat: Seat) -> None:
+    """Note how far the state that was reached is from the one that was expected, if one was."""
+    if seat.expected:
+        expected, scale = seat.expected.popleft()
+        seat.errors.append(np.square((policy.units.observed(seat.observation) - expected) / scale).mean().item())
+        seat.episode.path_error = float(np.sqrt(np.mean(seat.errors)))
 
 
 class Evaluator:
@@ -146,18 +164,21 @@ class Evaluator:
         with ThreadPoolExecutor(threads) as pool:
             while seats:
                 decide(policy, seats)
-                for seat, over in zip(tuple(seats), self._step_all(seats, pool, threads), strict=True):
+                for seat, over in zip(tuple(seats), self._step_all(policy, seats, pool, threads), strict=True):
                     if over:
                         finished.append(seat.episode)
                         seats.remove(seat)
                         seats.extend(take_seat(seat.env, self.seed, i) for i in [next(waiting, None)] if i is not None)
         return finished
 
-    def _step_all(self, seats: Sequence[Seat], pool: ThreadPoolExecutor, threads: int) -> list[bool]:
+    def _step_all(self, policy: AnyPolicy, seats: Sequence[Seat], pool: ThreadPoolExecutor, threads: int) -> list[bool]:
         """Step every seat, `threads` at the same time; whose episodes are over."""
 
         def step(some: Sequence[Seat]) -> list[bool]:
-            return [self._step(seat, seat.plan.popleft()) for seat in some]
+            over = [self._step(seat, seat.plan.popleft()) for seat in some]
+            for seat in some:
+                compare(policy, seat)
+            return over
 
         share = -(-len(seats) // threads)
         groups = [seats[first : first + share] for first in range(0, len(seats), share)]

@@ -22,9 +22,9 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 
 
 def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None] = lambda _: None) -> dict[str, float]:
-    """Means of success, return and length with the ends of their 95% intervals (`success_low`, `success_high`, ...).
+    """Means of success, return, length and path error with the ends of their 95% intervals (such as `success_low`).
 
-    There is no success if an episode has none, and no score without one for every return.
+    There is no success or path error if an episode has none, and no score without one for every return.
 
     Args:
         episodes: at least one.
@@ -35,6 +35,7 @@ def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None
         "return": [episode.episode_return for episode in episodes],
         "length": [float(episode.length) for episode in episodes],
         "score": [score(episode.episode_return) for episode in episodes],
+        "path_error": [episode.path_error for episode in episodes],
     }
     measured = {name: [value for value in values if value is not None] for name, values in columns.items()}
     measured = {name: values for name, values in measured.items() if len(values) == len(episodes)}

@@ -52,7 +52,8 @@ class OneStepActor(LightningModule):
         steps: Count = 3,
     ) -> None:
         super().__init__()
-        self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
+        self.net = MLP(make_encoder(spec, activation, encoder), spec.plan_dim, hidden, spec.plan_dim, activation)
+        self.spec = spec
         self.alpha = alpha
         self.normalize_q = normalize_q
         self.imagined_steps = steps if objective == "unrolled" else 0
@@ -70,24 +71,25 @@ class OneStepActor(LightningModule):
 
         Args:
             observations: shape (batch, observation_dim).
-            z: standard normal noise, shape (batch, action_dim).
-            proposals: the flow's actions from the same `z`, shape (batch, action_dim), without gradient.
+            z: standard normal noise, shape (batch, plan_dim).
+            proposals: what the flow makes of the same `z`, shape (batch, plan_dim), without gradient.
             values: `values(s, a)` of shape (members, batch) with a gradient into `s` and `a` only.
             imagination: steps to take before the value is asked; None: none.
             propose: the flow's actions of states and noise, without gradient; only imagined steps need it.
         """
-        actions = self(observations, z)
+        plans = self(observations, z)
+        actions = self._actions(plans)
 
         # Value, of the actions at hand or of where they lead.
         if imagination is None:
-            q = values(observations, actions.clamp(-1.0, 1.0)).mean(0)
-            deviations = actions - proposals
+            q = values(observations, actions).mean(0)
+            deviations = plans - proposals
         else:
             assert propose is not None
-            imagined = imagination.unroll(observations, actions.clamp(-1.0, 1.0), partial(self._decide, propose))
+            imagined = imagination.unroll(observations, actions, partial(self._decide, propose))
             last = values(imagined.observations, imagined.actions).mean(0)
             q = imagined.rewards + imagined.discounts * last
-            deviations = torch.cat([(actions - proposals)[None], imagined.deviations])
+            deviations = torch.cat([(plans - proposals)[None], imagined.deviations])
 
         # Distillation.
         distillation = deviations.square().mean()
@@ -108,9 +110,12 @@ class OneStepActor(LightningModule):
         return Decision(actions.clamp(-1.0, 1.0), actions - propose(observations, z))
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
-        """Actions before they are clipped, shape (batch, action_dim)."""
+        """Actions before they are clipped, and what is generated beside them, shape (batch, plan_dim)."""
         return self.net(observations, z)
 
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions in [-1, 1], shape (batch, action_dim)."""
-        return self(observations, z).clamp(-1.0, 1.0)
+        return self._actions(self(observations, z))
+
+    def _actions(self, plans: Tensor) -> Tensor:
+        return plans[..., : self.spec.action_dim].clamp(-1.0, 1.0)

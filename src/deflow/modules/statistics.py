@@ -33,6 +33,16 @@ class StepStatistics(StateStatistics):
     change_std: Sequence[Positive]
 
 
+class PathStatistics(TypedDict):
+    """Of what so many steps change, `s_{t + h} - s_t`, h = 1 to the horizon: (horizon * observation_dim) numbers each.
+
+    They come one step after the other; a single number stands for all.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[Positive]
+
+
 def register_statistics(module: nn.Module, spec: Spec, statistics: Mapping[str, Any], setting: str) -> None:
     """Make each of them a float32 buffer of `module` under its name, of one number a dimension but for the reward's.
 

@@ -202,8 +202,13 @@ class Transitions:
             next_observations=self.observations(next_rows),
             next_actions=self._chunks(next_rows, span.horizon),
             returns=None if self.returns is None else self.returns.index_select(0, rows),
+            path=self._path(rows, span.horizon) if span.path else None,
         )
         return batch, next_rows
+
+    def _path(self, rows: Tensor, steps: int) -> Tensor:
+        """The states after each of so many steps, (batch, steps, observation_dim)."""
+        return torch.stack([self.observations(rows + step) for step in range(1, steps + 1)], dim=1)
 
     def _chunks(self, rows: Tensor, horizon: int) -> Tensor:
         """The actions from `rows` on, (batch, horizon * action_dim); a trajectory's last one is repeated beyond it."""
