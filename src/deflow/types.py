@@ -78,25 +78,18 @@ def stack(several: Sequence[Columns]) -> Columns:
 class Spec(NamedTuple):
     """Sizes of a task's observations and actions: all that networks need to know of it.
 
-    With action chunks an action of the policy is `horizon` of the environment's, one after the other. A generator of
-    whole trajectories gives more than actions.
+    With action chunks an action of the policy is `horizon` of the environment's, one after the other.
     """
 
     observation_dim: int  # numbers in an observation
     action_dim: int  # of the whole chunk
     horizon: int = 1  # actions decided at once and executed without looking
     image: tuple[int, int, int, int] | None = None  # frames, height, width and channels, if images are observed
-    path_dim: int = 0  # of the states on the way, which are generated beside the actions
 
     @property
     def observation_shape(self) -> tuple[int, ...]:
         """Of one observation."""
         return (self.observation_dim,) if self.image is None else tuple(self.image)
-
-    @property
-    def plan_dim(self) -> int:
-        """Numbers that are generated at once: the actions, and what is beside them."""
-        return self.action_dim + self.path_dim
 
     @classmethod
     def of_list(cls, values: Sequence[Any]) -> Spec:

@@ -70,7 +70,8 @@ def test_what_the_flow_learns() -> None:
 
 
 def test_states_are_not_clipped_as_actions_are() -> None:
-    flow = BehaviorFlow(Spec(2, 1, path_dim=2), hidden=(8,))
+    flow = BehaviorFlow(Spec(2, 3), hidden=(8,))
+    flow.action_dim = 1
     proposals = flow.propose(torch.zeros(64, 2), 20 * torch.randn(64, 3))
     assert proposals[:, 0].abs().max() <= 1
     assert proposals[:, 1:].abs().max() > 2

@@ -68,10 +68,11 @@ class FQL(ActorCritic):
         dynamics: MakeDynamics | None = None,
         path: PathStatistics | None = None,
     ) -> None:
-        whole = spec if path is None else spec._replace(path_dim=spec.horizon * spec.observation_dim)
+        self._path_dim = 0 if path is None else spec.horizon * spec.observation_dim
+        whole = spec._replace(action_dim=spec.action_dim + self._path_dim)
         parts = {"behavior_flow": behavior_flow(whole), "critic": critic(spec), "actor": actor(whole)}
         super().__init__(spec, parts, optimizer, seed, dynamics=dynamics)
-        self._whole = whole
+        self.behavior_flow.action_dim = self.actor.action_dim = spec.action_dim
         if path is not None:
             self.traits = self.traits._replace(reads_path=True)
             self._register_path(path)
@@ -107,7 +108,7 @@ class FQL(ActorCritic):
 
     def _planned(self, batch: Batch) -> Batch:
         """The batch with all that is generated in the place of the actions."""
-        if not self._whole.path_dim:
+        if not self._path_dim:
             return batch
         assert batch.path is not None
         changes = batch.path - batch.observations[:, None]
@@ -116,7 +117,7 @@ class FQL(ActorCritic):
         )
 
     def foresee(self, observations: Tensor, z: Tensor) -> Foresight | None:
-        if not self._whole.path_dim:
+        if not self._path_dim:
             return None
         changes = self.actor(observations, z)[:, self.spec.action_dim :].unflatten(1, self.path_std.shape)
         return Foresight(observations[:, None] + self.path_mean + self.path_std * changes, self.path_std)
@@ -129,15 +130,15 @@ class FQL(ActorCritic):
         size = (self.spec.horizon, self.spec.observation_dim)
         for name in ("mean", "std"):
             numbers = torch.tensor(path[name], dtype=torch.float32)
-            if len(numbers) not in (1, self._whole.path_dim):
-                raise UserError(f"agent.path.{name} needs {self._whole.path_dim} numbers, got {len(numbers)}")
-            self.register_buffer(f"path_{name}", numbers.expand(self._whole.path_dim).reshape(size).clone())
+            if len(numbers) not in (1, self._path_dim):
+                raise UserError(f"agent.path.{name} needs {self._path_dim} numbers, got {len(numbers)}")
+            self.register_buffer(f"path_{name}", numbers.expand(self._path_dim).reshape(size).clone())
 
     # Acting.
 
     @property
     def act_noise_shape(self) -> tuple[int, ...]:
-        return (self._whole.plan_dim,)
+        return (self.spec.action_dim + self._path_dim,)
 
     def propose(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.behavior_flow.propose(observations, z)[:, : self.spec.action_dim]

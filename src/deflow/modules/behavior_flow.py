@@ -18,12 +18,11 @@ from deflow.ranges import Activation, Rate, Widths
 from deflow.types import Batch, Metrics, Spec
 
 
-def bounded(plans: Tensor, spec: Spec) -> Tensor:
-    """Plans with their actions clipped to [-1, 1], shape (batch, plan_dim)."""
-    if spec.path_dim == 0:
+def bounded(plans: Tensor, action_dim: int) -> Tensor:
+    """Plans whose first numbers, the actions, are clipped to [-1, 1]."""
+    if plans.shape[-1] == action_dim:
         return plans.clamp(-1.0, 1.0)
-    actions, path = plans.split([spec.action_dim, spec.path_dim], dim=-1)
-    return torch.cat([actions.clamp(-1.0, 1.0), path], dim=-1)
+    return torch.cat([plans[..., :action_dim].clamp(-1.0, 1.0), plans[..., action_dim:]], dim=-1)
 
 
 class BehaviorFlow(LightningModule):
@@ -54,7 +53,8 @@ class BehaviorFlow(LightningModule):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.field = VectorField(make_encoder(spec, activation, encoder), spec.plan_dim, hidden, activation)
+        self.action_dim = spec.action_dim  # fewer, if an agent generates more than actions
+        self.field = VectorField(make_encoder(spec, activation, encoder), spec.action_dim, hidden, activation)
         self.average = Average(self.field, ema)
         self.solver = solver
 
@@ -84,11 +84,11 @@ class BehaviorFlow(LightningModule):
         device, field = z.device.type, self.average.of(self.field)
         features = field.encode(observations)
         if not torch.is_autocast_enabled(device):
-            return bounded(self.solver.sample(self._velocity(field, features), z), self.spec)
+            return bounded(self.solver.sample(self._velocity(field, features), z), self.action_dim)
         # Autocast would convert the same weights at every step of the solver: here they are converted once.
         cast = field.cast(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return bounded(self.solver.sample(self._velocity(cast, features), z), self.spec)
+            return bounded(self.solver.sample(self._velocity(cast, features), z), self.action_dim)
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, average, share)` for the agent's Polyak step."""

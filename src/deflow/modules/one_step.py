@@ -52,8 +52,8 @@ class OneStepActor(LightningModule):
         steps: Count = 3,
     ) -> None:
         super().__init__()
-        self.net = MLP(make_encoder(spec, activation, encoder), spec.plan_dim, hidden, spec.plan_dim, activation)
-        self.spec = spec
+        self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)
+        self.action_dim = spec.action_dim  # fewer, if an agent generates more than actions
         self.alpha = alpha
         self.normalize_q = normalize_q
         self.imagined_steps = steps if objective == "unrolled" else 0
@@ -71,8 +71,8 @@ class OneStepActor(LightningModule):
 
         Args:
             observations: shape (batch, observation_dim).
-            z: standard normal noise, shape (batch, plan_dim).
-            proposals: what the flow makes of the same `z`, shape (batch, plan_dim), without gradient.
+            z: standard normal noise, shape (batch, action_dim), or more.
+            proposals: what the flow makes of the same `z`, shape (batch, action_dim), or more, without gradient.
             values: `values(s, a)` of shape (members, batch) with a gradient into `s` and `a` only.
             imagination: steps to take before the value is asked; None: none.
             propose: the flow's actions of states and noise, without gradient; only imagined steps need it.
@@ -110,7 +110,7 @@ class OneStepActor(LightningModule):
         return Decision(actions.clamp(-1.0, 1.0), actions - propose(observations, z))
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
-        """Actions before they are clipped, and what is generated beside them, shape (batch, plan_dim)."""
+        """Actions before they are clipped, and what is generated beside them, shape (batch, action_dim), or more."""
         return self.net(observations, z)
 
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
@@ -118,4 +118,4 @@ class OneStepActor(LightningModule):
         return self._actions(self(observations, z))
 
     def _actions(self, plans: Tensor) -> Tensor:
-        return plans[..., : self.spec.action_dim].clamp(-1.0, 1.0)
+        return plans[..., : self.action_dim].clamp(-1.0, 1.0)
