@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from deflow.agents.base import Agent, whole
 from deflow.agents.graphed_update import GraphedUpdate, keep_rates_on
 from deflow.agents.seed_stack import SeedStack
-from deflow.benchmark import SPAN, gflop, make_agent, random_transitions, stages_of
+from deflow.benchmark import DISCOUNT, gflop, make_agent, random_stream, random_transitions, span_of, stages_of
 from deflow.config import CONFIG_DIR
 from deflow.data.datamodule import BatchStream, SeedStream, Stream
 from deflow.data.memory.transitions import Transitions
@@ -255,7 +255,8 @@ def subjects_of(
 def several_seeds(config: DictConfig, name: str, spec: Spec) -> Subject:
     agents = [make_agent(config, name, spec) for _ in range(config.seeds)]
     data, numbers = random_transitions(agents[0]).on(DEVICE), range(config.seeds)
-    streams = [BatchStream(data, config.batch_size, 0, config.updates, (seed, "benchmark"), SPAN) for seed in numbers]
+    drawn = span_of(agents[0])
+    streams = [BatchStream(data, config.batch_size, 0, config.updates, (seed, "benchmark"), drawn) for seed in numbers]
     stack = SeedStack(agents).to(DEVICE)
     return stack, SeedStream(streams), partial(stack.begin_stage, "joint", "all", first_step=0)
 
@@ -275,8 +276,10 @@ def pixels(name: str, overrides: Sequence[str]) -> Subject:
         "valids": np.arange(1, IMAGE_ROWS + 1) % 200 != 0,
     }
     data = Transitions.from_compact(arrays, "random images", frames=IMAGE[0])
-    data = (data.with_returns(SPAN.discount) if agent.traits.reads_returns else data).on(DEVICE)
-    stream = BatchStream(data, config.batch_size, 0, config.updates, (0, "pixels"), SPAN, crop_probability=0.5)
+    data = (data.with_returns(DISCOUNT) if agent.traits.reads_returns else data).on(DEVICE)
+    stream = BatchStream(
+        data, config.batch_size, 0, config.updates, (0, "pixels"), span_of(agent), crop_probability=0.5
+    )
     return agent, stream, partial(agent.begin_stage, "joint", "all", first_step=0)
 
 
@@ -291,7 +294,7 @@ def in_jax(config: DictConfig, spec: Spec) -> dict[str, float]:
     state = state_of(agent)
     state["moments"] = optimizer.init(state["parameters"])
     update = make_update(optimizer)
-    data = BatchStream(random_transitions(agent), config.batch_size, 0, FEW, (0, "jax"), SPAN)
+    data = random_stream(agent, config.batch_size, FEW, (0, "jax"))
     batches = [arrays(data.batch(number)) for number in range(FEW)]
     keys = [jax.random.key(number) for number in range(FEW)]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deflow.benchmark import SPAN, benchmark, gflop, random_transitions
+from deflow.benchmark import benchmark, gflop, random_stream
 from deflow.build import build_agent
-from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
 from deflow.timing import bfloat16_gain
 from deflow.types import Spec
@@ -59,9 +58,20 @@ def test_every_precision(tmp_path: Path) -> None:
 def test_the_count_of_products() -> None:
     # A forward pass, and as much again for the gradients of the weights and of the inputs, but for the first inputs.
     agent = build_agent(compose_config("agent=flow_bc", *TINY, config_name="benchmark").agent, Spec(5, 3))
-    stream = BatchStream(random_transitions(agent), 32, 0, 1, (0, "test"), SPAN)
+    stream = random_stream(agent, 32, 1, (0, "test"))
     layers = [9 * 16, 16 * 16, 16 * 3]
     assert gflop(agent, stream) == pytest.approx(2 * 32 * (3 * sum(layers) - layers[0]) / 1e9)
+
+
+@pytest.mark.parametrize("more", [[], ["agent.path={mean: [0.0], std: [1.0]}"]])
+def test_random_batches_are_what_an_agent_reads(more: list[str]) -> None:
+    config = compose_config("agent=fql", "agent.horizon=4", *more, *TINY, config_name="benchmark")
+    agent = build_agent(config.agent, Spec(5, 3))
+    batch = random_stream(agent, 32, 1, (0, "test")).batch(0)
+    assert batch.actions.shape == (32, 12)
+    assert agent.traits.reads_path == (batch.path is not None)
+    for _, loss, _ in agent.losses(batch, agent.noise(batch, "test")):
+        assert loss.isfinite()
 
 
 @pytest.mark.parametrize("override", ["measure=[updates,nonsense]", "precisions=[nonsense]"])

@@ -55,7 +55,7 @@ from deflow.types import Lookahead, Spec
 log = logging.getLogger(__name__)
 
 ROWS, PROPOSALS = 100_000, 8
-SPAN = Lookahead(discount=0.99)
+DISCOUNT = 0.99
 PROFILED_UPDATES, PROFILED_ROWS = 20, 20
 # How float32 products are computed, and whether layers are in bfloat16 altogether.
 PRECISIONS = {"fp32": ("highest", False), "medium": ("medium", False), "bf16": ("highest", True)}
@@ -169,7 +169,7 @@ def stage_loops(config: DictConfig, agent: Agent, stages: Stages) -> dict[tuple[
 def stages_of(config: DictConfig, agent: Agent) -> Stages:
     """What `begin_stage` gets and the batches, of every stage in which the agent can train."""
     transitions = random_transitions(agent).on(agent.device)
-    drawn = transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), SPAN
+    drawn = transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), span_of(agent)
     cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half()).to(agent.device)
     plain_stream, cached_stream = BatchStream(*drawn), BatchStream(*drawn, proposals=cache)
     stages: Stages = {"joint": ({"train": "all"}, plain_stream)}
@@ -184,7 +184,7 @@ def stages_of(config: DictConfig, agent: Agent) -> Stages:
 
 def lightning_overhead(config: DictConfig, agent: Agent) -> dict[str, float]:
     """The joint update in a bare loop and under Lightning's Trainer: same batches, noise, losses and steps."""
-    stream = BatchStream(random_transitions(agent), config.batch_size, 0, config.updates, (config.seed, "bare"), SPAN)
+    stream = random_stream(agent, config.batch_size, config.updates, (config.seed, "bare"))
     loops = {
         "bare": lambda: seconds_of_updates(agent, stream),
         "lightning": lambda: lightning_seconds(agent, stream, config.log_every),
@@ -201,8 +201,7 @@ def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
     """Joint updates/s of an agent as it is and of one whose losses are compiled, and what compiling takes."""
     agents = {kind: make_agent(config, config.agents[0], spec) for kind in ("eager", "compiled")}
     agents["compiled"].compile_losses()
-    transitions = random_transitions(agents["eager"])
-    stream = BatchStream(transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), SPAN)
+    stream = random_stream(agents["eager"], config.batch_size, config.updates, (config.seed, "benchmark"))
     result: dict[str, Any] = {}
     for precision in config.precisions:
         with _precision(precision) as context:
@@ -218,10 +217,10 @@ def compilation(config: DictConfig, spec: Spec) -> dict[str, Any]:
 def several_seeds(config: DictConfig, spec: Spec) -> dict[str, Any]:
     """Joint updates/s of one seed alone and of several in one process, the updates of all counted."""
     agents = [make_agent(config, config.agents[0], spec) for _ in range(1 + config.seeds)]
-    transitions = random_transitions(agents[0])
-    numbers = range(config.seeds)
+    transitions, span = random_transitions(agents[0]), span_of(agents[0])
     streams = [
-        BatchStream(transitions, config.batch_size, 0, config.updates, (seed, "benchmark"), SPAN) for seed in numbers
+        BatchStream(transitions, config.batch_size, 0, config.updates, (seed, "benchmark"), span)
+        for seed in range(config.seeds)
     ]
     competitors: dict[str, tuple[Agent, BatchStream | SeedStream]] = {
         "alone": (agents[0], streams[0]),
@@ -310,8 +309,8 @@ def online(config: DictConfig) -> dict[str, float]:
     spec = ogbench.spec_of(ogbench.make_env(name))
     agent = make_agent(config, config.agents[0], spec)
     data = random_transitions(agent)
-    collector = Collector(lambda: ogbench.make_env(name), agent, 1, SPAN, lambda reward: reward, config.seed)
-    draw = (config.seed, "benchmark"), SPAN
+    collector = Collector(lambda: ogbench.make_env(name), agent, 1, span_of(agent), lambda reward: reward, config.seed)
+    draw = (config.seed, "benchmark"), span_of(agent)
     with tempfile.TemporaryDirectory() as folder:
         ring = Path(folder) / "replay.bin"
         streams = {
@@ -358,18 +357,29 @@ def startup() -> dict[str, float]:
         return {"seconds_to_first_update": json.loads((run / "summary.json").read_text())["seconds_to_first_update"]}
 
 
+def random_stream(agent: Agent, batch_size: int, updates: int, seed: tuple[int | str, ...]) -> BatchStream:
+    """Batches of random numbers, with all that the agent reads."""
+    return BatchStream(random_transitions(agent), batch_size, 0, updates, seed, span_of(agent))
+
+
+def span_of(agent: Agent) -> Lookahead:
+    """Of the agent's transitions: single decisions."""
+    horizon = agent.spec.horizon
+    return Lookahead(DISCOUNT, horizon, horizon, agent.traits.reads_path)
+
+
 def random_transitions(agent: Agent) -> Transitions:
     """Random numbers in place of data, with all that the agent reads of them."""
     arrays = _random_arrays(agent.spec) | {"masks": np.ones(ROWS), "valids": np.ones(ROWS)}
     data = Transitions.from_compact(arrays, "random data")
-    return data.with_returns(SPAN.discount) if agent.traits.reads_returns else data
+    return data.with_returns(DISCOUNT) if agent.traits.reads_returns else data
 
 
 def _random_arrays(spec: Spec) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         "observations": rng.standard_normal((ROWS, spec.observation_dim), dtype=np.float32),
-        "actions": rng.uniform(-1, 1, (ROWS, spec.action_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (ROWS, spec.action_dim // spec.horizon)).astype(np.float32),
         "rewards": -np.ones(ROWS, np.float32),
     }
 
@@ -421,7 +431,7 @@ class _OperationCount(TorchDispatchMode):
 
 def _print_profile(config: DictConfig, agent: Agent) -> None:
     """Where the time of the joint update goes, operation by operation."""
-    stream = BatchStream(random_transitions(agent), config.batch_size, 0, PROFILED_UPDATES, (config.seed, "bare"), SPAN)
+    stream = random_stream(agent, config.batch_size, PROFILED_UPDATES, (config.seed, "bare"))
     for name in config.precisions:
         with _precision(name) as context:
             seconds_of_updates(agent, stream, context)

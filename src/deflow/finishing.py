@@ -16,6 +16,7 @@ from deflow.errors import UserError
 from deflow.evaluation import video
 from deflow.evaluation.diversity import Neighbourhoods, diversity, draw_actions
 from deflow.evaluation.open_loop import draw_transitions, measure_transitions
+from deflow.evaluation.values import measure_values
 from deflow.modules.transition_flow import TransitionModel
 from deflow.policy import evaluation_mode
 from deflow.run import Run
@@ -31,6 +32,8 @@ def finish(run: Run) -> dict[str, Any]:
         return summary
     if run.config.diversity.states and run.agents[0].spec.image is None:  # distances between images say little
         summary["diversity"] = _measure_diversity(run)
+    if (values := _measure_values(run)) is not None:
+        summary["values"] = values
     if (model := run.agents[0].transition_model) is not None:
         summary["dynamics"] = _measure_dynamics(run, model)
     _draw_report(run)
@@ -68,6 +71,14 @@ def _measure_diversity(run: Run) -> dict[str, Any]:
     around = Neighbourhoods.of(run.data.transitions, settings.states, settings.neighbours, policy.spec.horizon, seed)
     draw_actions(policy, around, settings.samples, run.folder / "actions.png", seed)
     return diversity(policy, around, settings.samples, settings.radius, seed)
+
+
+def _measure_values(run: Run) -> dict[str, float | None] | None:
+    """How the values of held-out actions go with what was earned after them, if there are both."""
+    if run.data.validation is None:
+        return None
+    with evaluation_mode(run.agents[0]):
+        return measure_values(run.agents[0], run.data.validation, run.data.span, run.config.seed)
 
 
 def _measure_dynamics(run: Run, model: TransitionModel) -> dict[str, Any]:

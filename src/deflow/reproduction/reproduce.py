@@ -16,11 +16,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from deflow.benchmark import SPAN, random_transitions
+from deflow.benchmark import random_stream
 from deflow.build import build_agent
 from deflow.config import CONFIG_DIR, plain
 from deflow.cores import usable_cores
-from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.reproduction.cluster import Cluster
@@ -204,7 +203,7 @@ def _seconds(config: DictConfig, threads: int) -> float:
     try:
         agent = build_agent(config.agent, TYPICAL)
         agent.begin_stage("timed", "all", first_step=0)
-        stream = BatchStream(random_transitions(agent), config.data.batch_size, 0, TIMED, (0, "timed"), SPAN)
+        stream = random_stream(agent, config.data.batch_size, TIMED, (0, "timed"))
         return [seconds_of_updates(agent, stream) for _ in range(2)][-1] / TIMED
     finally:
         torch.set_num_threads(before)

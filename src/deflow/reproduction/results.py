@@ -45,6 +45,7 @@ class Result:
         updates_per_second: of the last stage.
         seconds: of the whole run.
         folder: of the run.
+        correlation: of its values with what held-out trajectories earned; None where there are no such numbers.
     """
 
     row: str
@@ -63,6 +64,7 @@ class Result:
     updates_per_second: float
     seconds: float
     folder: str
+    correlation: float | None = None
 
 
 def result_of(job: Job) -> Result:
@@ -111,6 +113,7 @@ def _result_of(job: Job) -> Result:
         updates_per_second=speed,
         seconds=summary["seconds"],
         folder=str(job.folder),
+        correlation=(summary.get("values") or {}).get("correlation"),
     )
 
 
