@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from deflow.reproduction import runs
 from deflow.reproduction.layout import layout, names
 from deflow.reproduction.page import page
 from deflow.reproduction.plan import Job, commands, is_technical, plan, refuse_other_settings
-from deflow.reproduction.reproduce import _done, reproduce
+from deflow.reproduction.reproduce import _done, reproduce, updates_of
 from deflow.reproduction.results import read_results, refuse_mixture, result_of, why_not_published, write_results
 from deflow.reproduction.runs import run_all
 from deflow.reproduction.table import cells_of, compare, latex, markdown, summary, tolerance
 from deflow.reproduction.tracking import track
+from deflow.stored import load_config
 from tests.commands import ROOT
 from tests.conftest import compose_config
 from tests.reproduction.runs import write_run
@@ -108,6 +111,16 @@ def test_what_is_typed_survives_a_shell(tmp_path: Path) -> None:
     )
     (command,) = commands([job], threads=1)
     assert shlex.split(command)[2:] == list(job.arguments(threads=1))
+
+
+def test_what_a_run_has_done_is_not_counted_again(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished_run(), tmp_path / "run"))
+    (job, *_), config = jobs_of(tmp_path, "quick", seeds=1), load_config(folder / "config.yaml")
+    job = replace(job, folder=folder)
+    assert updates_of(job, config) == 6
+    assert updates_of(replace(job, folder=tmp_path / "nothing"), config) == 0
+    next(folder.glob("checkpoints/*/final.ckpt")).write_bytes(b"half")
+    assert updates_of(job, config) == 0
 
 
 # Running it.

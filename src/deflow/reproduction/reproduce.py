@@ -31,6 +31,7 @@ from deflow.reproduction.results import Result, read_results, refuse_mixture, re
 from deflow.reproduction.runs import generate_missing, run_all
 from deflow.reproduction.table import Cell, cells_of, compare, latex, markdown, summary
 from deflow.reproduction.tracking import track
+from deflow.resuming import saved_progress
 from deflow.settings import check_settings
 from deflow.timing import seconds_of_updates
 from deflow.types import Spec
@@ -183,7 +184,8 @@ def _show_plan(
             if not on_gpu and job_config.task.get("frames") is None:  # an update of images takes seconds
                 if agent not in speeds:
                     speeds[agent] = _seconds(job_config, threads)
-                hours = left * steps * speeds[agent] / 3600
+                updates_left = sum(steps - updates_of(job, job_config) for job in of_cell if job.state != "done")
+                hours = updates_left * speeds[agent] / 3600
         total += hours
         counts = [str(states.count(state)) for state in ("done", "begun", "missing")]
         table.add_row(row, agent, *counts, updates, f"{hours:.1f}" if hours else "")
@@ -194,6 +196,14 @@ def _show_plan(
     console = Console(stderr=True)
     console.width = max(console.width, PLAN_WIDTH)
     console.print(table)
+
+
+def updates_of(job: Job, config: DictConfig) -> int:
+    """How far a run is that was begun; what cannot be read is said when it is its turn."""
+    try:
+        return saved_progress(config, job.folder).updates
+    except UserError:
+        return 0
 
 
 def _seconds(config: DictConfig, threads: int) -> float:
