@@ -34,6 +34,12 @@ def test_something_else(other: Any, tmp_path: Path) -> None:
         load_checkpoint(saved(other, tmp_path))
 
 
+def test_an_exported_policy_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "policy.onnx").touch()
+    with pytest.raises(UserError, match="is an exported policy, which deflow.load and serve.py read"):
+        load_checkpoint(tmp_path / "policy.onnx")
+
+
 @pytest.mark.parametrize("other", [b"", b"nonsense", b"PK\x03\x04"])
 def test_no_checkpoint_at_all(other: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(other)

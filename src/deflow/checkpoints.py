@@ -13,6 +13,7 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.errors import UserError
+from deflow.exported import SUFFIX as EXPORTED_SUFFIX
 from deflow.sharing.fetching import at_hand
 from deflow.stored import checked, modernised
 from deflow.types import Spec
@@ -61,6 +62,10 @@ def load_checkpoint(
     with at_hand(path, tracking_uri) as file:
         if not file.is_file():
             raise UserError(f"no checkpoint {path}")
+        if file.suffix == EXPORTED_SUFFIX:
+            raise UserError(
+                f"{path} is an exported policy, which deflow.load and serve.py read: give the checkpoint it was made from"
+            )
         try:
             checkpoint = _weights(file) if file.suffix == WEIGHTS else _pickled(file)
         except Exception as error:  # torch raises half a dozen kinds for a file that is not a checkpoint
