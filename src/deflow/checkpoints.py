@@ -64,7 +64,7 @@ def load_checkpoint(
             raise UserError(f"no checkpoint {path}")
         if file.suffix == EXPORTED_SUFFIX:
             raise UserError(
-                f"{path} is an exported policy, which deflow.load and serve.py read: give the checkpoint it was made from"
+                f"{path} is an exported policy, which deflow.load and serve.py read: give the checkpoint behind it"
             )
         try:
             checkpoint = _weights(file) if file.suffix == WEIGHTS else _pickled(file)
