@@ -20,7 +20,7 @@ import deflow
 from deflow import exporting
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
-from deflow.config import plain
+from deflow.config import choices, plain
 from deflow.errors import UserError
 from deflow.evaluation import latency
 from deflow.evaluation.parity import parity
@@ -40,12 +40,17 @@ UNITS = Units(low=(-2.0, 0.0), high=(2.0, 3.0), mean=(100.0, 0.0, -5.0), std=(0.
 IMAGE = Spec(2 * 8 * 8 * 3, 2, image=(2, 8, 8, 3))
 SMALL = ("experiment=pointmaze", "networks.hidden=[8]")
 CHUNKS = ("agent.horizon=2", "agent.best_of_n=2", "solver=midpoint", "solver.steps=1")
-# Flow, refiner and the best of several, as a chunk; diffusion; of images a Gaussian's mean, which reads no noise.
-KINDS: dict[str, tuple[Spec, Units, tuple[str, ...]]] = {
-    "deflow": (Spec(3, 2), UNITS, CHUNKS),
-    "idql": (Spec(3, 2), AS_THEY_ARE, ("agent.behavior.width=4", "agent.behavior.steps=2", "agent.best_of_n=2")),
-    "bc": (IMAGE, AS_THEY_ARE, ("networks.encoder.stacks=[2]", "networks.encoder.features=4")),
+ENCODER = ("networks.encoder.stacks=[2]", "networks.encoder.features=4", "solver.steps=1")
+# What makes the graphs small, of agents whose networks have sizes of their own and of those that choose.
+NARROW = {
+    "idql": ("agent.behavior.width=4", "agent.behavior.blocks=1", "agent.behavior.steps=2", "agent.best_of_n=2"),
+    "ifql": ("agent.best_of_n=2",),
+    "cac": ("agent.actor.hidden=[8]", "agent.best_of_n=2"),
 }
+# Flow, refiner and the best of several, as a chunk; diffusion.
+OF_STATES: dict[str, tuple[Units, tuple[str, ...]]] = {"deflow": (UNITS, CHUNKS), "idql": (AS_THEY_ARE, NARROW["idql"])}
+# Every agent, but for those that are another one with other numbers.
+OF_IMAGES = [name for name in choices("agent") if not name.endswith("_original")]
 
 
 def policy_of(name: str, spec: Spec, units: Units, *overrides: str) -> Policy:
@@ -59,19 +64,34 @@ def about(policy: Policy) -> About:
     return About("Any", "task", {}, {}, policy.spec, policy.units, policy.noise_shape, "0")
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_decision(name: str, tmp_path: Path) -> None:
-    spec, units, overrides = KINDS[name]
-    policy = policy_of(name, spec, units, *overrides)
-    path = tmp_path / "policy.onnx"
+def exported_of(policy: Policy, folder: Path) -> ExportedPolicy:
+    """The policy as a file, which says what the policy says, and decides the same."""
+    path = folder / "policy.onnx"
     path.write_bytes(as_onnx(policy, about(policy)))
     exported = ExportedPolicy(path)
-    assert (exported.spec, exported.units, exported.noise_shape) == (policy.spec, units, policy.noise_shape)
+    assert (exported.spec, exported.units, exported.noise_shape) == (policy.spec, policy.units, policy.noise_shape)
     found = parity(policy, exported, 60)  # 50 at once and 10
     assert found["max_difference"] < ROUNDING
     assert found["beyond_tolerance"] == 0
-    rng = np.random.default_rng(0)
-    seen = rng.integers(256, size=(4, *spec.image), dtype=np.uint8) if spec.image else 100 * rng.normal(size=(4, 3))
+    return exported
+
+
+@pytest.mark.parametrize("name", OF_STATES)
+def test_every_kind_of_decision(name: str, tmp_path: Path) -> None:
+    units, overrides = OF_STATES[name]
+    policy = policy_of(name, Spec(3, 2), units, *overrides)
+    check_acting(policy, exported_of(policy, tmp_path), 100 * np.random.default_rng(0).normal(size=(4, 3)))
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_every_agent_of_images(name: str, tmp_path: Path) -> None:
+    policy = policy_of(name, IMAGE, AS_THEY_ARE, *ENCODER, *NARROW.get(name, ()))
+    exported = exported_of(policy, tmp_path)
+    check_acting(policy, exported, np.random.default_rng(0).integers(256, size=(4, 2, 8, 8, 3), dtype=np.uint8))
+
+
+def check_acting(policy: Policy, exported: ExportedPolicy, seen: np.ndarray) -> None:
+    """With the same seed both act the same, whether asked for one observation or for several."""
     actions = {}
     for one in (policy, exported):
         one.reset(seed=7)

@@ -38,7 +38,8 @@ SIZE, FRAMES, LENGTH = 8, 2, 5  # pixels a side; frames of an observation; trans
 SPEC = Spec(FRAMES * SIZE * SIZE, 3, image=(FRAMES, SIZE, SIZE, 1))
 TINY_ENCODER = ("networks.hidden=[16,16]", "networks.encoder.stacks=[2,2]", "networks.encoder.features=8")
 AGENTS = ["deflow", "deflow agent/critic=flow agent.critic.value_range=[-1,0]", "deflow agent.best_of_n=3", "fql"]
-AGENTS += ["ifql", "fawac", "fbrac", "flow_bc", "rlpd", "cal_ql"]
+AGENTS += ["ifql", "fawac", "fbrac", "flow_bc", "rlpd", "cal_ql", "bc", "iql", "rebrac", "srpo"]
+AGENTS += ["idql agent.behavior.width=8", "cac agent.actor.hidden=[16,16]"]
 
 
 def make_agent(overrides: str) -> Any:
