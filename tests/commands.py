@@ -27,6 +27,7 @@ PRELOADED = (
     "deflow.distillation",
     "deflow.inspection",
     "deflow.pipeline",
+    "deflow.reproduction.reproduce",
     "deflow.serving.serve",
     "deflow.serving.server",
     "deflow.sharing.push",

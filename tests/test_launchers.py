@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deflow.report import read_summary
+from deflow.run_folder import read_summary
 from tests.commands import ROOT, TINY
 
 

@@ -20,7 +20,8 @@ def test_the_notebook_runs(
     assert not any(cell.get("outputs") for cell in notebook.cells)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     data = tiny_data("cube-single", "play") / "cube-single-play-v0.npz"
-    tiny = [*TINY, "diversity.states=2"]
+    once = ("eval.every=6", "eval.episodes=1", "eval.num_envs=1", "validate_every=6", "checkpoint_every=6")
+    tiny = [*TINY, *once, "diversity.states=2"]
     parameters.source = (
         f"DATA, LOGS, DELTAS = Path({str(data)!r}), Path({str(tmp_path)!r}), [0.01]\n"
         f"BEHAVIOR_UPDATES, SETTINGS = 4, {tiny}"

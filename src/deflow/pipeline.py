@@ -12,7 +12,7 @@ from deflow import report
 from deflow.errors import UserError
 from deflow.finishing import finish
 from deflow.preparation import prepare
-from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder, is_requeued
+from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder, is_requeued, read_summary
 from deflow.signals import Stopped
 from deflow.stored import load_config
 from deflow.training import run_stages
@@ -36,7 +36,7 @@ def train(config: DictConfig, folder: Path, again: str = "python train.py resume
     trust_only(config.trust)
     resume = config.resume is not None or is_requeued(folder)
     if resume:
-        summary = report.read_summary(folder / SUMMARY_FILE)
+        summary = read_summary(folder / SUMMARY_FILE)
         if summary is not None:
             report.print_table(summary, folder)
             return summary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import sys
 from collections.abc import Container, Mapping, Sequence
@@ -23,8 +22,6 @@ from deflow.description import commit
 from deflow.evaluation.rollout import Episode
 from deflow.files import replacing
 from deflow.loggers import Row
-
-log = logging.getLogger(__name__)
 
 # The papers report the mean over the last three evaluations.
 LAST_EVALUATIONS = 3
@@ -105,26 +102,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, whole or not at all."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def read_summary(path: Path) -> dict[str, Any] | None:
-    """What `summary.json` says of a finished run; None if there is none, or (which is said) a damaged one."""
-    if not path.exists():
-        return None
-    summary = parsed_summary(path.read_bytes())
-    if summary is None:
-        log.warning("%s is damaged: it is made anew", path)
-    return summary
-
-
-def parsed_summary(text: bytes) -> dict[str, Any] | None:
-    """What a `summary.json` holds; None if it is damaged."""
-    try:
-        summary = json.loads(text)
-    except ValueError:
-        return None
-    whole = isinstance(summary, dict) and {"agent", "task", "seed", "seeds", "data", "protocol"} <= summary.keys()
-    return summary if whole else None
 
 
 def print_table(summary: dict[str, Any], folder: Path) -> None:

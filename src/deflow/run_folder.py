@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -16,6 +17,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from deflow.errors import UserError
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"  # the resolved configuration
 COMMAND_MARK = "# begun by: "  # before the command that began the run, in the first line of that file
@@ -162,6 +165,26 @@ class RunFolder:
             return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):  # it has just begun
             return "another process"
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What `summary.json` says of a finished run; None if there is none, or (which is said) a damaged one."""
+    if not path.exists():
+        return None
+    summary = parsed_summary(path.read_bytes())
+    if summary is None:
+        log.warning("%s is damaged: it is made anew", path)
+    return summary
+
+
+def parsed_summary(text: bytes) -> dict[str, Any] | None:
+    """What a `summary.json` holds; None if it is damaged."""
+    try:
+        summary = json.loads(text)
+    except ValueError:
+        return None
+    whole = isinstance(summary, dict) and {"agent", "task", "seed", "seeds", "data", "protocol"} <= summary.keys()
+    return summary if whole else None
 
 
 def _me() -> dict[str, Any]:

@@ -35,7 +35,7 @@ def test_a_preempted_job_goes_on_and_one_that_fails_is_named(
     tiny_data: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     data = tiny_data("cube-single", "play")
-    (job,) = jobs_of(tmp_path, data, "updates=1000", "eval.every=1000", "validate_every=1000", "checkpoint_every=20")
+    (job,) = jobs_of(tmp_path, data, "updates=1000", "eval.every=1000", "validate_every=1000", "checkpoint_every=100")
     (submitted,) = cluster(tmp_path)._executor.submit_array([Work(job, 1)])
     last = job.folder / "checkpoints" / "0_joint" / "last.ckpt"
     while not last.exists():
@@ -47,7 +47,7 @@ def test_a_preempted_job_goes_on_and_one_that_fails_is_named(
     assert "Requeued job" in submitted.stdout()
     assert "stopped by SIGTERM: go on by" in job.output.read_text()
     assert job.state == "done"
-    *_, bad = jobs_of(tmp_path, data, "data.batch_size=100000", seeds=2)
+    *_, bad = jobs_of(tmp_path, data, "networks.hidden=[]", seeds=2)
     assert cluster(tmp_path).run_all([job, bad]) == [f"bc on cube-single, seed 1 failed, see {bad.output}"]
     assert bad.state == "missing"
 

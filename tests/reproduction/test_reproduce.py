@@ -7,8 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,8 @@ from deflow.reproduction.runs import run_all
 from deflow.reproduction.table import cells_of, compare, latex, markdown, summary, tolerance
 from deflow.reproduction.tracking import track
 from deflow.stored import load_config
-from tests.commands import ROOT
+from tests.commands import run as run_command
+from tests.commands import start
 from tests.conftest import compose_config
 from tests.reproduction.runs import write_run
 
@@ -155,19 +154,17 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypa
 
 def test_a_killed_reproduction_goes_on(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
     data = tiny_data("cube-single", "play")
-    settings = {"updates": 1500, "eval.every": 1500, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 20}
+    settings = {"updates": 1500, "eval.every": 1500, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 100}
     settings |= {"validate_every": 1500, "diversity.states": 0, "networks.hidden": "[8]", "data.batch_size": 16}
-    command = [sys.executable, "reproduce.py", "table=quick", "rows=[cube-single]", "agents=[bc]", "seeds=1"]
-    command += [f"paths.data={data}", f"paths.logs={tmp_path}", f"out={tmp_path / 'out'}"]
-    command += [f"+settings.{name}={value}" for name, value in settings.items()]
+    overrides = ["table=quick", "rows=[cube-single]", "agents=[bc]", "seeds=1", f"out={tmp_path / 'out'}"]
+    overrides += [f"paths.data={data}", f"paths.logs={tmp_path}"]
+    overrides += [f"+settings.{name}={value}" for name, value in settings.items()]
     run = tmp_path / "reproduce" / "quick" / "cube-single" / "bc" / "seed_0"
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    last = run / "checkpoints" / "0_joint" / "last.ckpt"
-    while not last.exists():
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = start("reproduce.py", *overrides)
+    command.wait_for((run / "checkpoints" / "0_joint" / "last.ckpt").exists)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    again = run_command("reproduce.py", *overrides)
     assert again.returncode == 0, again.stderr
     assert "going on: bc on cube-single, seed 0" in again.stdout + again.stderr
     (result,) = read_results(tmp_path / "out" / "quick.jsonl")
@@ -313,8 +310,7 @@ def test_a_mistake_is_said_before_the_first_run(tmp_path: Path) -> None:
     arguments = ("table=quick", "rows=[scene]", "agents=[bc]", f"paths.logs={tmp_path}")
     with pytest.raises(UserError, match="bc on scene task 1, seed 0: updates must be a whole number of at least 1"):
         reproduce(compose_config(*arguments, "+settings.updates=-5", config_name="reproduce"))
-    command = [sys.executable, "reproduce.py", *arguments, "+settings.trainer=nosuch"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_command("reproduce.py", *arguments, "+settings.trainer=nosuch")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: unknown trainer 'nosuch': choose one of")
     assert not list(tmp_path.rglob("seed_0*"))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from deflow.errors import UserError
-from deflow.report import read_summary
 from deflow.reproduction.layout import Generated, Layout, Value, place_of
-from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE
+from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE, read_summary
 
 # Settings that say how a run is made, not what it is.
 TECHNICAL = (

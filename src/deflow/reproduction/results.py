@@ -13,10 +13,9 @@ from typing import Any
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.loggers import read_metrics
-from deflow.report import read_summary
 from deflow.reproduction.plan import Job
 from deflow.reproduction.published import tables
-from deflow.run_folder import METRICS_FILE, SUMMARY_FILE
+from deflow.run_folder import METRICS_FILE, SUMMARY_FILE, read_summary
 
 OGBENCH_TRANSITIONS = 1_000_000  # at least, of a published data set
 OF_THE_METHOD = ("n_step", "horizon")

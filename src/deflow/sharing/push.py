@@ -16,8 +16,7 @@ from deflow.exporting import about_of, as_safetensors
 from deflow.files import refuse_to_replace, replacing_all
 from deflow.loading import newest_checkpoint
 from deflow.policy import Policy
-from deflow.report import parsed_summary
-from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, REPORT_FILE, SUMMARY_FILE
+from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, REPORT_FILE, SUMMARY_FILE, parsed_summary
 from deflow.sharing import hub, registry
 from deflow.sharing.address import CARD, POLICY, HubAddress, RegistryAddress, is_address, parse
 from deflow.sharing.card import Shared, write_card
