@@ -1,4 +1,4 @@
-"""What the README and the pages in docs say is so: commands compose, the example passes its test."""
+"""What the README and the pages in docs say is so; their commands are in `test_documented.py`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,18 @@ import re
 import subprocess
 from functools import partial
 
-import pytest
 import torch
 
 from deflow.agents.base import Agent
 from deflow.config import choices
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.settings import check_settings
 from deflow.types import Spec
 from tests.agents.tester import check_agent
 from tests.commands import ROOT
 from tests.conftest import compose_config
 
 README = (ROOT / "README.md").read_text()
-OF_A_POLICY = ("deploy", "serving", "sharing")
-PAGES = ("data", "gpu", "tables", *OF_A_POLICY, "results", "choosing", "faq", "cluster", "adding_an_agent")
-DATA, *OTHERS = ((ROOT / "docs" / f"{name}.md").read_text() for name in PAGES)
-ADDING_AN_AGENT = OTHERS[-1]
-COMMANDS = re.findall(r"^    python (\w+)\.py *(.*?) *(?:#.*)?$", "".join([README, DATA, *OTHERS]), re.MULTILINE)
-FLAGS = ("--help", "-m", "hydra/", "hydra.launcher")  # and what is for Hydra alone
+DATA, ADDING_AN_AGENT = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "adding_an_agent"))
 
 
 def test_the_first_commands_are_make() -> None:
@@ -39,15 +32,6 @@ def test_make_ui_shows_the_runs_of_any_folder() -> None:
     command = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "sqlite:////elsewhere/mlflow.db" in command
     assert "--artifacts-destination /elsewhere/mlartifacts" in command
-
-
-@pytest.mark.parametrize("script,arguments", COMMANDS)
-def test_commands_compose(script: str, arguments: str) -> None:
-    assert (ROOT / f"{script}.py").exists()
-    overrides = [argument for argument in arguments.split() if not argument.startswith(FLAGS)]
-    if arguments.startswith("-m "):  # a sweep, of which the first job
-        overrides = [argument.split(",")[0] for argument in overrides]
-    check_settings(compose_config(*overrides, config_name=script), script)
 
 
 def test_the_page_on_data_names_every_source() -> None:
