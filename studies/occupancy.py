@@ -2,25 +2,26 @@
 
     python studies/occupancy.py [updates]      # 4000, unless said otherwise: an hour on one core
 
-Two systems with walls: a line, along which an action moves one state left or right with a chance of 0.8, under a
-policy that goes right in 0.6 of all steps; and a square grid on which the four neighbours are equally likely, whatever
-the action. In the last state the task ends; elsewhere a step costs 1. Of every pair of a state and an action so many
-futures are drawn and counted at the nearest state, apart by whether the task had ended. What is printed for each
-horizon `1 / (1 - gamma)`: their total variation from the truth, averaged over the pairs, beside that of as many draws
-from the truth itself; the correlation of the distilled values with the true ones, and their root mean square error as a
-share of the horizon.
+Systems with walls: a line, along which an action moves one state left or right with a chance of 0.8, under a policy
+that goes right in 0.6 of all steps; and a square grid on which the four neighbours are equally likely, whatever the
+action. In the last state the task ends, and elsewhere a step costs 1; or it ends with the step into the last state,
+which alone earns 1 (`goal`). Of every pair of a state and an action so many futures are drawn and counted at the
+nearest state, apart by whether the task has ended. What is printed for each horizon `1 / (1 - gamma)`: their total
+variation from the truth, averaged over the pairs, beside that of as many draws from the truth itself; the correlation
+of the distilled values with the true ones, and their root mean square error as a share of the largest true value.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from deflow.flow.ode import Solver
-from deflow.modules.occupancy_flow import Objective, OccupancyFlow
+from deflow.modules.occupancy_flow import Future, Objective, OccupancyFlow
 from deflow.types import Batch, Spec
 
 HORIZONS = (5, 20, 100)
@@ -33,15 +34,17 @@ class System(NamedTuple):
 
     positions: Tensor  # (states, dim), in [-1, 1]
     steps: Tensor  # (actions, states, states), chances of the next state, for an action below 0 and one above
+    rewards: Tensor  # (states, states), of a step from one to the other
+    goes_on: Tensor  # (states, states), 0 where that step ends the task, else 1
 
     @classmethod
-    def line(cls, states: int = 9) -> System:
+    def line(cls, states: int = 9, goal: bool = False) -> System:
         number = torch.arange(states)
         steps = torch.zeros(2, states, states)
         for action, move in enumerate((-1, 1)):
             steps[action, number, (number + move).clamp(0, states - 1)] += 0.8
             steps[action, number, number] += 0.2
-        return cls(torch.linspace(-1, 1, states)[:, None], steps)
+        return cls(torch.linspace(-1, 1, states)[:, None], steps, *cls._ends(states, goal))
 
     @classmethod
     def grid(cls, side: int = 5) -> System:
@@ -51,12 +54,20 @@ class System(NamedTuple):
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
             after = (x + dx).clamp(0, side - 1) * side + (y + dy).clamp(0, side - 1)
             step[torch.arange(side**2), after] += 0.25
-        return cls(torch.stack([x, y], 1) * 2 / (side - 1) - 1, step.expand(2, -1, -1))
+        positions = torch.stack([x, y], 1) * 2 / (side - 1) - 1
+        return cls(positions, step.expand(2, -1, -1), *cls._ends(side**2, goal=False))
+
+    @staticmethod
+    def _ends(states: int, goal: bool) -> tuple[Tensor, Tensor]:
+        """Rewards, and whether the task goes on, of steps into the last state, or of those from it."""
+        last = (torch.arange(states) == states - 1).float()
+        of_steps = last.expand(states, -1) if goal else last[:, None].expand(-1, states)
+        return (of_steps if goal else of_steps - 1), 1 - of_steps
 
     @property
-    def goes_on(self) -> Tensor:
-        """Of each state, whether a step from it does not end the task: shape (states,), 0 or 1."""
-        return (torch.arange(len(self.positions)) < len(self.positions) - 1).float()
+    def pays(self) -> float:
+        """The one reward that is not 0."""
+        return float(self.rewards[self.rewards != 0][0])
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
         """Steps from states that are equally likely, and the policy's actions after them."""
@@ -65,39 +76,37 @@ class System(NamedTuple):
         actions = torch.where(actions > 0, 1.0, -1.0)
         after = torch.multinomial(self.steps[(actions > 0).long(), states], 1, generator=generator).squeeze(1)
         going_right = torch.where(next_actions < 2 * RIGHT - 1, 1.0, -1.0)[:, None]
-        goes_on = self.goes_on[states]
-        batch = Batch(
-            *(self.positions[states], actions[:, None], -goes_on, goes_on, self.positions[after]), going_right
-        )
-        return batch, going_right
+        earned, goes_on = self.rewards[states, after], self.goes_on[states, after]
+        here, there = self.positions[states], self.positions[after]
+        return Batch(here, actions[:, None], earned, goes_on, there, going_right), going_right
 
     def occupancy(self, discount: float) -> Tensor:
-        """Chances of a state ahead, shape (actions, states, 2 * states): where the task had ended, then where not."""
-        on = self.goes_on[:, None]
-        at_once = torch.cat([(1 - on) * self.steps, (1 - discount) * on * self.steps], dim=-1)
-        return self._with_what_follows(at_once, discount)
+        """Chances of a state ahead, shape (actions, states, 2 * states): where the task has ended, then where not."""
+        ended, reached = (1 - self.goes_on) * self.steps, (1 - discount) * self.goes_on * self.steps
+        return self._with_what_follows(torch.cat([ended, reached], dim=-1), discount)
 
     def values(self, discount: float) -> Tensor:
         """Of the policy, shape (actions, states)."""
-        return self._with_what_follows(-self.goes_on.expand(2, -1)[..., None], discount).squeeze(-1)
+        return self._with_what_follows((self.rewards * self.steps).sum(-1, keepdim=True), discount).squeeze(-1)
 
     def _with_what_follows(self, at_once: Tensor, discount: float) -> Tensor:
         """Solve Bellman's equation of the policy for what a pair has at once, shape (actions, states, ...)."""
-        onward = discount * self.goes_on[:, None] * self.steps
+        onward = discount * self.goes_on * self.steps
         of_policy = torch.linalg.solve(torch.eye(len(self.positions)) - _under_policy(onward), _under_policy(at_once))
         return at_once + onward @ of_policy
 
-    def counted(self, states: Tensor, goes_on: Tensor) -> Tensor:
-        """Shares of futures, shape (..., futures, dim) and (..., futures), as `occupancy` has them."""
-        nearest = torch.cdist(states, self.positions).argmin(-1) + len(self.positions) * goes_on.long()
-        return torch.nn.functional.one_hot(nearest, 2 * len(self.positions)).float().mean(-2)
-
-
-SYSTEMS = {"line": System.line, "grid": System.grid}
+    def counted(self, future: Future) -> Tensor:
+        """Shares of futures, (pairs * FUTURES, ...), as `occupancy` has them, shape (pairs, 2 * states)."""
+        nearest = torch.cdist(future.observations, self.positions).argmin(-1)
+        nearest = nearest + len(self.positions) * future.continues.long()
+        return torch.nn.functional.one_hot(nearest, 2 * len(self.positions)).float().unflatten(0, (-1, FUTURES)).mean(1)
 
 
 def _under_policy(of_actions: Tensor) -> Tensor:
     return (1 - RIGHT) * of_actions[0] + RIGHT * of_actions[1]
+
+
+SYSTEMS = {"line": System.line, "line, goal": partial(System.line, goal=True), "grid": System.grid}
 
 
 def total_variation(one: Tensor, other: Tensor) -> Tensor:
@@ -113,7 +122,7 @@ def trained(system: System, discount: float, updates: int, lr: float = 1e-3, **s
     statistics: Any = {
         "observation_mean": [0.0] * dim,
         "observation_std": spread,
-        "reward_centre": -0.5,
+        "reward_centre": system.pays / 2,
         "reward_scale": 0.5,
     }
     settings = {
@@ -147,7 +156,7 @@ def measured(system: System, critic: OccupancyFlow) -> dict[str, float]:
     actions = torch.tensor([-1.0, 1.0]).repeat_interleave(len(system.positions))[:, None]
     z = torch.randn(len(states) * FUTURES, critic.point_dim, generator=generator)
     drawn = critic.sample(states.repeat_interleave(FUTURES, 0), actions.repeat_interleave(FUTURES, 0), z)
-    shares = system.counted(drawn.observations.unflatten(0, (-1, FUTURES)), drawn.continues.unflatten(0, (-1, FUTURES)))
+    shares = system.counted(drawn)
     flat = truth.flatten(0, 1)
     by_chance = torch.multinomial(flat, FUTURES, replacement=True, generator=generator)
     of_truth = torch.nn.functional.one_hot(by_chance, flat.shape[1]).float().mean(1)
@@ -156,7 +165,7 @@ def measured(system: System, critic: OccupancyFlow) -> dict[str, float]:
         "total variation": total_variation(shares, flat).mean().item(),
         "of the truth": total_variation(of_truth, flat).mean().item(),
         "correlation": torch.corrcoef(torch.stack([found, values.flatten()]))[0, 1].item(),
-        "error": ((found - values.flatten()).square().mean().sqrt() * (1 - critic.discount)).item(),
+        "error": ((found - values.flatten()).square().mean().sqrt() / values.abs().max()).item(),
     }
 
 

@@ -187,6 +187,8 @@ class Policy(AnyPolicy):
 
     @torch.no_grad()
     def foresee(self, observations: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        if not self.agent.traits.reads_path:
+            return None
         device = self.agent.device
         seen = torch.from_numpy(self._as_taken(self.units.observed(observations))).to(device)
         foresight = self.agent.foresee(seen, torch.from_numpy(noise).to(device))

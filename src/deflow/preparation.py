@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
+from deflow.agents.actor_critic import ActorCritic
 from deflow.agents.base import WHOLE_STAGES, Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent, decide
@@ -58,9 +59,7 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         data.source.meet_environment(data.source.spec())
     decide(config, data.transitions)
     agents, learner = build_agents(config, data.source)
-    model = agents[0].transition_model
-    if model is not None and model.within is not None and data.validation is None:
-        raise UserError("agent.dynamics.within needs validation trajectories, on which the model's errors are measured")
+    _check_imagined(agents[0], data)
     if config.seeds > 1 and config.trainer.accelerator == "cpu":
         log.info(
             "seeds=%d gains little on a CPU: a process a seed, one thread each, is faster (%s)", config.seeds, BESIDE
@@ -94,6 +93,23 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         started=started,
         episodes=load_episodes(folder / EPISODES_FILE) if resume else [],
     )
+
+
+def _check_imagined(agent: Agent, data: OfflineDataModule) -> None:
+    if not isinstance(agent, ActorCritic) or agent.transition_model is None:
+        return
+    if not any(agent.asked_steps):
+        if agent.dynamics.within is not None:
+            log.warning("agent.dynamics.within changes nothing: no steps are imagined")
+        return
+    assert data.transitions is not None
+    if max(agent.asked_steps) > data.transitions.longest:
+        raise UserError(
+            f"{max(agent.asked_steps)} imagined steps (agent.dynamics.expansion, or steps of objective=unrolled) are "
+            f"more than the {data.transitions.longest} of the longest trajectory of the data"
+        )
+    if agent.dynamics.within is not None and data.validation is None:
+        raise UserError("agent.dynamics.within needs validation trajectories, on which the model's errors are measured")
 
 
 def build_agents(config: DictConfig, source: Source) -> tuple[list[Agent], Agent]:
@@ -130,8 +146,7 @@ def _try_stages(config: DictConfig, source: Source) -> None:
         learner.begin_stage(name, first_step=0, **of_learning(stage))
         if learner.traits.trains_jointly and not all(learner.trains(part) for part in learner.parts):
             raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: {WHOLE_STAGES}")
-        model = agents[0].transition_model
-        if model is not None and model.within is not None and learner.trains("dynamics") and learner.trains("critic"):
+        if isinstance(agents[0], ActorCritic) and agents[0].bounded and agents[0].trains("dynamics"):
             raise UserError(
                 f"agent.dynamics.within is measured before a stage, and in '{name}' the model trains with the rest: "
                 "use stages=model_first, or freeze it there"

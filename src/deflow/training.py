@@ -43,6 +43,7 @@ from deflow.signals import Stopped
 log = logging.getLogger(__name__)
 
 ONE_LAUNCH = "one_launch"  # the one setting of `trainer` that is not Lightning's
+MOST_SHOWN = 10  # errors in a line
 MOST_AT_ONCE = 50  # updates in a block, after which a signal is heeded
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
 
@@ -116,23 +117,28 @@ def _train_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, firs
 
 def _limit_imagined_steps(run: Run, last: Path) -> None:
     """Let agents take as many steps in their models as these are right for, if there is a limit and the models rest."""
-    agents = [agent for agent in run.agents if isinstance(agent, ActorCritic) and agent.bounded]
+    everyone = [agent for agent in run.agents if isinstance(agent, ActorCritic)]
+    for agent in everyone:
+        agent.allowed_steps = None  # whatever an earlier stage found
+    agents = [agent for agent in everyone if agent.bounded]
     if not agents:
         return
     if run.resume and last.exists():  # of a run that began with a checkpoint, this has the weights
         run.learner.load_state_dict(load_checkpoint(last, TO_RESUME)["state_dict"])
-    asked, held_out = max(agents[0].asked_steps), run.data.validation
+    asked, held_out = max(agents[0].steps_of_stage), run.data.validation
     assert held_out is not None
     measured = [steps_within(agent.dynamics, held_out, asked, run.config.seed) for agent in agents]
     allowed = min(steps for steps, _ in measured)
-    shown = ", ".join(f"{max(errors):.3g}" for errors in zip(*(errors for _, errors in measured), strict=True))
+    of_steps = [max(errors) for errors in zip(*(errors for _, errors in measured), strict=True)]
     log.info(
-        "imagined steps: %d of the %d asked for; the model's errors after each are %s standard deviations, of which "
-        "agent.dynamics.within=%g are allowed",
+        "imagined steps: %d of the %d asked for; errors of the model after 1 to %d of them, as shares of those of "
+        "'nothing changes': %s (agent.dynamics.within=%g; the longest validation trajectory has %d steps)",
         allowed,
         asked,
-        shown,
+        len(of_steps),
+        ", ".join(f"{error:.3g}" for error in of_steps[:MOST_SHOWN]) + (", ..." if len(of_steps) > MOST_SHOWN else ""),
         agents[0].dynamics.within,
+        held_out.longest,
     )
     for agent in agents:
         agent.allowed_steps = allowed

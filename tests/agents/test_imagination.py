@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor
 from deflow.build import build_agent
 from deflow.config import check
 from deflow.errors import UserError
+from deflow.flow.ode import Solver
+from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.imagination import Decision, Imagination
 from deflow.modules.one_step import OneStepActor
 from deflow.modules.refiner import Refiner
@@ -158,22 +160,11 @@ def test_the_trust_region_holds_in_every_imagined_step() -> None:
 # Gradients.
 
 
-@pytest.mark.parametrize("one_step", [False, True])
-def test_gradients_against_finite_differences(one_step: bool) -> None:
-    torch.manual_seed(0)
-    model = TransitionFlow(Spec(2, 1), UNIT, (8,), "silu", one_step=one_step, discount=0.9).double()
-    actor = OneStepActor(Spec(2, 1), (8,), "silu", alpha=0.3, objective="unrolled").double()
-    observations, z = torch.randn(4, 2).double(), torch.randn(4, 1).double()
-    imagined = Imagination(model, torch.randn(4, 3, 1).double(), torch.randn(4, 3, model.outcome_dim).double())
-
-    def loss() -> Tensor:
-        last = lambda s, a: (s.square().sum(-1) - a[:, 0])[None]  # noqa: E731
-        return actor.loss(observations, z, 0.1 * z, last, imagined, lambda s, z: 0.1 * z)[0]
-
-    loss().backward()
-    assert all(parameter.grad is None for parameter in model.parameters())
+def differences(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> None:
+    """Compare gradients with central differences, of every third parameter."""
     step = 1e-6
-    for parameter in actor.parameters():
+    loss().backward()
+    for parameter in parameters:
         assert parameter.grad is not None
         flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
         for index in range(0, len(flat), 3):
@@ -184,6 +175,55 @@ def test_gradients_against_finite_differences(one_step: bool) -> None:
                 ends.append(loss().item())
             flat[index] = before
             assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(gradient[index].item(), rel=1e-4, abs=1e-7)
+
+
+def far_and_slow(observations: Tensor, actions: Tensor) -> Tensor:
+    return (observations.square().sum(-1) - actions[:, 0])[None]
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+def test_gradients_of_a_one_step_policy(one_step: bool) -> None:
+    torch.manual_seed(0)
+    model = TransitionFlow(Spec(2, 1), UNIT, (8,), "silu", one_step=one_step, discount=0.9).double()
+    actor = OneStepActor(Spec(2, 1), (8,), "silu", alpha=1e-12, objective="unrolled").double()
+    observations, z = torch.randn(4, 2).double(), torch.randn(4, 1).double()
+    imagined = Imagination(model, torch.randn(4, 3, 1).double(), torch.randn(4, 3, model.outcome_dim).double())
+    differences(lambda: actor.loss(observations, z, z, far_and_slow, imagined, lambda s, z: z)[0], actor.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_a_refiner_through_proposals_that_depend_on_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deflow.modules.refiner.value_scale", lambda q: torch.ones(()))  # it has no gradient
+    torch.manual_seed(0)
+    model = TransitionFlow(Spec(2, 1), UNIT, (8,), "silu", one_step=True, discount=0.9).double()
+    flow = BehaviorFlow(Spec(2, 1), (8,), "silu", solver=Solver(steps=3)).double()
+    refiner = Refiner(Spec(2, 1), (8,), "silu", objective="unrolled", lagrange=False, alpha=3.0).double()
+    observations, z = torch.randn(4, 2).double(), 0.1 * torch.randn(4, 1).double()
+    base = flow.propose(observations, z)
+    batch = Batch(observations, base, z[:, 0], z[:, 0], observations, base)
+    imagined = Imagination(model, 0.1 * torch.randn(4, 3, 1).double(), torch.randn(4, 3, model.outcome_dim).double())
+    differences(
+        lambda: refiner.loss(batch, base, base, far_and_slow, imagined, flow.follow)[0], refiner.net.parameters()
+    )
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *flow.parameters()))
+    states = torch.randn(5, 2).double()
+    torch.testing.assert_close(
+        flow.follow(states, torch.zeros(5, 1).double()), flow.propose(states, torch.zeros(5, 1).double())
+    )
+
+
+def test_distillation_has_no_gradient_into_the_states_that_are_reached() -> None:
+    torch.manual_seed(0)
+    model, seen = Linear(), []
+    actor = OneStepActor(Spec(2, 1), (8,), "silu", objective="unrolled", steps=2)
+
+    def propose(states: Tensor, z: Tensor) -> Tensor:
+        seen.append(states.requires_grad)
+        return torch.zeros_like(z)
+
+    z = torch.zeros(4, 1)
+    actor.loss(torch.randn(4, 2), z, z, model.values, imagination(model, 4, 2), propose)
+    assert seen == [False, False]
 
 
 def test_memory_grows_by_states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +358,7 @@ def test_settings(override: str, message: str) -> None:
 
 
 def test_a_limit_needs_a_model_at_rest(point_data: Path, tmp_path: Path) -> None:
-    limited = ("agent=fql", "agent/dynamics=flow", "agent.dynamics.within=0.1")
+    limited = ("agent=fql", "agent/dynamics=flow", "agent.dynamics.within=0.1", "agent.dynamics.expansion=1")
     with pytest.raises(UserError, match="in 'joint' the model trains"):
         train(tiny_config(point_data, "experiment=pointmaze", *limited), tmp_path)
 
@@ -331,7 +371,9 @@ def test_a_limit_needs_validation(point_data: Path, tmp_path: Path) -> None:
         "rewards": np.zeros(60),
     }
     np.savez(tmp_path / "alone.npz", **columns, terminals=np.arange(60) == 59)
-    limited = ("agent=fql", "agent/dynamics=flow", "agent.dynamics.within=0.1", "+stages.joint.freeze=[dynamics]")
-    config = tiny_config(point_data, "task=custom", f"data.source.path={tmp_path / 'alone.npz'}", *limited)
+    imagined = ("agent=fql", "agent/dynamics=flow", "agent.dynamics.expansion=59", "+stages.joint.freeze=[dynamics]")
+    own = ("task=custom", f"data.source.path={tmp_path / 'alone.npz'}", *imagined)
     with pytest.raises(UserError, match="needs validation trajectories"):
-        train(config, tmp_path / "run")
+        train(tiny_config(point_data, *own, "agent.dynamics.within=0.1"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"100 imagined steps .* are more than the \d+ of the longest"):
+        train(tiny_config(point_data, *own, "agent.dynamics.expansion=100"), tmp_path / "run")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from deflow.agents.base import Traits
 from deflow.agents.fql import FQL
 from deflow.build import build_agent, path_statistics
 from deflow.checkpoints import agent_of, load_checkpoint
@@ -104,7 +105,7 @@ def test_expected_states_are_compared_with_those_that_are_reached() -> None:
             return np.full(1, self.steps, np.float32), 0.0, False, self.steps == 5, {}
 
     class Expecting(Acting):
-        off = 0.0
+        off, traits = 0.0, Traits(reads_path=True)
 
         def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
             return torch.zeros(len(observations), 2)
@@ -118,7 +119,7 @@ def test_expected_states_are_compared_with_those_that_are_reached() -> None:
     assert summarise(evaluator.run(Policy(agent)))["path_error"] == 0
     agent.off = 2.0
     assert summarise(evaluator.run(Policy(agent)))["path_error"] == pytest.approx(0.5)  # two, of a deviation of four
-    agent.foresee = lambda observations, z: None  # type: ignore[method-assign, assignment]
+    agent.traits = Traits()
     assert "path_error" not in summarise(evaluator.run(Policy(agent)))
 
 

@@ -45,6 +45,7 @@ class ActorCritic(Agent):
 
     critic: Critic
     dynamics: TransitionModel
+    climber: str | None = None  # the part whose objective may take steps in the model
     expands = True  # whether the critic's target, of a policy at s', may take steps in the model
 
     def __init__(
@@ -107,10 +108,17 @@ class ActorCritic(Agent):
         return 0 if self.transition_model is None else self.transition_model.expansion, self.policy_steps
 
     @property
+    def steps_of_stage(self) -> tuple[int, int]:
+        """As `asked_steps`, of the parts that train in this stage."""
+        expansion, policy_steps = self.asked_steps
+        climbs = self.climber is not None and self.trains(self.climber)
+        return expansion if self.trains("critic") else 0, policy_steps if climbs else 0
+
+    @property
     def bounded(self) -> bool:
-        """Whether a resting model's errors limit the steps that this stage takes in it."""
+        """Whether the model's errors limit the steps that this stage takes in it."""
         model = self.transition_model
-        return model is not None and model.within is not None and not self.trains("dynamics") and any(self.asked_steps)
+        return model is not None and model.within is not None and any(self.steps_of_stage)
 
     def _steps(self) -> tuple[int, ...]:
         """As `asked_steps`, of those that are allowed."""

@@ -59,6 +59,7 @@ class DeFlow(ActorCritic):
 
     behavior_flow: BehaviorFlow
     refiner: Refiner
+    climber = "refiner"
     headline = MappingProxyType(
         {"flow_loss": "behavior_flow/loss", "q": "refiner/q", "alpha": "refiner/trust_region/multiplier"}
     )
@@ -105,7 +106,7 @@ class DeFlow(ActorCritic):
 
         # Refiner: pathwise through Q into the residual, never into the flow or the critic.
         if self.trains("refiner"):
-            ahead = self.critic.frozen_values, self.imagination(noise), self.behavior_flow.propose
+            ahead = self.critic.frozen_values, self.imagination(noise), self.behavior_flow.follow
             yield "refiner", *self.refiner.loss(batch, base_actions, next_actions, *ahead)
 
     def _refined(self, observations: Tensor, z: Tensor) -> Tensor:

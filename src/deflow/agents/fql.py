@@ -55,6 +55,7 @@ class FQL(ActorCritic):
     actor: OneStepActor
     path_mean: Tensor  # (horizon, observation_dim)
     path_std: Tensor
+    climber = "actor"
     headline = MappingProxyType({"flow_loss": "behavior_flow/loss", "q": "actor/q", "distill": "actor/distillation"})
 
     def __init__(

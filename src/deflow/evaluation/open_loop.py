@@ -25,6 +25,7 @@ STARTS, DRAWS = 128, 8  # trajectories followed, and how often each
 STEPS, SAMPLES = 256, 64  # single steps at which the spread is measured, and outcomes drawn of each
 CENTRAL = (0.5, 0.9)  # shares of the samples, around their median
 MOVES = (0.0, 0.1, 0.3, 1.0)  # root mean square over the dimensions by which actions are moved
+ALMOST_0 = 1e-9
 UNCHANGED = "nothing changes"
 
 Sampler = Callable[[Tensor, Tensor, Tensor], Outcome]
@@ -63,7 +64,7 @@ def measure_transitions(
 
 @torch.no_grad()
 def steps_within(model: TransitionModel, held_out: Transitions, most: int, seed: int) -> tuple[int, list[float]]:
-    """How many imagined steps stay within what `model.within` allows, and the errors of each number of steps.
+    """How many imagined steps stay within what `model.within` allows, and the errors after each.
 
     Args:
         model: with such a limit.
@@ -72,19 +73,21 @@ def steps_within(model: TransitionModel, held_out: Transitions, most: int, seed:
         seed: of the choice of trajectories and of the noise.
 
     Returns:
-        The most steps of which none has an error above the limit, from 0 to `most`, and the errors of 1, 2, ... steps,
-        as far as the longest trajectory reaches.
+        The most steps of which none has an error above the limit, from 0 to `most`, and the errors of 1, 2, ... steps
+        as shares of those of a model in which nothing changes, as far as the longest trajectory reaches.
     """
     assert model.within is not None
     ends = held_out.last_rows[held_out.starts]
     most = min(most, int((ends - held_out.starts).max()))
     generator = torch_generator(model.device, seed, "imagined steps")
     rows = _choose(held_out.starts[ends - held_out.starts >= most], STARTS, generator)
-    states, errors = _states(model, held_out, rows), []
+    first = states = _states(model, held_out, rows)
+    errors = []
     for step in range(most):
         actions = held_out.decisions(rows + step).to(model.device)
         states = model.imagine(states, actions, _noise(model, len(states), generator)).observations
-        errors.append(_error(model, states - _states(model, held_out, rows + step + 1)))
+        truth = _states(model, held_out, rows + step + 1)
+        errors.append(_error(model, states - truth) / max(_error(model, first - truth), ALMOST_0))
     allowed = next((step for step, error in enumerate(errors) if not error <= model.within), most)
     return allowed, errors
 

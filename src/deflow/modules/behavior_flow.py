@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.func import functional_call
 
 from deflow.flow.ode import Gradient, Solver
 from deflow.flow.path import straight_path
@@ -89,6 +90,16 @@ class BehaviorFlow(LightningModule):
         cast = field.cast(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return bounded(self.solver.sample(self._velocity(cast, features), z), self.action_dim)
+
+    def follow(self, observations: Tensor, z: Tensor) -> Tensor:
+        """As `propose` of states, with a gradient into them and `z`, but none into the flow's own parameters."""
+        field = self.average.of(self.field)
+        frozen = {name: parameter.detach() for name, parameter in field.named_parameters()}
+
+        def velocity(t: Tensor, x: Tensor) -> Tensor:
+            return functional_call(field, frozen, (observations, x, t.expand(len(x), 1)))
+
+        return bounded(self.solver.walk(velocity, z), self.action_dim)
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, average, share)` for the agent's Polyak step."""

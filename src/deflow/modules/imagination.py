@@ -26,7 +26,7 @@ class Imagined(NamedTuple):
     discounts: Tensor  # (batch,), of the value of where they end: 0 where the task ended on the way
     observations: Tensor  # (batch, observation_dim), where they end
     actions: Tensor  # (batch, action_dim), the policy's there
-    deviations: Tensor  # (steps, batch, action_dim), of the decisions after each step
+    deviations: Tensor  # (steps, batch, action_dim), of the decisions after each step; 0 after the task's end
 
 
 class Imagination(NamedTuple):
@@ -71,5 +71,5 @@ class Imagination(NamedTuple):
             observations, earned, goes_on, actions, deviation = taken
             rewards = rewards + discounts * earned
             discounts = self.model.discount * discounts * goes_on
-            deviations.append(deviation)
+            deviations.append(deviation * (discounts > 0)[:, None])
         return Imagined(rewards, discounts, observations, actions, torch.stack(deviations))

@@ -30,7 +30,7 @@ class Future(NamedTuple):
     """A state ahead, of the policy's discounted future."""
 
     observations: Tensor  # (batch, observation_dim)
-    continues: Tensor  # (batch,), 0 where the task had ended by then (in the state that is given), else 1
+    continues: Tensor  # (batch,), 0 where the task has ended by then (in the state that is given), else 1
 
 
 class Pair(NamedTuple):
@@ -45,48 +45,47 @@ class Draws(NamedTuple):
 
     times: Tensor  # (batch, 1)
     starts: Tensor  # (batch, point_dim), of the paths
-    here: Tensor  # (batch, samples, point_dim), of the samples at (s, a)
-    there: Tensor  # (batch, samples, point_dim), of those at (s', a')
+    there: Tensor  # (batch, samples, point_dim), of the samples at (s', a')
 
 
 class OccupancyFlow(LightningModule):
-    r"""A flow over the states that lie ahead, and the mean reward in them: takes the place of `Critic`.
+    r"""A flow over the states that lie ahead and what is earned there: takes the place of `Critic`.
 
     With the mask `m`, 0 where the task ended, the discounted occupancy of a policy obeys
 
     .. math:: M(\cdot \mid s, a) = E_{s', m} \left[ (1 - \gamma m) \, \delta_{(s', m)}
               + \gamma m \, M(\cdot \mid s', a') \right], \quad a' \sim \pi(s')
 
-    over points :math:`x = ((s_+ - \mu_s) / \sigma_s, 2 m_+ - 1)`: a state that is reached after a number of further
-    steps, which is geometric, and whether the task goes on there. Temporal-difference flow matching learns it from
-    single transitions:
+    over pairs of a state :math:`s_+`, which is reached after a number of further steps that is geometric, and whether
+    the task goes on there; if not, it is the state in which it ended. Temporal-difference flow matching learns it from
+    single transitions, of points :math:`x = ((s_+ - s) / \sigma_s, 2 m_+ - 1)`:
 
     .. math::
         L(\theta) &= E \left[ (1 - \gamma m) \, \| v_\theta(x_t, t \mid s, a) - (x_1 - x_0) \|^2
             + \gamma m \, \| v_\theta(\bar x_t, t \mid s, a) - \bar u_t \|^2 \right] \\
-        L(\rho) &= E \, (\rho(s) - r)^2 \\
-        Q(s, a) &= \rho(s) + \tfrac{\gamma}{1 - \gamma} E_{x \sim \bar M(s, a)} [m_+ \, \rho(s_+)] \\
-        L(q) &= E \, \mathrm{mean}_j (q_j(s, a) - \mathrm{agg}_k \mathrm{mean}_i \, Q_{k, i}(s, a))^2
+        L(\rho) &= E \, (\rho(s', m) - r)^2 \\
+        V(s', a') &= \mathrm{agg}_k \mathrm{mean}_i \left[ \tfrac{m_+}{1 - \gamma} \, \rho(s_+, 1)
+            + (1 - m_+) \, \rho(s_+, 0) \right], \quad (s_+, m_+)_{k, i} \sim \bar M_k(s', a') \\
+        L(q) &= E \, \mathrm{mean}_j (q_j(s, a) - r - \gamma m \, V(s', a'))^2
 
-    the squares averaged over the dimensions of `x`. The first term is flow matching on :math:`x_1 = (s', m)`; what the
-    second learns of the target field :math:`\bar v` at :math:`(s', a')`, with its flow
-    :math:`\bar\psi_t` from :math:`z \sim N(0, I)`, depends on the objective:
+    the squares averaged over the dimensions of `x`. The first term is flow matching on what follows at once. What the
+    second learns of the target field :math:`\bar v` at :math:`(s', a')`, with its flow :math:`\bar\psi_t` from
+    :math:`z \sim N(0, I)`, depends on the objective:
 
     - `td2_cfm`: its velocity where its flow is by then, :math:`\bar x_t = \bar\psi_t(z)`,
       :math:`\bar u_t = \bar v(\bar x_t, t \mid s', a')`;
     - `td_cfm_coupled`: the straight path from `z` to :math:`\bar\psi_1(z)`;
-    - `td_cfm`: the straight path to :math:`\bar\psi_1(z)` from noise that is independent of `z`.
+    - `td_cfm`: the straight path to :math:`\bar\psi_1(z)` from noise that is independent of `z`;
 
-    The distilled networks `q` learn the values at :math:`(s, a)` and :math:`(s', a')`, for the policy to climb and to
-    choose by. :math:`\rho` is the mean reward of a step that begins in a state: what the action adds to it is averaged
-    over the data's (`reward_loss` is what stays unexplained, in squares of half the range of the rewards). Rewards of
-    states that the flow made are kept in the range of the data's. A batch must hold single steps, and discounts above 0
-    where the task goes on.
+    each moved by :math:`t \, (s' - s) / \sigma_s`, as points are seen from `s`. The reward :math:`\rho` is that of a
+    step into a state: what else it depends on is averaged over the data's steps (`reward_loss` is what stays
+    unexplained, in squares of half the range of the rewards), but for that of the transition itself. The networks `q`
+    give the policy what it climbs and chooses by. A batch must hold single steps, and discounts above 0 where the task
+    goes on.
 
     Sources: TD-CFM, its coupled form and TD2-CFM of Temporal Difference Flows (arXiv 2503.09817); gamma-models
-    (arXiv 2010.14496) for the idea. Differences from the papers: the point's last number says whether the task had
-    ended, after which nothing is earned; the reward of the step at hand is taken from the state before it; values are
-    distilled.
+    (arXiv 2010.14496) for the idea. Differences from the papers: tasks end, and a point's last number says whether one
+    has; states are seen from the one that they are ahead of; values are distilled.
 
     Args:
         spec: sizes of the task.
@@ -97,9 +96,9 @@ class OccupancyFlow(LightningModule):
         solver: of the ODE.
         objective: `td2_cfm`, `td_cfm_coupled` or `td_cfm`.
         members: size of the ensemble of fields.
-        aggregate: `mean` or `min` over the ensemble's values, in what is distilled.
+        aggregate: `mean` or `min` over the ensemble, in the target only.
         tau: share of the online weights that the targets take whenever they move, in (0, 1].
-        samples: states ahead for each value that is distilled.
+        samples: states ahead for each target.
         distilled: number of distilled networks.
 
     Raises:
@@ -140,7 +139,7 @@ class OccupancyFlow(LightningModule):
         beside_state = spec.action_dim + self.point_dim + 1
         self.online = EnsembleMLP(members, of_state, beside_state, hidden, self.point_dim, activation, norm="none")
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.reward = MLP(of_state, 0, hidden, 1, activation)
+        self.reward = MLP(of_state, 1, hidden, 1, activation)
         self.distilled = EnsembleMLP(distilled, of_state, spec.action_dim, hidden, 1, activation)
         self.discount, self.solver, self.objective = discount, solver, objective
         self.aggregate: Aggregate = aggregate
@@ -149,10 +148,10 @@ class OccupancyFlow(LightningModule):
     @property
     def levels(self) -> int:
         """Uniform numbers that a loss takes for each transition."""
-        return 1 + (1 + 2 * self.samples) * self.point_dim
+        return 1 + (1 + self.samples) * self.point_dim
 
     def loss(self, batch: Batch, next_actions: Tensor, levels: Tensor) -> tuple[Tensor, Metrics]:
-        """Temporal-difference flow matching, the reward's regression and the distillation.
+        """Temporal-difference flow matching, and the distillation.
 
         Args:
             batch: single steps; its own `next_actions` are not read.
@@ -160,27 +159,34 @@ class OccupancyFlow(LightningModule):
             levels: uniform in [0, 1), shape (batch, levels).
         """
         draws = self._draws(levels)
+        goes_on = (batch.discounts > 0).to(draws.times.dtype)
+        discounts = self.discount * goes_on
         here = Pair(self._standard(batch.observations), batch.actions)
         there = Pair(self._standard(batch.next_observations), next_actions)
         with torch.no_grad():
-            ahead_here, ahead_there = (self._ahead(pair, z) for pair, z in ((here, draws.here), (there, draws.there)))
-            values_here, values_there = self._values_of(here, ahead_here), self._values_of(there, ahead_there)
-            later, later_velocity = self._later(there, draws, ahead_there)
+            ahead = self._ahead(there, draws.there)
+            later, later_velocity = self._later(there, draws, ahead)
+            next_values = self._aggregated(self._sampled_values(there, ahead).mean(-1))
+            target = batch.rewards + discounts * next_values
 
         # Occupancy: where the next step leads, and where the policy's steps lead from there.
-        continues = (batch.discounts > 0).to(draws.times.dtype)
-        soon, soon_velocity = straight_path(draws.starts, _point(there.state, continues), draws.times)
+        step = there.state - here.state
+        end = torch.cat([step, 2 * goes_on[:, None] - 1], dim=-1)
+        soon, soon_velocity = straight_path(draws.starts, end, draws.times)
+        # What lies ahead of s' lies farther ahead of s by the step between them, and so does each point on the way.
+        farther = torch.cat([step, torch.zeros_like(step[:, :1])], dim=-1)
+        later, later_velocity = later + draws.times * farther, later_velocity + farther
         of_soon = (self._velocity(self.online, here, soon, draws.times) - soon_velocity).square().mean(-1)
         of_later = (self._velocity(self.online, here, later, draws.times) - later_velocity).square().mean(-1)
-        weight = self.discount * continues
-        matching = ((1 - weight) * of_soon + weight * of_later).mean()
+        matching = ((1 - discounts) * of_soon + discounts * of_later).mean()
 
-        # Reward.
+        # Reward, of the step into a state.
         rewards = (batch.rewards - self.reward_centre) / self.reward_scale
-        reward_loss = (self.reward(here.state).squeeze(-1) - rewards).square().mean()
+        reward_loss = (self.reward(there.state, goes_on[:, None]).squeeze(-1) - rewards).square().mean()
 
-        # Distillation, at both states.
-        distillation = self._distillation(here, values_here) + self._distillation(there, values_there)
+        # Distillation, in units of the largest value that is possible.
+        values = self.distilled(*here).squeeze(-1)
+        distillation = (values - target / self._largest_value).square().mean()
 
         loss = matching + reward_loss + distillation
         return loss, {
@@ -188,10 +194,9 @@ class OccupancyFlow(LightningModule):
             "matching": matching.detach(),
             "reward_loss": reward_loss.detach(),
             "distillation": distillation.detach(),
-            "continues": ahead_here[..., -1].gt(0).float().mean(),
-            "q_mean": values_here.mean(),
-            "q_min": values_here.amin(),
-            "q_max": values_here.amax(),
+            "q_mean": target.mean(),
+            "q_min": target.amin(),
+            "q_max": target.amax(),
         }
 
     def values(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -210,18 +215,6 @@ class OccupancyFlow(LightningModule):
         )
 
     @torch.no_grad()
-    def sampled_values(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
-        """Action values by the flow itself, one of each member's target field, shape (members, batch).
-
-        Args:
-            observations: shape (batch, observation_dim).
-            actions: in [-1, 1], shape (batch, action_dim).
-            z: standard normal noise, shape (batch, samples, point_dim), of any number of samples.
-        """
-        pair = Pair(self._standard(observations), actions)
-        return self._member_values(pair, self._ahead(pair, z))
-
-    @torch.no_grad()
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Future:
         """States ahead, drawn from the first member's target field.
 
@@ -230,11 +223,9 @@ class OccupancyFlow(LightningModule):
             actions: in [-1, 1], shape (batch, action_dim).
             z: standard normal noise, shape (batch, point_dim).
         """
-        point = self._ahead(Pair(self._standard(observations), actions), z[:, None])[0, :, 0]
-        states, continues = point.split([self.point_dim - 1, 1], dim=-1)
-        return Future(
-            self.observation_mean + self.observation_std * states, continues.squeeze(-1).gt(0).to(states.dtype)
-        )
+        pair = Pair(self._standard(observations), actions)
+        changes, sign = self._ahead(pair, z[:, None])[0, :, 0].split([self.point_dim - 1, 1], dim=-1)
+        return Future(observations + self.observation_std * changes, (sign.squeeze(-1) > 0).to(changes.dtype))
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, target, tau)` for the agent's Polyak step."""
@@ -275,23 +266,18 @@ class OccupancyFlow(LightningModule):
 
     # Values.
 
-    def _values_of(self, pair: Pair, ahead: Tensor) -> Tensor:
-        """What is distilled, in units of reward, shape (batch,); `ahead` as `_ahead` gives it."""
-        values = self._member_values(pair, ahead)
+    def _sampled_values(self, pair: Pair, ahead: Tensor) -> Tensor:
+        """What each of the states ahead says of the pair's value, shape (members, batch, samples)."""
+        changes, sign = ahead.split([self.point_dim - 1, 1], dim=-1)
+        goes_on = (sign > 0).to(sign.dtype)
+        rewards = self.reward(pair.state[:, None] + changes, goes_on).squeeze(-1).clamp(-1.0, 1.0)
+        # Of the steps that go on all count, of the end just the one that brings it.
+        steps = torch.where(sign.squeeze(-1) > 0, 1 / (1 - self.discount), 1.0)
+        return steps * (self.reward_centre + self.reward_scale * rewards)
+
+    def _aggregated(self, values: Tensor) -> Tensor:
+        """What the target takes of the members' values, shape (members, batch) -> (batch,)."""
         return values.amin(0) if self.aggregate == "min" else values.mean(0)
-
-    def _member_values(self, pair: Pair, ahead: Tensor) -> Tensor:
-        states, continues = ahead.split([self.point_dim - 1, 1], dim=-1)
-        earned = (self._mean_reward(states) * (continues.squeeze(-1) > 0)).mean(-1)
-        return self._mean_reward(pair.state) + self.discount / (1 - self.discount) * earned
-
-    def _mean_reward(self, states: Tensor) -> Tensor:
-        """Of steps that begin in these standardised states, within the range of the data's, shape (...)."""
-        return self.reward_centre + self.reward_scale * self.reward(states).squeeze(-1).clamp(-1.0, 1.0)
-
-    def _distillation(self, pair: Pair, values: Tensor) -> Tensor:
-        """Squared error of the distilled networks, in squares of the largest value that is possible."""
-        return (self.distilled(*pair).squeeze(-1) - values / self._largest_value).square().mean()
 
     def _in_rewards(self, distilled: Tensor) -> Tensor:
         return self._largest_value * distilled
@@ -307,14 +293,5 @@ class OccupancyFlow(LightningModule):
 
     def _draws(self, levels: Tensor) -> Draws:
         times, normal = levels.split([1, levels.shape[1] - 1], dim=1)
-        starts, here, there = (
-            torch.special.ndtri(normal.clamp(min=SMALLEST_LEVEL))
-            .unflatten(1, (-1, self.point_dim))
-            .split([1, self.samples, self.samples], dim=1)
-        )
-        return Draws(times, starts.squeeze(1), here, there)
-
-
-def _point(states: Tensor, continues: Tensor) -> Tensor:
-    """Of a standardised state, and whether the task goes on there, shape (batch, point_dim)."""
-    return torch.cat([states, 2 * continues[:, None] - 1], dim=-1)
+        normal = torch.special.ndtri(normal.clamp(min=SMALLEST_LEVEL)).unflatten(1, (-1, self.point_dim))
+        return Draws(times, normal[:, 0], normal[:, 1:])

@@ -34,7 +34,8 @@ class OneStepActor(LightningModule):
         alpha: weight of the distillation, > 0; the papers tune it for each task.
         normalize_q: divide the value term by the batch mean of its absolute value.
         objective: `value` (the paper's), or `unrolled`, which climbs the rewards of steps that the policy takes in a
-            model of the environment and the value of where they end, and is distilled in every state on the way:
+            model of the environment and the value of where they end, and is distilled in every state on the way
+            (on average over them, and without a gradient into the states):
             :math:`E[\sum_{h < H} \gamma^h \hat r_h + \gamma^H \bar Q(\hat s_H, a_H)]`, with a gradient through the
             model and all of the policy's actions (SVG, arXiv 1510.09142).
         steps: `H` of `unrolled`.
@@ -91,8 +92,10 @@ class OneStepActor(LightningModule):
             q = imagined.rewards + imagined.discounts * last
             deviations = torch.cat([(plans - proposals)[None], imagined.deviations])
 
-        # Distillation.
-        distillation = deviations.square().mean()
+        # Distillation, of the actions and of what is generated beside them.
+        distillation = deviations[..., : self.action_dim].square().mean()
+        if deviations.shape[-1] > self.action_dim:
+            distillation = distillation + deviations[..., self.action_dim :].square().mean()
         value_loss = -q.mean()
         if self.normalize_q:
             value_loss = value_loss / value_scale(q)
@@ -106,8 +109,9 @@ class OneStepActor(LightningModule):
         }
 
     def _decide(self, propose: Callable[[Tensor, Tensor], Tensor], observations: Tensor, z: Tensor) -> Decision:
-        actions = self(observations, z)
-        return Decision(actions.clamp(-1.0, 1.0), actions - propose(observations, z))
+        # It is distilled in the states that it reaches; where they are is for the value to decide.
+        reached = observations.detach()
+        return Decision(self.act(observations, z), self(reached, z) - propose(reached, z))
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions before they are clipped, and what is generated beside them, shape (batch, action_dim), or more."""

@@ -122,7 +122,7 @@ class Refiner(LightningModule):
             next_actions: the policy's actions at `s'`, shape (batch, action_dim), without gradient.
             values: `values(s, a)` of shape (members, batch) with a gradient into `s` and `a` only.
             imagination: steps to take before the value is asked; None: none.
-            propose: proposals of states and noise, without gradient; only imagined steps need it.
+            propose: proposals of states and noise, with a gradient into the states; only imagined steps need it.
         """
         residual = self.residual(batch.observations, base_actions)
         actions = (base_actions + residual).clamp(-1.0, 1.0)

@@ -45,9 +45,9 @@ class TransitionModel(LightningModule, ABC):
         discount: gamma of the imagined steps, in [0, 1).
         expansion: steps that the critic's target takes in the model before it bootstraps (model-based value expansion,
             arXiv 1803.00101).
-        within: standard deviations of the state by which the model may be wrong, in open loop, at the last imagined
-            step, > 0: a stage in which the model rests begins by finding out how many steps that allows. None: as many
-            as are asked for.
+        within: error that the model may have in open loop at the last imagined step, as a share of that of a model in
+            which nothing changes, > 0: a stage in which the model rests begins by finding out how many steps that
+            allows. None: as many as are asked for.
 
     Raises:
         UserError: for images, action chunks, or statistics of another number of dimensions.

@@ -125,6 +125,11 @@ class Transitions:
         ends = torch.where(self.has_successor, len(self.states) - 1, rows)
         return ends.flip(0).cummin(0).values.flip(0)
 
+    @property
+    def longest(self) -> int:
+        """Transitions of the longest trajectory."""
+        return int((self.last_rows - self.first_rows).max())
+
     def observations(self, rows: Tensor) -> Tensor:
         """What an agent sees in the states `rows`; before a trajectory's first frame, that frame again.
 
