@@ -423,18 +423,20 @@ def check(config: DictConfig) -> None:
 def _check_single_steps(config: DictConfig) -> None:
     """Refuse what would teach a model of single steps something else, or that every step is the last."""
     critic, dynamics = (config.agent.get(part) or {} for part in ("critic", "dynamics"))
-    models = {"agent.dynamics": dynamics, "agent.critic": critic if critic.get("_target_") == OCCUPANCY else {}}
+    models = {
+        "agent.dynamics": dynamics,
+        "agent/critic=occupancy": critic if critic.get("_target_") == OCCUPANCY else {},
+    }
     for name, model in models.items():
         if not model:
             continue
-        if config.data.get("n_step", 1) > 1 or config.data.discount == 0:
-            raise UserError(
-                f"{name} learns single steps, and their ends from the discount: "
-                "leave data.n_step at 1 and task.discount above 0"
-            )
+        if config.data.get("n_step", 1) > 1:
+            raise UserError(f"{name} learns single steps: leave data.n_step at 1")
+        if config.data.discount == 0:
+            raise UserError(f"{name} learns from the discount where tasks end: leave task.discount above 0")
         if model.get("discount", config.data.discount) != config.data.discount:
             raise UserError(
-                f"{name}.discount={model['discount']} is another than data.discount={config.data.discount}: "
+                f"{name} has the discount {model['discount']} and data.discount={config.data.discount}: "
                 "set task.discount, which both follow"
             )
 

@@ -457,7 +457,8 @@ def check_value(key: str, value: Any, type_: Any) -> None:
         TypeAdapter(_without_sections(type_), config=STRICT).validate_python(value)
     except ValidationError as error:
         shown = "null" if value is None else repr(value)
-        raise UserError(f"{key} must be {wanted(type_)}, got {shown}") from error
+        or_auto = f" or {AUTO}" if key.removeprefix("agent.") in STAND_IN else ""
+        raise UserError(f"{key} must be {wanted(type_)}{or_auto}, got {shown}") from error
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> UserError:

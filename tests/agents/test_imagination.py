@@ -323,6 +323,7 @@ def test_a_model_first_and_steps_within_its_errors(
     with caplog.at_level(logging.INFO):
         summary = train(config, tmp_path)
     assert "imagined steps: 3 of the 3 asked for" in caplog.text
+    assert summary["dynamics"]["imagined_steps_allowed"] == 3
     assert summary["evaluations"] >= 1
     assert np.isfinite(summary["dynamics"]["error"]["sample"]["1"])
 
@@ -349,7 +350,7 @@ def test_what_does_not_fit_together(overrides: tuple[str, ...], message: str) ->
         ("agent.dynamics.within=0", "agent.dynamics.within must be"),
         ("agent.actor.steps=0", "agent.actor.steps must be a whole number of at least 1"),
         ("agent.actor.objective=values", "value or unrolled"),
-        ("agent.dynamics.discount=0.5", "agent.dynamics.discount=0.5"),
+        ("agent.dynamics.discount=0.5", "agent.dynamics has the discount 0.5"),
     ],
 )
 def test_settings(override: str, message: str) -> None:

@@ -152,7 +152,7 @@ def test_what_is_refused(overrides: tuple[str, ...], spec: Spec, message: str) -
     [
         (("agent.path=auto", "stages=offline_to_online"), "learned from data alone"),
         (("agent.path=auto", "agent.horizon=500"), "longer than every trajectory"),
-        (("agent.path=yes",), "agent.path must be"),
+        (("agent.path=yes",), "agent.path must be a group of settings or null or auto"),
     ],
 )
 def test_what_does_not_fit_a_run(overrides: tuple[str, ...], message: str, point_data: Path, tmp_path: Path) -> None:

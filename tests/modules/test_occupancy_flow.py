@@ -213,7 +213,7 @@ def test_what_is_refused(spec: Spec, statistics: Any, message: str) -> None:
 @pytest.mark.parametrize(
     "overrides,message",
     [
-        (("data.n_step=3",), "agent.critic learns single steps.*data.n_step at 1"),
+        (("data.n_step=3",), "occupancy learns single steps: leave data.n_step at 1"),
         (("task.discount=0",), "task.discount above 0"),
         (("task.discount=1",), "task.discount"),
         (("agent.critic.discount=-0.1",), "agent.critic.discount must be a number of at least 0"),

@@ -73,7 +73,7 @@ class ActorCritic(Agent):
             if isinstance(self.critic, OccupancyFlow) or self.critic.next_draws > 1:
                 raise UserError(
                     "agent.dynamics.expansion needs a critic with one target for each transition: use "
-                    "agent/critic=ensemble or flow"
+                    "agent/critic=ensemble, or flow with samples=1"
                 )
 
     @property
