@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -162,7 +163,12 @@ def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
 
 
 def workers(command: Command) -> list[psutil.Process]:
-    return [process for process in command.processes() if "spawn_main" in " ".join(process.cmdline())]
+    found = []
+    for process in command.processes():
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_workers_end_with_the_command(tmp_path: Path) -> None:
