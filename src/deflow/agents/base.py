@@ -196,8 +196,9 @@ class Agent(LightningModule, ABC):
         train = [part for part in train if part not in freeze]
         if unknown:
             known = ", ".join(self._trainable)
+            model = " (a model is added by agent/dynamics=flow)" if "dynamics" in unknown else ""
             raise UserError(
-                f"stage '{name}' names {unknown}: choose among the agent's parts {known}, or {WHOLE_STAGES}"
+                f"stage '{name}' names {unknown}: choose among the agent's parts {known}{model}, or {WHOLE_STAGES}"
             )
         if not train:
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")

@@ -54,9 +54,9 @@ class Distilled(Agent):
         self._noise_shape = self.teacher.act_noise_shape
         if math.prod(self._noise_shape) != spec.action_dim:
             raise UserError(
-                f"the teacher's action takes noise of shape {self._noise_shape}, a one-step policy one vector: "
-                "if it takes the best of several, distil it with +teacher.best_of_n=1; "
-                "if it samples in several steps, it cannot be distilled"
+                f"the teacher's action takes noise of shape {self._noise_shape}, a one-step policy one vector as long "
+                "as the action: if it takes the best of several, distil it with +teacher.best_of_n=1; "
+                "if it samples in several steps, or generates more than actions (agent.path), it cannot be distilled"
             )
         self._taught = Policy(self.teacher)
 
