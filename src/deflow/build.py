@@ -94,7 +94,7 @@ def _decide_value_range(config: DictConfig, transitions: Transitions) -> None:
 
 def state_statistics(transitions: Transitions) -> StateStatistics:
     """What standardises a model of states, in the units that the agent learns from."""
-    observations = transitions.observations(_measured(transitions)).double()
+    observations = transitions.observations(_measured(transitions.starts)).double()
     low, high = (end.item() for end in transitions.learned_rewards(transitions.starts).aminmax())
     return {
         "observation_mean": observations.mean(0).tolist(),
@@ -106,7 +106,7 @@ def state_statistics(transitions: Transitions) -> StateStatistics:
 
 def step_statistics(transitions: Transitions) -> StepStatistics:
     """What standardises a model of the environment's steps, in the units that the agent learns from."""
-    rows = _measured(transitions)
+    rows = _measured(transitions.starts)
     changes = transitions.observations(rows + 1).double() - transitions.observations(rows).double()
     return {
         **state_statistics(transitions),
@@ -117,8 +117,7 @@ def step_statistics(transitions: Transitions) -> StepStatistics:
 
 def path_statistics(transitions: Transitions, horizon: int) -> PathStatistics:
     """What standardises the states after each of so many steps, in the units that the agent learns from."""
-    starts = transitions.chunk_starts(horizon)
-    rows = starts[:: -(-len(starts) // MOST_MEASURED)]
+    rows = _measured(transitions.chunk_starts(horizon))
     here = transitions.observations(rows).double()
     changes = [transitions.observations(rows + step).double() - here for step in range(1, horizon + 1)]
     return {
@@ -127,9 +126,9 @@ def path_statistics(transitions: Transitions, horizon: int) -> PathStatistics:
     }
 
 
-def _measured(transitions: Transitions) -> Tensor:
+def _measured(starts: Tensor) -> Tensor:
     """Rows of which statistics are taken."""
-    return transitions.starts[:: -(-len(transitions) // MOST_MEASURED)]
+    return starts[:: -(-len(starts) // MOST_MEASURED)]
 
 
 def _deviation(values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,7 @@ class Seat:
     rng: np.random.Generator
     plan: deque[np.ndarray] = field(default_factory=deque)  # actions decided and not yet taken
     expected: deque[np.ndarray] = field(default_factory=deque)  # the states after them and their scales, (2, dim) each
-    errors: list[float] = field(default_factory=list)  # mean squares, of the episode so far
+    squares: float = 0.0  # mean squares of the errors, summed over the episode so far
 
 
 def take_seat(env: gymnasium.Env, seed: int, index: int) -> Seat:
@@ -102,8 +103,8 @@ def compare(policy: AnyPolicy, seat: Seat) -> None:
     """Note how far the state that was reached is from the one that was expected, if one was."""
     if seat.expected:
         expected, scale = seat.expected.popleft()
-        seat.errors.append(np.square((policy.units.observed(seat.observation) - expected) / scale).mean().item())
-        seat.episode.path_error = float(np.sqrt(np.mean(seat.errors)))
+        seat.squares += np.square((policy.units.observed(seat.observation) - expected) / scale).mean().item()
+        seat.episode.path_error = math.sqrt(seat.squares / seat.episode.length)
 
 
 class Evaluator:

@@ -31,18 +31,18 @@ def measure_values(agent: Agent, held_out: Transitions, span: Lookahead, seed: i
         return, and the number of `transitions`; None for an agent without values.
     """
     generator = torch_generator(torch.device("cpu"), seed, "values")
-    data = held_out.with_returns(span.discount)
-    starts = data.chunk_starts(span.horizon)
+    starts = held_out.chunk_starts(span.horizon)
     rows = starts[torch.randperm(len(starts), generator=generator)[:MEASURED]]
     found = []
     for some in rows.split(AT_ONCE):
-        batch, _ = data.batch(some, span)
-        values = agent.action_values(batch.observations.to(agent.device), batch.actions.to(agent.device))
-        if values is None:
+        batch, _ = held_out.batch(some, span)
+        of_some = agent.action_values(batch.observations.to(agent.device), batch.actions.to(agent.device))
+        if of_some is None:
             return None
-        assert batch.returns is not None
-        found.append(torch.stack([values.cpu(), batch.returns]))
-    values, returns = torch.cat(found, dim=1).double()
+        found.append(of_some.cpu())
+    of_all = held_out.returns if held_out.returns is not None else held_out.with_returns(span.discount).returns
+    assert of_all is not None
+    values, returns = torch.cat(found).double(), of_all[rows].double()
     varies = values.std() > 0 and returns.std() > 0
     correlation = torch.corrcoef(torch.stack([values, returns]))[0, 1].item() if varies else None
     return {"correlation": correlation, "bias": (values - returns).mean().item(), "transitions": len(rows)}

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.func import functional_call
 
 from deflow.flow.ode import Gradient, Solver
 from deflow.flow.path import straight_path
 from deflow.nets.average import Average
 from deflow.nets.encoder import make_encoder
+from deflow.nets.frozen import frozen_call
 from deflow.nets.vector_field import VectorField
 from deflow.ranges import Activation, Rate, Widths
 from deflow.types import Batch, Metrics, Spec
@@ -94,10 +94,9 @@ class BehaviorFlow(LightningModule):
     def follow(self, observations: Tensor, z: Tensor) -> Tensor:
         """As `propose` of states, with a gradient into them and `z`, but none into the flow's own parameters."""
         field = self.average.of(self.field)
-        frozen = {name: parameter.detach() for name, parameter in field.named_parameters()}
 
         def velocity(t: Tensor, x: Tensor) -> Tensor:
-            return functional_call(field, frozen, (observations, x, t.expand(len(x), 1)))
+            return frozen_call(field, observations, x, t.expand(len(x), 1))
 
         return bounded(self.solver.walk(velocity, z), self.action_dim)
 

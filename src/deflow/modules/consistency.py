@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from deflow.nets.activation import activate
+from deflow.nets.average import polyak_pairs
 from deflow.nets.encoder import Encoder, make_encoder, repeat_to
 from deflow.nets.mlp import MLP, linear
 from deflow.nets.time_features import sinusoidal
@@ -119,8 +120,7 @@ class ConsistencyPolicy(LightningModule):
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, teacher, share)` for the agent's Polyak step."""
-        for online, teacher in zip(self.online.parameters(), self.teacher.parameters(), strict=True):
-            yield online, teacher, 1 - self.ema
+        return polyak_pairs(self.online, self.teacher, 1 - self.ema)
 
     def _sample(self, net: ConsistencyNet, observations: Tensor, z: Tensor) -> Tensor:
         features = net.encode(observations)

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.func import functional_call
 
 from deflow.distributed import mean_over_ranks
 from deflow.errors import UserError
+from deflow.nets.average import polyak_pairs
 from deflow.nets.encoder import make_encoder
+from deflow.nets.frozen import frozen_call
 from deflow.nets.mlp import EnsembleMLP
 from deflow.ranges import Activation, Count, NonNegative, Norm, Reduction, Share, Widths
 from deflow.types import Batch, Metrics, Spec
@@ -125,13 +126,11 @@ class Critic(LightningModule):
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """As `values`, with a gradient into the actions but none into the critic's own parameters."""
-        frozen = {name: parameter.detach() for name, parameter in self.online.named_parameters()}
-        return functional_call(self.online, frozen, (observations, actions)).squeeze(-1)
+        return frozen_call(self.online, observations, actions).squeeze(-1)
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, target, tau)` for the agent's Polyak step."""
-        for online, target in zip(self.online.parameters(), self.target.parameters(), strict=True):
-            yield online, target, self.tau
+        return polyak_pairs(self.online, self.target, self.tau)
 
     @staticmethod
     def _values(network: EnsembleMLP, observations: Tensor, actions: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.func import functional_call
 
 from deflow.errors import UserError
 from deflow.modules.critic import Aggregate
+from deflow.nets.average import polyak_pairs
 from deflow.nets.encoder import beside, make_encoder, repeat_to
+from deflow.nets.frozen import frozen_call
 from deflow.nets.mlp import EnsembleMLP
 from deflow.ranges import Activation, Count, Interval, Share, Widths
 from deflow.types import Batch, Metrics, Spec
@@ -211,13 +212,11 @@ class FlowCritic(LightningModule):
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """As `values`, with a gradient into the actions but none into the critic's own parameters."""
-        frozen = {name: parameter.detach() for name, parameter in self.distilled.named_parameters()}
-        return self._values_of(functional_call(self.distilled, frozen, (observations, actions)).squeeze(-1))
+        return self._values_of(frozen_call(self.distilled, observations, actions).squeeze(-1))
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, target, tau)` for the agent's Polyak step."""
-        for online, target in zip(self.online.parameters(), self.target.parameters(), strict=True):
-            yield online, target, self.tau
+        return polyak_pairs(self.online, self.target, self.tau)
 
     def _distillation(self, observations: Tensor, actions: Tensor, values: Tensor) -> Tensor:
         """Squared error of the distilled networks against the mean over members and draws, in the field's units."""

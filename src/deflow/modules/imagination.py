@@ -28,6 +28,10 @@ class Imagined(NamedTuple):
     actions: Tensor  # (batch, action_dim), the policy's there
     deviations: Tensor  # (steps, batch, action_dim), of the decisions after each step; 0 after the task's end
 
+    def value(self, last: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Rewards of the steps and the value `last` of where they end, shape (batch,)."""
+        return self.rewards + self.discounts * last(self.observations, self.actions)
+
 
 class Imagination(NamedTuple):
     """A model, and the random numbers of so many steps in it.

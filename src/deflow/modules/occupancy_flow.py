@@ -9,14 +9,15 @@ from typing import Literal, NamedTuple
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.func import functional_call
 
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.flow.path import straight_path
 from deflow.modules.critic import Aggregate
 from deflow.modules.statistics import StateStatistics, register_statistics
+from deflow.nets.average import polyak_pairs
 from deflow.nets.encoder import make_encoder
+from deflow.nets.frozen import frozen_call
 from deflow.nets.mlp import MLP, EnsembleMLP
 from deflow.ranges import Activation, Count, Discount, Share, Widths
 from deflow.types import Batch, Metrics, Spec
@@ -209,10 +210,7 @@ class OccupancyFlow(LightningModule):
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """As `values`, with a gradient into the actions but none into the critic's own parameters."""
-        frozen = {name: parameter.detach() for name, parameter in self.distilled.named_parameters()}
-        return self._in_rewards(
-            functional_call(self.distilled, frozen, (self._standard(observations), actions)).squeeze(-1)
-        )
+        return self._in_rewards(frozen_call(self.distilled, self._standard(observations), actions).squeeze(-1))
 
     @torch.no_grad()
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Future:
@@ -229,8 +227,7 @@ class OccupancyFlow(LightningModule):
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, target, tau)` for the agent's Polyak step."""
-        for online, target in zip(self.online.parameters(), self.target.parameters(), strict=True):
-            yield online, target, self.tau
+        return polyak_pairs(self.online, self.target, self.tau)
 
     # The flow.
 
@@ -269,10 +266,10 @@ class OccupancyFlow(LightningModule):
     def _sampled_values(self, pair: Pair, ahead: Tensor) -> Tensor:
         """What each of the states ahead says of the pair's value, shape (members, batch, samples)."""
         changes, sign = ahead.split([self.point_dim - 1, 1], dim=-1)
-        goes_on = (sign > 0).to(sign.dtype)
-        rewards = self.reward(pair.state[:, None] + changes, goes_on).squeeze(-1).clamp(-1.0, 1.0)
+        goes_on = sign > 0
+        rewards = self.reward(pair.state[:, None] + changes, goes_on.to(sign.dtype)).squeeze(-1).clamp(-1.0, 1.0)
         # Of the steps that go on all count, of the end just the one that brings it.
-        steps = torch.where(sign.squeeze(-1) > 0, 1 / (1 - self.discount), 1.0)
+        steps = torch.where(goes_on.squeeze(-1), 1 / (1 - self.discount), 1.0)
         return steps * (self.reward_centre + self.reward_scale * rewards)
 
     def _aggregated(self, values: Tensor) -> Tensor:

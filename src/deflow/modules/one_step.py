@@ -88,8 +88,7 @@ class OneStepActor(LightningModule):
         else:
             assert propose is not None
             imagined = imagination.unroll(observations, actions, partial(self._decide, propose))
-            last = values(imagined.observations, imagined.actions).mean(0)
-            q = imagined.rewards + imagined.discounts * last
+            q = imagined.value(lambda s, a: values(s, a).mean(0))
             deviations = torch.cat([(plans - proposals)[None], imagined.deviations])
 
         # Distillation, of the actions and of what is generated beside them.

@@ -14,7 +14,7 @@ from torch.func import grad
 from deflow.errors import UserError
 from deflow.modules.constraints import Constraint, ConstraintSettings, Refinement
 from deflow.modules.critic import advantage_weights, value_scale
-from deflow.modules.imagination import Decision, Imagination, Imagined
+from deflow.modules.imagination import Decision, Imagination
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
 from deflow.ranges import Activation, Count, Limit, Positive, Widths
@@ -136,7 +136,7 @@ class Refiner(LightningModule):
         else:
             assert propose is not None
             imagined = imagination.unroll(batch.observations, actions, partial(self._decide, propose))
-            loss, metrics = self._unrolled_loss(imagined, value)
+            loss, metrics = self._climbed(imagined.value(value))
             residual = torch.cat([residual[None], imagined.deviations])
 
         # Trust region and whatever else is constrained.
@@ -148,13 +148,10 @@ class Refiner(LightningModule):
         return loss, metrics | {"loss": loss.detach()}
 
     def _value_loss(self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value) -> tuple[Tensor, Metrics]:
-        q = value(batch.observations, actions)
-        loss = -q.mean() / value_scale(q)
-        return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
+        return self._climbed(value(batch.observations, actions))
 
     @staticmethod
-    def _unrolled_loss(imagined: Imagined, value: Value) -> tuple[Tensor, Metrics]:
-        q = imagined.rewards + imagined.discounts * value(imagined.observations, imagined.actions)
+    def _climbed(q: Tensor) -> tuple[Tensor, Metrics]:
         loss = -q.mean() / value_scale(q)
         return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor
-from torch.func import functional_call
 
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.flow.path import straight_path
 from deflow.modules.statistics import StepStatistics, register_statistics
 from deflow.nets.encoder import make_encoder
+from deflow.nets.frozen import frozen_call
 from deflow.nets.mlp import MLP
 from deflow.nets.vector_field import VectorField
 from deflow.ranges import Activation, Discount, Interval, Natural, Positive, Widths
@@ -96,8 +96,7 @@ class TransitionModel(LightningModule, ABC):
 
         Rewards are kept in the range of the data's. The arguments are those of `sample`.
         """
-        frozen = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        outcome = self._outcome(observations, functional_call(self, frozen, (observations, actions, z)))
+        outcome = self._outcome(observations, frozen_call(self, observations, actions, z))
         low, high = self.reward_centre - self.reward_scale, self.reward_centre + self.reward_scale
         return outcome._replace(rewards=outcome.rewards.clamp(low, high))
 

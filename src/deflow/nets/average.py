@@ -31,5 +31,10 @@ class Average(nn.Module):
     def pairs(self, network: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
         """`(online, average, share)` of every parameter, for a Polyak step."""
         if self.network is not None and self.decay is not None:
-            for online, average in zip(network.parameters(), self.network.parameters(), strict=True):
-                yield online, average, 1 - self.decay
+            yield from polyak_pairs(network, self.network, 1 - self.decay)
+
+
+def polyak_pairs(online: nn.Module, target: nn.Module, tau: float) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """`(online, target, tau)` of every parameter, for the agent's Polyak step."""
+    for of_online, of_target in zip(online.parameters(), target.parameters(), strict=True):
+        yield of_online, of_target, tau
