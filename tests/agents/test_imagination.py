@@ -304,6 +304,35 @@ def test_no_steps_are_as_without_a_model(agent: str) -> None:
         assert torch.equal(loss, of_none[name]), name
 
 
+def test_the_refiners_proposals_have_a_gradient_into_imagined_states() -> None:
+    agent = make("agent=deflow", "agent/dynamics=gaussian", "agent.refiner.objective=unrolled", "agent.refiner.steps=2")
+    follow, seen = agent.behavior_flow.follow, []
+
+    def noticed(observations: Tensor, z: Tensor) -> Tensor:
+        proposals = follow(observations, z)
+        seen.append((observations.requires_grad, proposals.requires_grad))
+        return proposals
+
+    agent.behavior_flow.follow = noticed
+    batch = random_batch(agent)
+    list(agent.losses(batch, agent.noise(batch, "test")))
+    assert seen == [(True, True)] * 2
+
+
+def test_what_would_come_after_the_end_counts_for_nothing() -> None:
+    class Ending(Linear):
+        def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+            outcome = super().forward(observations, actions, z)
+            return torch.cat([outcome[:, :-1], -outcome[:, -1:]], dim=-1)
+
+    for model, counted in ((Linear(), 1.0), (Ending(), 0.0)):
+        imagined = imagination(model, 4, 3).unroll(
+            torch.randn(4, 2), torch.zeros(4, 1), lambda s, z: Decision(torch.zeros_like(z), torch.ones_like(z))
+        )
+        assert torch.equal(imagined.deviations, torch.full((3, 4, 1), counted))
+        assert bool((imagined.discounts > 0).all()) == (counted == 1)
+
+
 # Settings and stages.
 
 
@@ -356,6 +385,17 @@ def test_what_does_not_fit_together(overrides: tuple[str, ...], message: str) ->
 def test_settings(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(compose_config("experiment=pointmaze", "agent=fql", "agent/dynamics=flow", override))
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"), [("behavior_flow", (0, 0)), ("critic", (2, 0)), ("actor", (0, 3)), ("dynamics", (0, 0))]
+)
+def test_a_limit_holds_for_what_trains(train: str, steps: tuple[int, int]) -> None:
+    limited = ("agent/dynamics=gaussian", "agent.dynamics.expansion=2", "agent.dynamics.within=0.5")
+    agent = make("agent=fql", "agent.actor.objective=unrolled", *limited)
+    agent.begin_stage("test", [train], first_step=0)
+    assert agent.steps_of_stage == steps
+    assert agent.bounded == any(steps)
 
 
 def test_a_limit_needs_a_model_at_rest(point_data: Path, tmp_path: Path) -> None:
