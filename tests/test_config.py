@@ -114,9 +114,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         (("agent=srpo", "networks.hidden=[8]", "tau=0.1"), ["networks.hidden=[8]"]),
         (("agent=flow_bc", "networks.hidden=[8]", "tau=0.1"), ["tau=0.1"]),
         (("agent=fql", "networks.hidden=[8]", "networks.activation=relu", "tau=0.1"), []),
+        (("agent.refiner.steps=5", "agent.refiner.alpha=3"), ["agent.refiner.steps=5", "agent.refiner.alpha=3"]),
+        (("agent.refiner.lagrange=false", "agent.refiner.alpha=3"), []),
+        (("agent.refiner.objective=unrolled", "agent.refiner.steps=5", "agent/dynamics=flow"), []),
+        (("agent=fql", "agent.actor.steps=5"), ["agent.actor.steps=5"]),
+        (("agent=rlpd", "stages=online", "agent.actor.target_entropy_multiplier=1"), []),
+        (("iav.factor=0.1",), ["iav.factor=0.1"]),
+        (("agent=fql", "iav.factor=0.1"), ["iav.factor=0.1"]),
+        (("agent.trust_region=auto", "iav.factor=0.1"), []),
+        (("data.source.generate_episodes=5",), ["data.source.generate_episodes=5"]),
+        (("updates=5", "online_updates=5"), ["online_updates=5"]),
+        (("stages.joint.steps=5", "updates=5"), ["updates=5"]),
     ],
 )
-def test_what_the_agent_does_not_read_is_said(
+def test_what_nothing_reads_is_said(
     overrides: tuple[str, ...],
     unread: list[str],
     tmp_path: Path,
@@ -125,6 +136,31 @@ def test_what_the_agent_does_not_read_is_said(
 ) -> None:
     assert command("train", ["task=scene", *overrides, f"hydra.run.dir={tmp_path / 'run'}"], monkeypatch) == 0
     assert [message.split()[0] for message in caplog.messages if "changes nothing" in message] == unread
+
+
+@pytest.mark.parametrize(
+    ("overrides", "untrained"),
+    [
+        (("stages=staged",), []),
+        (("+stages.joint.freeze=[behavior_flow]",), ["behavior_flow"]),
+        (("+stages.joint.freeze=[behavior_flow]", "ckpt=final.ckpt"), []),
+        (("stages=staged", "stages.behavior.train=[critic]"), ["behavior_flow"]),
+        (("stages=offline_to_online", "stages.online.freeze=[behavior_flow]"), []),
+        (("stages=online", "stages.online.freeze=[behavior_flow, critic]"), ["behavior_flow", "critic"]),
+        (("agent/dynamics=flow", "stages=model_first"), []),
+        (("agent/dynamics=flow", "stages=model_first", "~stages.model"), ["dynamics"]),
+    ],
+)
+def test_a_part_that_is_frozen_untrained_is_said(
+    overrides: tuple[str, ...],
+    untrained: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert command("train", ["task=scene", *overrides, f"hydra.run.dir={tmp_path / 'run'}"], monkeypatch) == 0
+    said = [message.split("'")[3] for message in caplog.messages if "which nothing before it trains" in message]
+    assert said == untrained
 
 
 def test_a_sweep_over_rows_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

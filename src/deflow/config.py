@@ -35,7 +35,7 @@ from deflow.help import help_text
 from deflow.imports import quick_imports
 from deflow.invocation import as_script_and_as_typed
 from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
-from deflow.settings import check_settings, unknown_setting
+from deflow.settings import as_yaml, check_settings, unknown_setting, unread
 from deflow.sharing.address import is_address
 from deflow.signals import Stopped, end_with_parent, listening
 from deflow.tables import CONFIG_DIR, look_first_in
@@ -350,7 +350,9 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
     if command == "train":
         check(config)
         _refuse_nothing_to_train_on(job.overrides.task)
-        _warn_of_unread(config, job.overrides.task)
+        if config.resume is None:
+            _warn_of_unread(config, job.overrides.task)
+            _warn_of_untrained(config)
     else:
         check_settings(config, command)
     if command in ("train", "distill"):
@@ -384,14 +386,39 @@ def _refuse_nothing_to_train_on(overrides: Iterable[str]) -> None:
 
 
 def _warn_of_unread(config: DictConfig, overrides: Iterable[str]) -> None:
-    """What several agents share is a setting of the run's, also where the agent at hand does not refer to it."""
-    if config.resume is not None:
+    """Say which settings were given for nothing."""
+    given = {name: value for name, _, value in (override.lstrip("+").partition("=") for override in overrides)}
+    for name, condition in unread(config, "train", given):
+        needed = f"{condition.key}={as_yaml(condition.value)}"
+        log.warning("%s=%s changes nothing: it is read if %s", name, given[name], needed)
+
+    # What several agents or stages share is a setting of the run's, also where those at hand do not refer to it.
+    of_agents, of_stages = {"tau", *(f"networks.{name}" for name in config.networks)}, {"updates", "online_updates"}
+    agent, stages = (OmegaConf.to_yaml(part, resolve=False) for part in (config.agent, config.stages))
+    for names, readers, read in ((of_agents, config.agent._target_, agent), (of_stages, "the stages", stages)):
+        for name in given:
+            if name in names and f"${{{name}}}" not in read:
+                log.warning("%s=%s changes nothing: not read by %s", name, given[name], readers)
+
+
+def _warn_of_untrained(config: DictConfig) -> None:
+    """Say which parts are frozen before anything has trained them."""
+    if config.ckpt is not None:
         return
-    shared = {"tau", *(f"networks.{name}" for name in config.networks)}
-    read = OmegaConf.to_yaml(config.agent, resolve=False)
-    for name, _, value in (override.lstrip("+").partition("=") for override in overrides):
-        if name in shared and f"${{{name}}}" not in read:
-            log.warning("%s=%s changes nothing: %s does not read it", name, value, config.agent._target_)
+    stages = list(config.stages.items())
+
+    def trained(part: str, stage: DictConfig) -> bool:
+        return (stage.train == "all" or part in stage.train) and part not in stage.get("freeze", ())
+
+    for number, (name, stage) in enumerate(stages):
+        for part in stage.get("freeze", ()):
+            if not any(trained(part, before) for _, before in stages[:number]):
+                log.warning(
+                    "stage '%s' freezes '%s', which nothing before it trains: it stays as it was drawn at random "
+                    "(a stage before it, or ckpt=, brings a trained one)",
+                    name,
+                    part,
+                )
 
 
 def check(config: DictConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -28,6 +28,17 @@ Widths = Annotated[Sequence[Count], Field(min_length=1)]  # of layers
 Names = Annotated[Sequence[str], Field(min_length=1)]
 Interval = Annotated[Sequence[float], Field(min_length=2, max_length=2)]  # lowest and highest
 Limit = Positive | Annotated[Sequence[Positive], Field(min_length=1)]  # one for all action dimensions, or one for each
+
+
+class ReadIf(NamedTuple):
+    """Of a setting that only matters while another one has a certain value.
+
+    Its key is that of a neighbour, or a whole one with dots.
+    """
+
+    key: str
+    value: Any
+
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "mish", "silu"]  # see `activate`
 Norm = Literal["hidden", "input", "none"]  # what layer normalisation is applied to

@@ -28,6 +28,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from deflow.errors import UserError
 from deflow.ranges import (
@@ -40,6 +41,7 @@ from deflow.ranges import (
     Port,
     Positive,
     Probability,
+    ReadIf,
     Seed,
     Share,
     TaskId,
@@ -132,13 +134,16 @@ class Stage(TypedDict):
     environment: NotRequired[Environment | None]
 
 
+IF_AUTO = ReadIf("agent.trust_region", AUTO)
+
+
 class IAV(TypedDict):
-    factor: Positive
-    per_dimension: bool
-    neighbours: Neighbours
-    include_self: bool
-    standardise: bool
-    sample: Count | None
+    factor: Annotated[Positive, IF_AUTO]
+    per_dimension: Annotated[bool, IF_AUTO]
+    neighbours: Annotated[Neighbours, IF_AUTO]
+    include_self: Annotated[bool, IF_AUTO]
+    standardise: Annotated[bool, IF_AUTO]
+    sample: Annotated[Count | None, IF_AUTO]
     seed: Seed
     result: Mapping[str, Any] | None
 
@@ -414,6 +419,20 @@ def check_component(settings: DictConfig | Mapping[str, Any], key: str) -> None:
         check_value(*setting)
 
 
+def unread(config: DictConfig, command: str, names: Iterable[str]) -> Iterator[tuple[str, ReadIf]]:
+    """Those of the settings `names` that do nothing because of another one's value, and what it would have to be."""
+    settings = {key: (value, type_) for key, value, type_ in described(_plain(config), COMMANDS[command])}
+    for name in names:
+        _, type_ = settings.get(name, (None, None))
+        for condition in getattr(type_, "__metadata__", ()):
+            if isinstance(condition, ReadIf):
+                beside = _dotted(name.rpartition(".")[0], condition.key)
+                key = beside if beside in settings else condition.key
+                value, _ = settings.get(key, (None, None))
+                if key not in settings or value != condition.value:
+                    yield name, condition._replace(key=key)
+
+
 def described(value: Any, type_: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """`(dotted key, value, type)` of every setting in `value`; the type is None for what is not described.
 
@@ -482,19 +501,20 @@ def wanted(type_: Any) -> str:
     if origin is Annotated:
         return " ".join([wanted(arguments[0]), *_limits(type_.__metadata__)])
     if origin is Literal:
-        return " or ".join(_as_yaml(argument) for argument in arguments)
+        return " or ".join(as_yaml(argument) for argument in arguments)
     if origin in (Union, UnionType):
         return " or ".join(wanted(argument) for argument in arguments)
     if origin is Sequence:
         return f"a list, each {wanted(arguments[0])}"
     if origin is Mapping or is_typeddict(type_):
         return "a group of settings"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(type_, _as_yaml(None))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(type_, as_yaml(None))
 
 
 def _limits(metadata: Iterable[Any]) -> Iterator[str]:
     """The bounds in the metadata of an annotated type, in words."""
-    limits = {name: value for field in metadata for one in field.metadata for name, value in asdict(one).items()}
+    fields = [field for field in metadata if isinstance(field, FieldInfo)]
+    limits = {name: value for field in fields for one in field.metadata for name, value in asdict(one).items()}
     if limits.keys() >= {"ge", "le"}:
         yield f"from {limits['ge']} to {limits['le']}"
         return
@@ -510,8 +530,9 @@ def _limits(metadata: Iterable[Any]) -> Iterator[str]:
         yield f"({limits['max_length']} of them)" if "max_length" in limits else "(not empty)"
 
 
-def _as_yaml(value: Any) -> str:
-    return "null" if value is None else str(value)
+def as_yaml(value: Any) -> str:
+    """A plain value as it stands in a YAML file."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _each(values: Mapping[str, Any], types: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any, Any]]:

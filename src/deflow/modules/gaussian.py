@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deflow.errors import UserError
 from deflow.nets.encoder import make_encoder, repeat_to
 from deflow.nets.mlp import MLP
-from deflow.ranges import Activation, Interval, Positive, Widths
+from deflow.ranges import Activation, Interval, Positive, ReadIf, Widths
 from deflow.types import Metrics, Spec
 
 
@@ -55,7 +55,7 @@ class GaussianActor(LightningModule):
         encoder: Mapping[str, Any] | None = None,
         target_entropy: float | None = None,
         temperature: Positive = 1.0,
-        target_entropy_multiplier: Positive = 0.5,
+        target_entropy_multiplier: Annotated[Positive, ReadIf("target_entropy", None)] = 0.5,
         log_std_range: Interval = (-5.0, 2.0),
         output_scale: Positive = 1.0,
         temperature_loss: Literal["alpha", "log_alpha"] = "log_alpha",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -14,7 +14,7 @@ from deflow.modules.critic import value_scale
 from deflow.modules.imagination import Decision, Imagination
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
-from deflow.ranges import Activation, Count, Positive, Widths
+from deflow.ranges import Activation, Count, Positive, ReadIf, Widths
 from deflow.types import Metrics, Spec
 
 
@@ -50,7 +50,7 @@ class OneStepActor(LightningModule):
         alpha: Positive = 10.0,
         normalize_q: bool = False,
         objective: Literal["value", "unrolled"] = "value",
-        steps: Count = 3,
+        steps: Annotated[Count, ReadIf("objective", "unrolled")] = 3,
     ) -> None:
         super().__init__()
         self.net = MLP(make_encoder(spec, activation, encoder), spec.action_dim, hidden, spec.action_dim, activation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -17,7 +17,7 @@ from deflow.modules.critic import advantage_weights, value_scale
 from deflow.modules.imagination import Decision, Imagination
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
-from deflow.ranges import Activation, Count, Limit, Positive, Widths
+from deflow.ranges import Activation, Count, Limit, Positive, ReadIf, Widths
 from deflow.types import Batch, Metrics, Spec
 
 Objective = Literal["value", "gradient_step", "demonstration", "unrolled"]
@@ -73,12 +73,12 @@ class Refiner(LightningModule):
         encoder: Mapping[str, Any] | None = None,
         trust_region: Limit = 0.001,
         lagrange: bool = True,
-        alpha: Positive = 10.0,
+        alpha: Annotated[Positive, ReadIf("lagrange", False)] = 10.0,
         objective: Objective = "value",
-        eta: Positive = 0.1,
-        beta: Positive = 3.0,
+        eta: Annotated[Positive, ReadIf("objective", "gradient_step")] = 0.1,
+        beta: Annotated[Positive, ReadIf("objective", "demonstration")] = 3.0,
         constraints: Sequence[ConstraintSettings] = (),
-        steps: Count = 3,
+        steps: Annotated[Count, ReadIf("objective", "unrolled")] = 3,
     ) -> None:
         super().__init__()
         objectives = {

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium
 import numpy as np
@@ -23,13 +23,15 @@ from deflow.data.sources.source import Source
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.files import check_folder, locked
-from deflow.ranges import Count, Seed, TaskId
+from deflow.ranges import Count, ReadIf, Seed, TaskId
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
 
 KEYS = ("observations", "actions", "terminals", "qpos", "qvel")
 MOSTLY_INSIDE = 0.95  # share of positions in a maze's free cells, below which the data are of another maze
+
+IF_GENERATED = ReadIf("generate_if_missing", True)
 
 
 @dataclass
@@ -63,9 +65,9 @@ class OGBenchSource(Source):
     url: str
     download: bool
     generate_if_missing: bool
-    generate_episodes: Count
-    generate_seed: Seed
-    generate_workers: Count | None
+    generate_episodes: Annotated[Count, IF_GENERATED]
+    generate_seed: Annotated[Seed, IF_GENERATED]
+    generate_workers: Annotated[Count | None, IF_GENERATED]
     frames: Count = 1
     # An environment as the data were made, one frame at a time, that was asked for sizes and can serve once more.
     _spare_env: gymnasium.Env | None = field(default=None, init=False, repr=False, compare=False)
