@@ -277,6 +277,8 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
     if (
         unknown := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))
     ) is not None and command:
+        if unknown[1].startswith("settings."):  # of `reproduce.py`, which has none until they are added
+            return f"no setting '{unknown[1]}' yet: add it, +{unknown[1]}=..."
         return str(unknown_setting(unknown[1], _known_settings(command, arguments, without=unknown[1])))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")

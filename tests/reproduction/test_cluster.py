@@ -16,6 +16,7 @@ from deflow.reproduction.cluster import Cluster, Work
 from deflow.reproduction.layout import layout
 from deflow.reproduction.plan import Job, plan
 from tests.conftest import compose_config
+from tests.reproduction.runs import as_if_generated
 
 pytest.importorskip("submitit")
 
@@ -34,7 +35,7 @@ def cluster(folder: Path, name: str = "local", **options: Any) -> Cluster:
 def test_a_preempted_job_goes_on_and_one_that_fails_is_named(
     tiny_data: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
-    data = tiny_data("cube-single", "play")
+    data = as_if_generated("cube-single-play-v0", tiny_data("cube-single", "play"), tmp_path / "data")
     (job,) = jobs_of(tmp_path, data, "updates=1000", "eval.every=1000", "validate_every=1000", "checkpoint_every=100")
     (submitted,) = cluster(tmp_path)._executor.submit_array([Work(job, 1)])
     last = job.folder / "checkpoints" / "0_joint" / "last.ckpt"
@@ -50,6 +51,15 @@ def test_a_preempted_job_goes_on_and_one_that_fails_is_named(
     *_, bad = jobs_of(tmp_path, data, "networks.hidden=[]", seeds=2)
     assert cluster(tmp_path).run_all([job, bad]) == [f"bc on cube-single, seed 1 failed, see {bad.output}"]
     assert bad.state == "missing"
+
+
+def test_this_machine_has_no_more_jobs_at_a_time_than_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    monkeypatch.setattr(Cluster, "_run_group", lambda _, jobs: groups.append(len(jobs)) or [])
+    assert cluster(tmp_path).run_all(jobs_of(tmp_path, tmp_path, seeds=5)) == []
+    assert groups == [2, 2, 1]
 
 
 def test_what_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

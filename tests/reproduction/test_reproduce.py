@@ -14,24 +14,41 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from deflow.config import plain
 from deflow.errors import UserError
 from deflow.reproduction import runs
 from deflow.reproduction.layout import layout, names
 from deflow.reproduction.page import page
-from deflow.reproduction.plan import Job, commands, is_technical, plan, refuse_other_settings
-from deflow.reproduction.reproduce import _done, reproduce, updates_of
-from deflow.reproduction.results import read_results, refuse_mixture, result_of, why_not_published, write_results
+from deflow.reproduction.plan import (
+    Job,
+    commands,
+    is_technical,
+    plan,
+    refuse_other_configuration,
+    refuse_other_settings,
+)
+from deflow.reproduction.plots import profiles
+from deflow.reproduction.reproduce import _done, _write, reproduce, updates_of
+from deflow.reproduction.results import (
+    Result,
+    read_results,
+    refuse_mixture,
+    result_of,
+    why_not_published,
+    write_results,
+)
 from deflow.reproduction.runs import run_all
-from deflow.reproduction.table import cells_of, compare, latex, markdown, summary, tolerance
+from deflow.reproduction.table import cells_of, compare, latex, markdown, poolable, summary, tolerance
 from deflow.reproduction.tracking import track
 from deflow.stored import load_config
 from tests.commands import run as run_command
 from tests.commands import start
 from tests.conftest import compose_config
-from tests.reproduction.runs import write_run
+from tests.reproduction.runs import as_if_generated, write_run
 
 
 def jobs_of(folder: Path, table: str = "ogbench_state", seeds: int = 2, **chosen: Any) -> list[Job]:
@@ -153,7 +170,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypa
 
 
 def test_a_killed_reproduction_goes_on(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
-    data = tiny_data("cube-single", "play")
+    data = as_if_generated("cube-single-play-v0", tiny_data("cube-single", "play"), tmp_path / "data")
     settings = {"updates": 1500, "eval.every": 1500, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 100}
     settings |= {"validate_every": 1500, "diversity.states": 0, "networks.hidden": "[8]", "data.batch_size": 16}
     overrides = ["table=quick", "rows=[cube-single]", "agents=[bc]", "seeds=1", f"out={tmp_path / 'out'}"]
@@ -198,12 +215,15 @@ def test_a_table_is_logged_once(tmp_path: Path) -> None:
         write_run(job, [0.25 + 0.5 * job.seed])
     (tmp_path / "quick.md").touch()
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    for count in (1, 2):  # a second run came later
+    for count in (1, 1, 2):  # a second run came later
         results = [result_of(job) for job in jobs[:count]]
         track(uri, "quick", cells_of("quick", results), results, [tmp_path / "quick.md"])
-    ((whole, inside),) = _tables_in(MlflowClient(uri))
+    client = MlflowClient(uri)
+    ((whole, inside),) = _tables_in(client)
     assert whole.data.metrics == {"scene task 1/bc": 50.0}
     assert sorted(run.data.metrics["value"] for run in inside) == [25.0, 75.0]
+    for run in inside:
+        assert len(client.get_metric_history(run.info.run_id, "evaluation")) == 1
 
 
 def test_the_page_has_everything_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -250,7 +270,8 @@ def test_a_table_of_ones_own_is_a_file(tmp_path: Path) -> None:
         *(("first", None, "five", 1), ("second", 2, "five", 1)),
     ]
     assert jobs[1].folder == tmp_path / "logs" / "mine" / "second-task2" / "five" / "seed_0"
-    assert jobs[1].settings == ("task=scene", "task_id=2", "agent=fql", "data.n_step=5", "seed=0", "logger=csv")
+    its_own = ("task=scene", "task_id=2", "agent=fql", "data.n_step=5")
+    assert jobs[1].settings == (*its_own, f"paths.data={tmp_path / 'data'}", "seed=0", "logger=csv")
     for job in (jobs[0], jobs_of(tmp_path, str(mine), rows=["first"])[0]):
         write_run(job, [0.5, 0.75], n_step=5 if job.agent == "five" else 1)
         assert result_of(job).value == 75
@@ -265,12 +286,14 @@ def test_a_table_of_ones_own_is_a_file(tmp_path: Path) -> None:
         ({"value": "best"}, "value must be mean_of_last_three or last or before_and_after, got 'best'"),
         ({"columns": None}, "the setting 'columns' is missing"),
         ({"values": "last"}, "no setting 'values': did you mean 'value'?"),
-        ({"columns": {"a/b": []}}, "'a/b' becomes a folder's name, and cannot be one"),
+        ({"columns": {"a/b": []}}, "'a/b' becomes a folder's name: take letters"),
+        ({"columns": {"a,b": []}}, "'a,b' becomes a folder's name"),  # two of Hydra's jobs
+        ({"columns": {"${a}": []}}, "'${a}' becomes a folder's name"),
         (
             {"rows": {"a": {"settings": [], "task": 1}, "a-task1": {"settings": []}}},
             "two rows have one folder, a-task1",
         ),
-        ({"folder": "../mine"}, "'../mine' becomes a folder's name, and cannot be one"),
+        ({"folder": "../mine"}, "'../mine' becomes a folder's name"),
         ({"rows": {"a": {"settings": [], "data": "scene-play-v0"}}}, "rows with data need generate"),
         ({"rows": {"a": {"settings": [], "task": 7}}}, "rows.a.task must be a whole number from 1 to 5, got 7"),
     ],
@@ -291,7 +314,9 @@ def test_columns_may_be_numbers(tmp_path: Path) -> None:
     (tmp_path / "steps.yaml").write_text(
         "{folder: a, value: last, seeds: 1, every: [], rows: {r: {settings: []}}, columns: {1: [], 5: [data.n_step=5]}}"
     )
-    assert [job.folder.parent.name for job in jobs_of(tmp_path, str(tmp_path / "steps.yaml"))[:2]] == ["1", "5"]
+    found: list[Job] = [*jobs_of(tmp_path, str(tmp_path / "steps.yaml"), seeds=1)]
+    assert [job.folder.parent.name for job in found] == ["1", "5"]
+    assert jobs_of(tmp_path, str(tmp_path / "steps.yaml"), seeds=1, agents=[5]) == found[1:]  # as YAML reads agents=[5]
 
 
 def test_a_mean_over_tasks_is_that_of_the_seeds_that_all_have(tmp_path: Path) -> None:
@@ -341,7 +366,6 @@ def test_how_a_run_is_made_may_change(tmp_path: Path) -> None:
     chosen = {"rows": ["scene"], "agents": ["fql"], "tasks": [1], "seeds": 1}
     (job,) = jobs_of(tmp_path, **chosen)
     write_run(job, [0.5])
-    job.made_by.write_text("\n".join(job.settings))
     (now,) = jobs_of(tmp_path, settings=["+compile=true", "trainer=gpu"], **chosen)
     refuse_other_settings([now])
     assert result_of(now).command == "python train.py " + shlex.join(job.settings)
@@ -420,10 +444,49 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path: Path) -> None:
     chosen = {"rows": ["scene"], "agents": ["fql"], "tasks": [1], "seeds": 1}
     (job,) = jobs_of(tmp_path, **chosen)
     write_run(job, [0.5])
-    job.made_by.write_text("\n".join(job.settings))
     refuse_other_settings([job])
     with pytest.raises(UserError, match=r"was begun with other settings \(agent.alpha=3\)"):
         refuse_other_settings(jobs_of(tmp_path, settings=["agent.alpha=3"], **chosen))
+
+
+def test_a_run_begun_by_hand_is_taken_for_what_it_is(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    saved = plain(load_config(finished_run() / "config.yaml"))
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    path = {"data": saved["data"] | {"source": saved["data"]["source"] | {"path": "/elsewhere"}}}
+    refuse_other_configuration(job, saved, saved | {"threads": 7, "video": {"episodes": 3}})
+    refuse_other_configuration(job, saved, saved | {"agent": saved["agent"] | {"trust_region": "auto"}})
+    for changed, named in (({"tau": 0.5}, f"tau={saved['tau']}"), (path, "data.source.path=")):
+        with pytest.raises(UserError, match=rf"was begun with other settings \({named}"):
+            refuse_other_configuration(job, saved, saved | changed)
+
+
+def test_generated_data_never_lie_where_the_published_do(tmp_path: Path) -> None:
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    assert job.dataset is not None
+    source = instantiate(compose_config("task=cube_single", f"paths.data={tmp_path / 'data'}").data.source)
+    for_quick = replace(source, generate_episodes=200, generate_if_missing=True)
+    assert job.dataset.path == for_quick._generated
+    assert job.dataset.path != source._downloaded
+
+
+def test_data_that_have_moved_are_the_same_data(tmp_path: Path) -> None:
+    (before, *_), (now, *_) = (plan(layout("quick"), tmp_path, tmp_path / at, 1) for at in ("a", "b"))
+    write_run(now, [0.5])
+    now.made_by.write_text("\n".join(before.settings))
+    refuse_other_settings([now])
+    now.made_by.write_text("\n".join(s.replace("-200ep-", "-300ep-") for s in before.settings))
+    with pytest.raises(UserError, match="other settings"):
+        refuse_other_settings([now])
+    mine = write_table(tmp_path / "mine.yaml", every=["data.source.path=a.npz"])
+    (before, *_) = jobs_of(tmp_path, str(mine), seeds=1)
+    write_run(before, [0.5])
+    write_table(mine, every=["data.source.path=b.npz"])
+    with pytest.raises(UserError, match=r"data.source.path=a.npz data.source.path=b.npz"):
+        refuse_other_settings(jobs_of(tmp_path, str(mine), seeds=1))
+
+
+def test_published_data_lie_where_it_is_said(tmp_path: Path) -> None:
+    assert f"paths.data={tmp_path / 'data'}" in jobs_of(tmp_path, "d4rl_antmaze", seeds=1)[0].settings
 
 
 @pytest.mark.parametrize("name,content", [("summary.json", "{"), ("metrics.csv", None)])
@@ -477,6 +540,14 @@ def test_two_protocols_never_meet(changed: dict[str, Any], why: str, tmp_path: P
         refuse_mixture(results)
 
 
+def test_an_online_row_of_ogbench_needs_as_many_data(tmp_path: Path) -> None:
+    few = {"transitions": {"train": 1000}}
+    for row, why in (("puzzle-4x4", "its data are fewer than OGBench's"), ("pen-cloned-v1", None)):
+        (job,) = jobs_of(tmp_path, "offline_to_online", seeds=1, rows=[row], agents=["fql"])
+        write_run(job, [0.5], **few, protocol="OGBench single-task" if row == "puzzle-4x4" else "D4RL")
+        assert why_not_published("offline_to_online", result_of(job)) == why
+
+
 def test_changed_settings_are_another_protocol(tmp_path: Path) -> None:
     settings = ["+trainer.devices=1", "compile=true", "updates=20", "agent.critic.members=3"]
     (job,) = jobs_of(tmp_path, seeds=1, rows=["scene"], agents=["fql"], tasks=[1], settings=settings)
@@ -506,6 +577,94 @@ def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:
     files[0].write_text("nothing\n")
     with pytest.raises(UserError, match="is no results file"):
         read_results(files[0])
+
+
+def test_two_protocols_are_not_compared(tmp_path: Path) -> None:
+    def results(name: str, table: str, **changed: Any) -> list[Result]:
+        (job,) = jobs_of(tmp_path / name, table, seeds=1, rows=["cube-single"], agents=["fql"])
+        write_run(job, [0.5, 0.9], **changed)
+        return [result_of(job)]
+
+    offline = results("a", "quick")
+    with pytest.raises(UserError, match="value differs"):
+        compare(offline, results("b", "quick_online"))
+    with pytest.raises(UserError, match="stages differs"):
+        compare(offline, results("c", "quick", stages={"joint": 300}))
+    write_results(tmp_path / "broken.jsonl", [replace(offline[0], identity=None)])
+    with pytest.raises(UserError, match="a line has no identity"):
+        read_results(tmp_path / "broken.jsonl")
+
+
+def test_agents_without_a_task_in_common_have_a_table_all_the_same(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "quick", seeds=1, agents=["bc", "iql"])
+    for job in jobs:
+        if (job.row, job.agent) in {("cube-single", "bc"), ("scene", "iql")}:
+            write_run(job, [0.5])
+    results, _ = _done(jobs)
+    assert not poolable(results)
+    _write("quick", results, tmp_path)
+    assert len(read_results(tmp_path / "quick.jsonl")) == 2
+    assert not (tmp_path / "quick_profile.png").exists()
+
+
+def test_returns_of_two_tasks_have_no_mean_in_common(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "quick", seeds=2, agents=["bc", "iql"])
+    for job in jobs:
+        write_run(job, [0.5])
+    shares = [result_of(job) for job in jobs]
+    returns = [replace(result, measure="return", value=-500.0 - result.seed) for result in shares]
+    assert summary(returns) == ""
+    assert "IQM" in summary(shares)
+    of_one = [result for result in returns if result.row == "scene"]
+    assert "-50" in summary(of_one)
+    (profile, _) = profiles(of_one)
+    assert profile.x[0] == -501.0
+    assert (profile.mean[0], profile.mean[-1]) == (0.5, 0.0)
+
+
+def test_the_average_is_held_against_the_published_one(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "d4rl_antmaze", seeds=2, agents=["deflow", "fql"])
+    for job in jobs:
+        if job.agent == "deflow" or job.row != "antmaze-umaze-v2":
+            write_run(job, [0.8 + 0.06 * job.seed], protocol="D4RL")
+    found = {
+        (cell.row, cell.agent): cell
+        for cell in cells_of("d4rl_antmaze", [result_of(j) for j in jobs if j.state == "done"])
+    }
+    average = found["average", "deflow"]
+    assert (average.mean, average.verdict, average.seeds) == (pytest.approx(83), "inside", 2)
+    assert average.published is not None
+    assert average.published.value == 83
+    assert ("average", "fql") not in found
+
+
+def test_a_score_of_antmaze_is_a_share(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "d4rl_antmaze", seeds=3, rows=["antmaze-large-play-v2"], agents=["cac"])
+    for job in jobs:
+        write_run(job, [0.0], **{"eval/score": {"last": 0.0}}, protocol="D4RL")
+        (job.folder / "metrics.csv").write_text("step,eval/score\n1000,0\n")
+    (cell,) = cells_of("d4rl_antmaze", [result_of(job) for job in jobs])
+    assert (cell.mean, cell.verdict) == (0.0, "inside")
+    assert cell.interval is not None
+    assert cell.interval[1] > 0.5
+
+
+def test_the_ends_of_an_interval_read_apart(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, seeds=8, rows=["antmaze-giant"], agents=["bc"])
+    for job in jobs:
+        write_run(job, [0.0])
+    text = markdown("ogbench_state", cells_of("ogbench_state", [result_of(job) for job in jobs]))
+    assert "| antmaze-giant | bc | 8 | 0 ± 0 | 0.0 to 0.2 |" in text
+    assert "0 to 0 " not in text
+
+
+def test_seeds_that_tasks_do_not_share_are_not_paired(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, seeds=4, rows=["scene"], agents=["fql"], tasks=[1, 2])
+    for job in jobs:
+        if (job.task == 1) == (job.seed < 2):
+            write_run(job, [0.5 + 0.1 * job.seed])
+    *_, whole = cells_of("ogbench_state", [result_of(job) for job in jobs if job.state == "done"])
+    assert (whole.mean, whole.deviation, whole.interval) == (pytest.approx(65), None, None)
 
 
 def test_honest_runs_differ_by_what_was_measured() -> None:

@@ -68,10 +68,10 @@ class Cluster:
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"no jobs can be submitted to {name} here: {reason}") from error
-        self._threads = threads
+        self._threads, self._at_once = threads, at_once
 
     def run_all(self, jobs: Sequence[Job]) -> list[str]:
-        """Submit what is not done yet as one array, and wait for it.
+        """Submit what is not done yet as one array, and wait for it; on this machine, so many jobs after so many.
 
         Returns:
             What is to be said of those that are not done now.
@@ -79,9 +79,14 @@ class Cluster:
         todo = [job for job in jobs if job.state != "done"]
         if not todo:
             return []
-        submitted = self._executor.submit_array([Work(job, self._threads) for job in todo])
-        log.info("submitted %d jobs from %s on; they go on if this command ends", len(todo), submitted[0].job_id)
-        outcomes = [_outcome(job, done) for job, done in zip(todo, submitted, strict=True)]
+        together = self._at_once if self._executor.cluster == "local" else len(todo)  # which keeps to no limit itself
+        groups = [todo[first : first + together] for first in range(0, len(todo), together)]
+        return [outcome for group in groups for outcome in self._run_group(group)]
+
+    def _run_group(self, jobs: Sequence[Job]) -> list[str]:
+        submitted = self._executor.submit_array([Work(job, self._threads) for job in jobs])
+        log.info("submitted %d jobs from %s on; they go on if this command ends", len(jobs), submitted[0].job_id)
+        outcomes = [_outcome(job, done) for job, done in zip(jobs, submitted, strict=True)]
         return [outcome for outcome in outcomes if outcome is not None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ STAGES = {
     ("srpo", False): "srpo",
     ("rlpd", True): "from_scratch",
 }  # (agent, whether online) of a published table -> stages; else joint, or offline_to_online
+
+FOLDER = re.compile(r"\w[\w .+-]*")  # which no shell, nor Hydra, takes for something else
 
 Value = Literal["mean_of_last_three", "last", "before_and_after"]
 Key = tuple[str, int | None, str]  # row, task of OGBench or None, column
@@ -189,8 +192,11 @@ def _read(path: Path) -> OwnTable:
     if not file["rows"] or not file["columns"]:
         raise UserError(f"{path}: a table needs rows and columns")
     for name in (*file["rows"], *file["columns"], file["folder"]):
-        if not str(name) or "/" in str(name) or str(name).startswith("."):
-            raise UserError(f"{path}: '{name}' becomes a folder's name, and cannot be one")
+        if not FOLDER.fullmatch(str(name)):
+            raise UserError(
+                f"{path}: '{name}' becomes a folder's name: take letters, digits, spaces and _ . + -, the first a "
+                "letter or digit"
+            )
     places = [place_of(str(name), row.get("task")) for name, row in file["rows"].items()]
     if len(set(places)) < len(places):
         raise UserError(f"{path}: two rows have one folder, {max(places, key=places.count)}: name them otherwise")

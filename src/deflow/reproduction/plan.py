@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from deflow.data.generate.runner import generated_path
 from deflow.errors import UserError
 from deflow.reproduction.layout import Generated, Layout, Value, place_of
 from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE, read_summary
+from deflow.settings import AUTO
 
 # Settings that say how a run is made, not what it is.
 TECHNICAL = (
@@ -22,7 +24,7 @@ TECHNICAL = (
         "trainer.strategy",
         "trainer.one_launch",
     ),
-    *("trainer.log_every_n_steps", "compile", "threads", "matmul_precision", "data.device", "data.source.path"),
+    *("trainer.log_every_n_steps", "compile", "threads", "matmul_precision", "data.device", "data.source.dir"),
     *("logger", "paths", "checkpoint_every", "validate_every", "eval.num_envs", "video", "diversity"),
 )
 WHOLE_GROUPS = ("logger", "paths", "video", "diversity")  # of them, those all of whose settings are
@@ -44,6 +46,16 @@ class Dataset(NamedTuple):
     def arguments(self) -> tuple[str, ...]:
         """Of `generate.py`."""
         return f"dataset={self.name}", f"out={self.path.parent}", f"episodes={self.episodes}", f"seed={self.seed}"
+
+    @property
+    def setting(self) -> str:
+        """Of `train.py`, by which a run takes these data."""
+        return f"data.source.path={self.path}"
+
+    def is_named_by(self, setting: str) -> bool:
+        """Whether a setting names these data, wherever the folder of all data lies."""
+        name, _, path = setting.partition("=")
+        return name == "data.source.path" and Path(path).parts[-3:] == self.path.parts[-3:]
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ class Job:
 
     @property
     def begun_with(self) -> tuple[str, ...]:
-        """The settings with which the run was begun, as far as that is known; else those of the plan."""
+        """The settings with which the run was begun; those of the plan if that is not known."""
         return tuple(self.made_by.read_text().split("\n")) if self.made_by.exists() else self.settings
 
     @property
@@ -133,6 +145,7 @@ def plan(
         UserError: for a name that is not in the table, listing the right ones.
     """
     _refuse_unknown(f"row of {table.name}", rows or (), table.rows)
+    agents = None if agents is None else [str(agent) for agent in agents]  # a column may be called 1
     _refuse_unknown(f"agent of {table.name}", agents or (), table.columns)
     if [] in (rows, agents, tasks):
         raise UserError("an empty list chooses nothing: leave out rows, agents or tasks for all of them")
@@ -161,13 +174,47 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.state == "missing":
             continue
-        before, now = job.begun_with, job.settings
-        differing = [s for s in (*before, *now) if (s in before) != (s in now) and not is_technical(s)]
-        if differing:
-            raise UserError(
-                f"{job.folder} was begun with other settings ({' '.join(differing)}): go on with its own, or choose "
-                "another paths.logs"
-            )
+        before, now = (list(_deciding(settings, job.dataset)) for settings in (job.begun_with, job.settings))
+        _refuse(job, [setting for setting in (*before, *now) if (setting in before) != (setting in now)])
+
+
+def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
+    """As `refuse_other_settings`, of a run that was not begun by a plan: by what its settings came to.
+
+    Args:
+        job: the run.
+        saved: its resolved configuration, in which the data may have decided what was left to them.
+        planned: what the plan's settings resolve to.
+    """
+    before, now = _leaves(saved), _leaves(planned)
+    differing = [f"{name}={before[name]}" for name in before if name in now and now[name] not in (before[name], AUTO)]
+    its_own = job.settings if job.dataset is None else (*job.settings, job.dataset.setting)
+    _refuse(job, [setting for setting in _deciding(differing, job.dataset) if setting not in its_own])
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted name -> value."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+    return found
+
+
+def _refuse(job: Job, differing: Sequence[str]) -> None:
+    if differing:
+        raise UserError(
+            f"{job.folder} was begun with other settings ({' '.join(differing)}): go on with its own, or choose "
+            "another paths.logs"
+        )
+
+
+def _deciding(settings: Iterable[str], dataset: Dataset | None) -> Iterator[str]:
+    """Those that say what a run is; that it takes these data, in the same words wherever they lie."""
+    for setting in settings:
+        if dataset is not None and dataset.is_named_by(setting):
+            yield dataset.setting
+        elif not is_technical(setting):
+            yield setting
 
 
 def _job(
@@ -177,8 +224,8 @@ def _job(
     place = logs / table.folder / place_of(row, task) / agent / f"seed_{seed}"
     changed = tuple(sorted(setting for setting in settings if not is_technical(setting)))
     dataset = None if cell.data is None else _dataset(cell.data, data, table.generate)
-    from_data = () if dataset is None else (f"data.source.path={dataset.path}",)
-    chosen = (*cell.settings, *from_data, f"seed={seed}", "logger=csv", *settings)
+    from_data = f"paths.data={data}" if dataset is None else dataset.setting
+    chosen = (*cell.settings, from_data, f"seed={seed}", "logger=csv", *settings)
     return Job(row, task, agent, seed, place, chosen, table.value, changed, dataset)
 
 
@@ -190,7 +237,8 @@ def is_technical(setting: str) -> bool:
 
 def _dataset(name: str, folder: Path, generate: Generated | None) -> Dataset:
     assert generate is not None, "a layout with data says how they are generated"
-    return Dataset(name, folder / f"{name}.npz", generate["episodes"], generate["seed"])
+    episodes, seed = generate["episodes"], generate["seed"]
+    return Dataset(name, generated_path(folder, name, episodes, seed), episodes, seed)
 
 
 def _refuse_unknown(what: str, chosen: Sequence[str], known: Iterable[str]) -> None:

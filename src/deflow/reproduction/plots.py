@@ -43,8 +43,8 @@ def curves(results: Sequence[Result], row: str, task: int | None) -> Iterator[Cu
 def profiles(results: Sequence[Result]) -> Iterator[Curve]:
     """Each agent's performance profile over the tasks that all agents have, with a 95% band by bootstrap over seeds."""
     scores = common_scores(results)
-    highest = max([100.0, *(float(values.max()) for of_agent in scores.values() for values in of_agent)])
-    levels = np.linspace(0, highest, LEVELS)
+    found = [float(value) for of_agent in scores.values() for values in of_agent for value in values]
+    levels = np.linspace(min([0.0, *found]), max([100.0, *found]), LEVELS)
     for agent, own in scores.items():
         share = performance_profile(own, levels)
         low, high = profile_band(own, levels) or (share, share)

@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from deflow.benchmark import random_stream
@@ -25,14 +26,16 @@ from deflow.files import replacing
 from deflow.reproduction.cluster import Cluster
 from deflow.reproduction.layout import layout
 from deflow.reproduction.page import is_possible, page
-from deflow.reproduction.plan import Job, commands, plan, refuse_other_settings
+from deflow.reproduction.plan import Job, commands, plan, refuse_other_configuration, refuse_other_settings
 from deflow.reproduction.plots import draw_curves, draw_improvement, draw_profile
 from deflow.reproduction.results import Result, read_results, refuse_mixture, result_of, write_results
 from deflow.reproduction.runs import generate_missing, run_all
-from deflow.reproduction.table import Cell, cells_of, compare, latex, markdown, summary
+from deflow.reproduction.table import Cell, cells_of, compare, latex, markdown, poolable, summary
 from deflow.reproduction.tracking import track
 from deflow.resuming import saved_progress
+from deflow.run_folder import CONFIG_FILE
 from deflow.settings import check_settings
+from deflow.stored import load_config
 from deflow.timing import seconds_of_updates
 from deflow.types import Spec
 
@@ -67,6 +70,10 @@ def reproduce(config: DictConfig) -> list[Result]:
         table, logs, data, config.seeds or table.seeds, *chosen, settings=list(_arguments(plain(config.settings)))
     )
     refuse_other_settings(jobs)
+    for job in jobs:
+        if job.state != "missing" and not job.made_by.exists():  # such as by a command that a dry run showed
+            saved = plain(load_config(job.folder / CONFIG_FILE))
+            refuse_other_configuration(job, saved, plain(_composed(job.settings)))
     first: dict[tuple[str, str], DictConfig] = {}
     for job in jobs:
         if (job.row, job.agent) not in first:  # a mistake in the settings is every run's
@@ -133,7 +140,7 @@ def _compared(paths: Sequence[str]) -> str:
 
 def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Cell], list[Path]]:
     """Everything that can be said of the results, into files; they are returned, and the table's cells."""
-    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder / f"{table}.jsonl", results)  # first, whatever else goes wrong
     cells = cells_of(table, results)
     of_all = summary(results)
     text = markdown(table, cells) + ("\nOver all tasks that every agent has:\n\n" + of_all if of_all else "")
@@ -145,10 +152,11 @@ def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Ce
     for name, content in written.items():
         with replacing(folder / name) as part:
             part.write_text(content)
-    pictures = {"curves": draw_curves, "profile": draw_profile, "improvement": draw_improvement}
+    pictures = {"curves": draw_curves}
+    if poolable(results):
+        pictures |= {"profile": draw_profile, "improvement": draw_improvement}
     for name, draw in pictures.items():
         draw(results, folder / f"{table}_{name}.png")
-    write_results(folder / f"{table}.jsonl", results)
     print(text)
     names = (*written, *(f"{table}_{name}.png" for name in pictures), f"{table}.jsonl")
     log.info("%s are in %s", ", ".join(names), folder)
@@ -171,7 +179,7 @@ def _show_plan(
     for column in ("row", "agent", "done", "begun", "missing", "updates of a run", "hours left, about"):
         table.add_column(column)
     speeds: dict[str, float] = {}  # of agents, the first of whose tasks stands for all
-    total = 0.0
+    total = longest = 0.0
     for row, agent in dict.fromkeys((job.row, job.agent) for job in jobs):
         of_cell = [job for job in jobs if (job.row, job.agent) == (row, agent)]
         states = [job.state for job in of_cell]
@@ -184,15 +192,18 @@ def _show_plan(
             if not on_gpu and job_config.task.get("frames") is None:  # an update of images takes seconds
                 if agent not in speeds:
                     speeds[agent] = _seconds(job_config, threads)
-                updates_left = sum(steps - updates_of(job, job_config) for job in of_cell if job.state != "done")
-                hours = updates_left * speeds[agent] / 3600
+                left_of_runs = [steps - updates_of(job, job_config) for job in of_cell if job.state != "done"]
+                hours, its_longest = (
+                    number * speeds[agent] / 3600 for number in (sum(left_of_runs), max(left_of_runs))
+                )
+                longest = max(longest, its_longest)
         total += hours
         counts = [str(states.count(state)) for state in ("done", "begun", "missing")]
-        table.add_row(row, agent, *counts, updates, f"{hours:.1f}" if hours else "")
+        table.add_row(escape(row), escape(agent), *counts, updates, f"{hours:.1f}" if hours else "")
     if total:
-        table.caption = (
-            f"about {total / at_once:.1f} hours by timing {TIMED} updates here, evaluations, data and images excepted"
-        )
+        hours = max(longest, total / at_once)
+        excepted = "evaluations, data and images excepted"
+        table.caption = f"about {hours:.1f} hours by timing {TIMED} updates here, {excepted}"
     console = Console(stderr=True)
     console.width = max(console.width, PLAN_WIDTH)
     console.print(table)

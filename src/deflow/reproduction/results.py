@@ -18,7 +18,7 @@ from deflow.reproduction.published import tables
 from deflow.run_folder import METRICS_FILE, SUMMARY_FILE, read_summary
 
 OGBENCH_TRANSITIONS = 1_000_000  # at least, of a published data set
-OF_THE_METHOD = ("n_step", "horizon")
+OF_THE_METHOD = ("n_step", "horizon", "stages")
 MEASURES = {"score": 1.0, "success": 100.0, "return": 1.0}  # the first that a run has, and by what it is multiplied
 PUBLISHED_TIMING = "pre"  # success as OGBench's and FQL's code read it, see `SuccessRule`
 
@@ -65,6 +65,11 @@ class Result:
     folder: str
     correlation: float | None = None
 
+    @property
+    def is_share(self) -> bool:
+        """Whether its values are shares of episodes, in %: D4RL's score of an antmaze is one."""
+        return self.measure == "success" or (self.measure == "score" and self.row.startswith("antmaze"))
+
 
 def result_of(job: Job) -> Result:
     """The result of a run that is done.
@@ -105,7 +110,7 @@ def _result_of(job: Job) -> Result:
         before=None if before is None else unit * before,
         curve={int(row["step"]): unit * row[f"eval/{measure}"] for row in rows if f"eval/{measure}" in row},
         episodes=summary["eval_episodes"],
-        identity=_identity(summary) | {"changed": list(job.changed)},
+        identity=_identity(summary) | {"measure": measure, "value": job.value, "changed": list(job.changed)},
         command=shlex.join(("python", "train.py", *job.begun_with)),
         commit=summary.get("commit"),
         versions=summary["versions"],
@@ -126,6 +131,7 @@ def _identity(summary: dict[str, Any]) -> dict[str, Any]:
         "data": data["name"],
         "generated": bool(data["generated"]),
         "transitions": summary["transitions"]["train"],
+        "stages": summary["stages"],
     }
 
 
@@ -159,7 +165,7 @@ def why_not_published(table: str, result: Result) -> str | None:
         return f"its data are others ({identity['data']})"
     if identity["generated"]:
         return "its data were generated here"
-    if table.startswith("ogbench") and identity["transitions"] < OGBENCH_TRANSITIONS:
+    if str(identity["protocol"]).startswith("OGBench") and identity["transitions"] < OGBENCH_TRANSITIONS:
         return "its data are fewer than OGBench's"
     if identity["success_timing"] not in (None, PUBLISHED_TIMING):
         return f"success is read otherwise ({identity['success_timing']})"
@@ -195,5 +201,7 @@ def read_results(path: Path) -> list[Result]:
         raise UserError(f"{path} is no results file of reproduce.py ({type(error).__name__}: {error})") from error
     if not results:
         raise UserError(f"{path} holds no results")
+    if any(not isinstance(result.identity, dict) for result in results):
+        raise UserError(f"{path} is no results file of reproduce.py (a line has no identity)")
     refuse_mixture(results)
     return results

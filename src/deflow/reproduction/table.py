@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 
 from deflow.errors import UserError
-from deflow.reproduction.published import OGBENCH_TASKS, Published, find, published, tables
+from deflow.reproduction.layout import layout
+from deflow.reproduction.published import AVERAGE, OGBENCH_TASKS, Published, find, published, tables
 from deflow.reproduction.results import Result, why_not_published
 from deflow.reproduction.statistics import (
     Estimate,
@@ -54,7 +55,10 @@ class Cell:
 
 
 def cells_of(table: str, results: Sequence[Result]) -> list[Cell]:
-    """A cell for each task and agent, and one for each row that has several tasks, in the results' order."""
+    """A cell for each task and agent, one for each row of several tasks, and the average over all of a table's rows.
+
+    In the results' order; the average is that of agents with all tasks of all rows.
+    """
     cells = []
     for row in dict.fromkeys(result.row for result in results):
         tasks = list(dict.fromkeys(result.task for result in results if result.row == row))
@@ -66,20 +70,32 @@ def cells_of(table: str, results: Sequence[Result]) -> list[Cell]:
             for agent in dict.fromkeys(result.agent for result in found):
                 of_agent = [result for result in found if result.agent == agent]
                 cells.append(_cell(table, row, task, agent, of_agent))
-    return cells
+    return [*cells, *_averages(table, results)]
+
+
+def _averages(table: str, results: Sequence[Result]) -> Iterator[Cell]:
+    if table not in tables() or all(cell.row != AVERAGE for cell in published(table)):
+        return
+    whole = {(row, task) for row, task, _ in layout(table).cells}
+    for agent in dict.fromkeys(result.agent for result in results):
+        found = [result for result in results if result.agent == agent]
+        if {(result.row, result.task) for result in found} == whole:
+            yield _cell(table, AVERAGE, None, agent, found)
 
 
 def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[Result]) -> Cell:
-    scores = _by_task(_of_common_seeds(results))
+    paired = _of_common_seeds(results)  # a seed has a mean over tasks only if it has them all
+    scores = _by_task(paired or results)
     mean, deviation = mean_and_deviation(scores)
     known = find(table, row, agent, task) if table in tables() else None
     reason = next((why for why in (why_not_published(table, result) for result in results) if why), None)
     tasks = {result.task for result in results}
-    if reason is None and task is None and tasks not in ({None}, set(OGBENCH_TASKS)):
+    if reason is None and row != AVERAGE and task is None and tasks not in ({None}, set(OGBENCH_TASKS)):
         reason = "the published mean is over more tasks"
     if reason is None and known is None:
         reason = "not published"
-    spread = _interval(scores, results[0].episodes, is_share=results[0].measure == "success")
+    is_share = all(result.is_share for result in results)
+    spread = _interval(scores, results[0].episodes, is_share) if paired else None
     if reason is None and spread is None:
         reason = "nothing is known of the spread of one run's score"
     return Cell(
@@ -88,7 +104,7 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
         agent=agent,
         seeds=min(len(values) for values in scores),
         mean=mean,
-        deviation=deviation,
+        deviation=deviation if paired else None,
         interval=spread,
         before=None if results[0].before is None else float(np.mean([result.before for result in results])),
         published=known if reason is None else None,
@@ -98,12 +114,12 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
 
 
 def _of_common_seeds(results: Sequence[Result]) -> Sequence[Result]:
-    """Those of the seeds that all tasks have, so that a seed has a mean over tasks; all, if there are none."""
-    of_tasks: dict[int | None, set[int]] = {}
+    """Those of the seeds that all tasks have."""
+    of_tasks: dict[tuple[str, int | None], set[int]] = {}
     for result in results:
-        of_tasks.setdefault(result.task, set()).add(result.seed)
+        of_tasks.setdefault((result.row, result.task), set()).add(result.seed)
     common = set.intersection(*of_tasks.values())
-    return [result for result in results if result.seed in common or not common]
+    return [result for result in results if result.seed in common]
 
 
 def _by_task(results: Sequence[Result]) -> list[np.ndarray]:
@@ -117,9 +133,7 @@ def _by_task(results: Sequence[Result]) -> list[np.ndarray]:
 
 
 def _interval(scores: Sequence[np.ndarray], episodes: int, is_share: bool) -> Interval | None:
-    """Of the mean over seeds of a seed's mean over tasks; None where the tasks have no seeds in common."""
-    if len({len(values) for values in scores}) > 1:
-        return None
+    """Of the mean over seeds of a seed's mean over tasks, all of which have the same seeds."""
     of_seeds = np.mean(scores, axis=0)
     if not is_share:
         return None if np.ptp(of_seeds) == 0 else seed_interval(of_seeds)
@@ -155,11 +169,16 @@ def markdown(title: str, cells: Sequence[Cell]) -> str:
         "| task | agent | seeds | ours | 95% | published | difference | verdict |",
         "|---" * 8 + "|",
     ]
-    lines += ["| " + " | ".join(text.replace("|", r"\|") for text in texts(cell)) + " |" for cell in cells]
+    lines += [_line(texts(cell)) for cell in cells]
     lines += ["", legend(cells)]
     if found := reasons(cells):
         lines += ["", "No verdict: " + "; ".join(found) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _line(texts: Iterable[str]) -> str:
+    """Of a table in Markdown."""
+    return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
 
 
 def legend(cells: Sequence[Cell]) -> str:
@@ -187,7 +206,7 @@ def _texts(cell: Cell) -> Iterator[str]:
     yield cell.agent
     yield str(cell.seeds)
     yield (f"{cell.before:.0f} → " if cell.before is not None else "") + _plus_minus(cell.mean, cell.deviation)
-    yield "-" if cell.interval is None else f"{cell.interval[0]:.0f} to {cell.interval[1]:.0f}"
+    yield "-" if cell.interval is None else _from_to(cell.interval)
     known = cell.published
     if known is None:
         yield from ("-", "-", "-")
@@ -196,6 +215,15 @@ def _texts(cell: Cell) -> Iterator[str]:
     yield shown if known.before is None else f"{known.before:.0f} → {known.value:.0f}"
     yield f"{round(cell.mean - known.value):+d}"
     yield str(cell.verdict)
+
+
+def _from_to(interval: Interval) -> str:
+    """With as many decimals as keep the two ends apart."""
+    low, high = next(
+        (ends for decimals in range(4) if len(set(ends := [f"{end:.{decimals}f}" for end in interval])) > 1),
+        interval,
+    )
+    return f"{low} to {high}"
 
 
 def _plus_minus(mean: float, deviation: float | None) -> str:
@@ -241,21 +269,30 @@ def summary(results: Sequence[Result]) -> str:
     scores = common_scores(results)
     if len(scores) < 2:
         return ""
-    lines = ["| agent | IQM | 95% | " + " | ".join(f"better than {agent}" for agent in scores) + " |"]
+    lines = [_line(["agent", "IQM", "95%", *(f"better than {agent}" for agent in scores)])]
     lines.append("|---" * (3 + len(scores)) + "|")
     for agent, own in scores.items():
         spread = stratified_bootstrap(own, interquartile_mean)
         # Where all seeds are equal nothing is known of their spread.
-        known = f"{spread[0]:.0f} to {spread[1]:.0f}" if spread is not None and spread[0] < spread[1] else "-"
+        known = _from_to(spread) if spread is not None and spread[0] < spread[1] else "-"
         line = [agent, f"{interquartile_mean(own):.0f}", known]
         line += ["-" if other is own else f"{probability_of_improvement(own, other):.2f}" for other in scores.values()]
-        lines.append("| " + " | ".join(line) + " |")
+        lines.append(_line(line))
     lines += ["", "IQM: mean of the middle half of all runs; its 95% by bootstrap of the seeds within each task."]
     return "\n".join(lines) + "\n"
 
 
+def poolable(results: Sequence[Result]) -> bool:
+    """Whether there are tasks that all agents have, whose scores mean the same: returns do in one task alone."""
+    return bool(common_scores(results))
+
+
 def common_scores(results: Sequence[Result]) -> dict[str, list[np.ndarray]]:
-    """Agent -> the scores of each task that all agents have."""
+    """Agent -> the scores of each task that all agents have; empty if there are none that mean the same."""
+    measures = {result.measure for result in results}
+    rows = {(result.row, result.task) for result in results}
+    if len(measures) > 1 or (measures == {"return"} and len(rows) > 1):
+        return {}
     agents = list(dict.fromkeys(result.agent for result in results))
     having = {agent: {(r.row, r.task) for r in results if r.agent == agent} for agent in agents}
     shared = set.intersection(*having.values()) if having else set()
@@ -284,9 +321,7 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
         shown = [_plus_minus(*mean_and_deviation([of_one])) + f" ({len(of_one)})" for of_one in values]
         better = probability_of_improvement([values[1]], [values[0]])
         difference = values[1].mean() - values[0].mean()
-        lines.append(
-            f"| {task_name(key[0], key[1])} | {key[2]} | {shown[0]} | {shown[1]} | {difference:+.1f} | {better:.2f} |"
-        )
+        lines.append(_line([task_name(key[0], key[1]), key[2], *shown, f"{difference:+.1f}", f"{better:.2f}"]))
     return "\n".join(lines) + "\n"
 
 

@@ -77,12 +77,15 @@ def _run(client: Any, experiment: str, name: str, tags: dict[str, str]) -> str:
 
 
 def _log(client: Any, run: str, metrics: dict[str, dict[int, float]]) -> None:
-    """Metric -> step -> value."""
+    """Metric -> step -> value; what is there already is not logged again."""
     from mlflow.entities import Metric
 
     now = int(1000 * time.time())
-    named = ((_metric_name(name), values) for name, values in metrics.items())
-    client.log_batch(run, [Metric(name, value, now, step) for name, values in named for step, value in values.items()])
+    known = client.get_run(run).data.metrics
+    for name, values in ((_metric_name(name), values) for name, values in metrics.items()):
+        there = {(m.step, m.value) for m in client.get_metric_history(run, name)} if name in known else set()
+        new = [Metric(name, value, now, step) for step, value in values.items() if (step, value) not in there]
+        client.log_batch(run, new)
 
 
 def _metric_name(name: str) -> str:

@@ -113,6 +113,11 @@ def generate_dataset(
     return path
 
 
+def generated_path(folder: Path, name: str, episodes: int, seed: int) -> Path:
+    """Where generated data lie below a folder of data, so that they never pass for the published set."""
+    return folder / "generated" / f"{name}-{episodes}ep-seed{seed}" / f"{name}.npz"
+
+
 def read_card(path: Path) -> dict[str, Any]:
     """What the card of a generated training file says; empty if it has none, or one of another file."""
     card = path.with_suffix(".json")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import gymnasium
 import numpy as np
 
-from deflow.data.generate.runner import generate_dataset, read_card
+from deflow.data.generate.runner import generate_dataset, generated_path, read_card
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.columns import Arrays
 from deflow.data.sources.download import download, identities, set_aside
@@ -229,8 +229,7 @@ class OGBenchSource(Source):
 
     @property
     def _generated(self) -> Path:
-        folder = f"{self.name}-{self.generate_episodes}ep-seed{self.generate_seed}"
-        return Path(self.dir).expanduser() / "generated" / folder / f"{self.name}.npz"
+        return generated_path(Path(self.dir).expanduser(), self.name, self.generate_episodes, self.generate_seed)
 
     @property
     def _candidates(self) -> list[Path]:
