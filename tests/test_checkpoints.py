@@ -82,10 +82,19 @@ def test_entries_that_hold_something_else(
         load_checkpoint(saved(content | change, tmp_path))
 
 
-@pytest.mark.parametrize("spec", [[], [2], [2, 2, 1], [2, "two", 1, None], [2, 2, 1, None, 5]])
-def test_a_spec_that_is_none(spec: list, content: dict[str, Any], tmp_path: Path) -> None:
-    changed = content | {"deflow": content["deflow"] | {"spec": spec}}
-    with pytest.raises(UserError, match=r"its entry 'deflow\.spec' holds something else"):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("spec", spec) for spec in ([], [2], [2, 2, 1], [2, "two", 1, None], [2, 2, 1, None, 5], [2, 2, 0, None])),
+        *(("spec", spec) for spec in ([2, 3, 2, None], [2, 2, 1, 7], [0, 2, 1, None])),
+        *(("units", units) for units in ({"foo": [1.0]}, "x", {"low": 5.0}, {"mean": [1.0], "std": [1.0]})),
+        *(("units", units) for units in ({"low": [-1.0, -1.0]}, {"low": [-1.0, 1.0], "high": [1.0, 1.0]})),
+        *(("units", units) for units in ({"reward": [float("nan"), 0.0]}, {"mean": [1.0, 1.0], "std": [1.0, 0.0]})),
+    ],
+)
+def test_sizes_and_units_that_are_none(key: str, value: Any, content: dict[str, Any], tmp_path: Path) -> None:
+    changed = content | {"deflow": content["deflow"] | {key: value}}
+    with pytest.raises(UserError, match=rf"its entry 'deflow\.{key}' (holds something else|is missing or of)"):
         load_checkpoint(saved(changed, tmp_path))
 
 

@@ -403,6 +403,22 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting(monkeypatch: pytest.Mo
         _ = [client.answer() for _ in range(6)]
 
 
+def test_a_second_signal_waits_for_no_client(finished_run: Callable[..., Path]) -> None:
+    process = start("serve.py", f"ckpt={finished_run() / CKPT}", "port=0", "threads=1")
+    process.wait_for(lambda: "serving at" in process.output()[0])
+    port = int(process.output()[0].partition("ws://127.0.0.1:")[2].partition(":")[0])
+    with socket.create_connection(("127.0.0.1", port)) as deaf:  # to the goodbye: it answers nothing
+        deaf.sendall(
+            b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        assert deaf.recv(4096).startswith(b"HTTP/1.1 101")
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert (process.wait(), errors) == (0, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_until_a_signal(number: int, finished_run: Callable[..., Path]) -> None:
     process = start("serve.py", f"ckpt={finished_run() / CKPT}", "port=0", "seed=4", "threads=1")
@@ -426,14 +442,17 @@ def test_an_address_that_cannot_be_listened_on_is_one_line(finished_run: Callabl
         result = run("serve.py", f"ckpt={finished_run()}", f"port={port}")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: port {port} of 127.0.0.1 is in use: choose another port=, or port=0\n"
-    server = PolicyServer(Policy(Noise(Spec(4, 2))))
-    with pytest.raises(UserError, match=r"cannot listen on port 0 of 192\.0\.2\.1: "):
-        asyncio.run(server.run("192.0.2.1", 0, asyncio.Event(), lambda _: pytest.fail("listens")))
+    for host in ("192.0.2.1", "a..b", "a\0b"):
+        server = PolicyServer(Policy(Noise(Spec(4, 2))))
+        with pytest.raises(UserError, match=f"cannot listen on port 0 of {re.escape(host)}: "):
+            asyncio.run(server.run(host, 0, asyncio.Event(), lambda _: pytest.fail("listens")))
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package websockets and msgpack: pip install 'deflow\[serve\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"^serving needs the packages websockets and msgpack: pip install websockets msg"
+    ):
         command.serve({})  # type: ignore[arg-type]
 
 

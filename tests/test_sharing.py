@@ -26,7 +26,7 @@ from deflow.inspection import inspect
 from deflow.preparation import prepare
 from deflow.sharing import registry
 from deflow.sharing.address import CARD, POLICY, HubAddress, RegistryAddress, is_address, parse
-from deflow.sharing.push import push, without_home
+from deflow.sharing.push import _is_result, _without_places, push, without_private
 from tests.commands import run as run_command
 from tests.commands import tiny_overrides
 from tests.conftest import CKPT, compose_config, tiny_config
@@ -99,6 +99,12 @@ def test_a_revision_is_a_branch_that_is_made(trained: Path, hub: Hub) -> None:
         deflow.load(TO)
     with pytest.raises(UserError, match=r"^someone/maze has no revision older$"):
         deflow.load(f"{TO}@older")
+
+
+def test_a_branch_of_somebody_elses_repository_is_refused(trained: Path, hub: Hub) -> None:
+    hub.add("someone/maze", {CARD: b"of something else", "model.bin": b""})
+    with pytest.raises(UserError, match=r"holds something else, whose README.md would be replaced"):
+        share(trained, f"to={TO}@new")
 
 
 def test_private_repositories(trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +209,7 @@ def test_the_variables_of_the_hub_are_heeded(trained: Path, hub: Hub, tmp_path: 
 def test_without_the_package(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for what in (lambda: deflow.load(TO), lambda: share(trained, f"to={TO}")):
-        with pytest.raises(UserError, match=r"^hf:// needs the package huggingface_hub: pip install 'deflow\[hub\]'$"):
+        with pytest.raises(UserError, match=r"^hf:// needs the package huggingface_hub: pip install huggingface_hub$"):
             what()
 
 
@@ -331,7 +337,9 @@ def test_what_would_be_shared_is_written_to_be_looked_at(
         "versions: deflow ",
     ):
         assert said in body, said
-    assert "    python train.py experiment=pointmaze paths.data=~/data\n" in body
+    assert "    python train.py experiment=pointmaze paths.data=...\n" in body
+    assert "pip install '.[hub]'` in a clone" in body
+    assert "deflow[" not in body  # PyPI's is another project
     assert "![" in body
     assert "/home/someone" not in body
     with pytest.raises(UserError, match=r"holds README.md, policy.safetensors, report.png: choose another out="):
@@ -385,10 +393,28 @@ def test_a_training_remembers_how_it_was_begun(point_data: Path, tmp_path: Path)
     assert "agent=fql" in first
 
 
-def test_paths_do_not_tell_who_is_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    told = {"a": ["/home/someone/x", 1, None], "b": "/home/someones/x"}
-    assert without_home(told) == {"a": ["~/x", 1, None], "b": "/home/someones/x"}
+    same = ["/home/someones/x", "/data/home/someone/x", "~/home/someone"]
+    told = {"a": ["/home/someone/x", 1, None], "b": "/home/someone", "c": "sqlite:////home/someone/a.db", "d": same}
+    assert without_private(told) == {"a": ["~/x", 1, None], "b": "~", "c": "sqlite:///~/a.db", "d": same}
+    assert without_private("http://someone:secret@host:5000/x") == "http://host:5000/x"
+
+
+def test_a_command_does_not_tell_where_things_lie() -> None:
+    typed = "python train.py task=scene 'data.source.path=/some where/x.npz' +logger.tracking_uri=http://a:b@c tau=0.1"
+    told = "python train.py task=scene data.source.path=... +logger.tracking_uri=... tau=0.1"
+    assert _without_places(typed) == told
+
+
+def test_numbers_of_an_earlier_stage_are_not_the_policys() -> None:
+    config = {"stages": {"joint": {}, "online": {}}, "seed": 0}
+    file = Path("checkpoints/1_online/final.ckpt")
+    of = {"eval/return": {"last_of_stage": {"joint": 1.0}}}
+    assert not _is_result(file, config, of)
+    assert _is_result(file, config, {"eval/return": {"last_of_stage": {"joint": 1.0, "online": 2.0}}})
+    with pytest.raises(UserError, match=r"run_seed chooses among the seeds in a run's folder, and hf://a/b is the"):
+        deflow.load("hf://a/b", run_seed=7)
 
 
 # Addresses.

@@ -33,6 +33,7 @@ from tests.agents.tester import Acting
 from tests.conftest import CKPT, tiny_config
 from tests.data.test_cases import ALL_KEYS, saved, walks
 
+SPEC = Spec(3, 2)
 UNITS = Units((-2.0, 0.0), (2.0, 10.0), (1.0, 2.0, 3.0), (2.0, 4.0, 8.0), (4.0, -2.0))
 
 
@@ -60,12 +61,12 @@ def test_there_and_back() -> None:
     assert UNITS.executed(actions).tolist() == [[-2.0, 0.0], [0.0, 7.5], [2.0, 10.0]]
     np.testing.assert_allclose(UNITS.decided(UNITS.executed(actions)), actions, atol=1e-6)
     assert UNITS.observed(np.array([3.0, 2.0, -5.0])).tolist() == [1.0, 0.0, -1.0]
-    assert Units.of({key: value and list(value) for key, value in UNITS._asdict().items()}) == UNITS
+    assert Units.of({key: value and list(value) for key, value in UNITS._asdict().items()}, SPEC) == UNITS
     assert UNITS.learned(0.75) == 1.0
     assert UNITS.learned(torch.tensor([0.0, 1.0])).tolist() == [-2.0, 2.0]
-    assert Units.of(None) == AS_THEY_ARE
+    assert Units.of(None, SPEC) == AS_THEY_ARE
     before_rewards = {key: value for key, value in UNITS._asdict().items() if key != "reward"}  # an older checkpoint's
-    assert Units.of(before_rewards) == UNITS._replace(reward=None) == UNITS.with_rewards(1.0, 0.0)
+    assert Units.of(before_rewards, SPEC) == UNITS._replace(reward=None) == UNITS.with_rewards(1.0, 0.0)
     assert AS_THEY_ARE.executed(actions) is AS_THEY_ARE.decided(actions) is actions
 
 

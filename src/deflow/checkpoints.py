@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,11 @@ def load_checkpoint(
             raise UserError(f"{path} is not a whole checkpoint: its entry '{key}' is missing or of another kind")
     about = checkpoint["deflow"]
     _check_format(about, path, to_go_on=more is not None)
-    sizes = about["spec"][:3]
     sound = {
         "state_dict": all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()),
         "optimizer_states": all(_is_optimizer_state(state) for state in checkpoint.get("optimizer_states", ())),
-        "deflow.spec": len(about["spec"]) == len(Spec._fields) and all(isinstance(size, int) for size in sizes),
+        "deflow.spec": _is_made(lambda: Spec.of_list(about["spec"])),
+        "deflow.units": _is_made(lambda: units_of(checkpoint)),
     }
     for key, is_sound in sound.items():
         if not is_sound:
@@ -109,7 +110,8 @@ def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
 
 def units_of(checkpoint: dict[str, Any]) -> Units:
     """The units in which a loaded checkpoint's agent was trained."""
-    return Units.of(checkpoint["deflow"].get("units"))
+    about = checkpoint["deflow"]
+    return Units.of(about.get("units"), Spec.of_list(about["spec"]))
 
 
 def load_weights(agent: Agent, path: str | Path, task: str | None, units: Units) -> None:
@@ -169,6 +171,15 @@ def _entry(content: Any, key: str) -> Any:
     for name in key.split("."):
         content = content.get(name) if isinstance(content, dict) else None
     return content
+
+
+def _is_made(make: Callable[[], Any]) -> bool:
+    """Whether something can be made of what a file holds."""
+    try:
+        make()
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def _is_optimizer_state(state: Any) -> bool:

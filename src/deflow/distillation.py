@@ -77,7 +77,7 @@ def _print(result: dict[str, Any]) -> None:
         table.add_column(column)
     for name in ("teacher", "one_step"):
         row = result[name]
-        success = [f"{row['success']:.2f}", f"{row['success_low']:.2f} to {row['success_high']:.2f}"]
+        success = "{success:.2f},{success_low:.2f} to {success_high:.2f}" if "success" in row else "-,-"
         times = [f"{row[key]:.2f} ms" for key in ("latency_ms_p50", "latency_ms_p99")]
-        table.add_row(name.replace("_", " "), *(success if "success" in row else ["-", "-"]), *times)
+        table.add_row(name.replace("_", " "), *success.format(**row).split(","), *times)
     Console().print(table)

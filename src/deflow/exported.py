@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from deflow.errors import UserError
+from deflow.extras import require
 from deflow.policy import AnyPolicy
 from deflow.types import Spec
 from deflow.units import Units
@@ -20,7 +21,6 @@ SUFFIX = ".onnx"
 FORMAT = 1  # of what such a file says of itself
 ENTRY = "deflow"  # of the file's metadata: where it does
 OBSERVATIONS, NOISE, ACTIONS = "observations", "noise", "actions"  # the graph's inputs and its output
-EXTRA = "pip install 'deflow[export]'"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class About:
             if written == FORMAT:
                 fields = {name: content[name] for name in cls.__dataclass_fields__}
                 spec, noise_shape = Spec.of_list(fields["spec"]), tuple(map(int, fields["noise_shape"]))
-                units = Units.of(fields["units"])
+                units = Units.of(fields["units"], spec)
                 about = cls(**fields | {"spec": spec, "noise_shape": noise_shape, "units": units})
                 assert min(about.plan_shape) > 0
                 return about
@@ -122,10 +122,9 @@ class ExportedPolicy(AnyPolicy):
 def _session(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"no file {path}")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(f"{path.name} needs the package onnxruntime: {EXTRA}") from error
+    require(path.name, "onnxruntime")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # an error is raised, and not printed as well

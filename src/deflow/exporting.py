@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,8 @@ from deflow.errors import UserError
 from deflow.evaluating import play
 from deflow.evaluation.latency import latency, random_observations
 from deflow.evaluation.parity import parity
-from deflow.exported import ACTIONS, ENTRY, EXTRA, NOISE, OBSERVATIONS, SUFFIX, About
+from deflow.exported import ACTIONS, ENTRY, NOISE, OBSERVATIONS, SUFFIX, About
+from deflow.extras import require
 from deflow.files import refuse_to_replace, replacing_all
 from deflow.flow.ode import ADAPTIVE
 from deflow.loading import ACTING, load, newest_checkpoint
@@ -68,16 +69,14 @@ def export(config: DictConfig) -> dict[str, Any]:
     path, format = config.ckpt, FORMATS[config.format]
     if config.out is None and is_address(path):
         raise UserError(f"out: name a file, there is nothing beside {path}")
-    path = path if is_address(path) else newest_checkpoint(Path(path))
+    path = path if is_address(path) else newest_checkpoint(Path(path).expanduser(), config.run_seed)
     out = Path(path).with_name(f"policy{format.suffix}") if config.out is None else Path(config.out).expanduser()
     files = out, _report_of(out)
     if out.suffix != format.suffix:
         raise UserError(f"out: format={config.format} makes a file that ends in {format.suffix}, got {out.name}")
     if not config.overwrite:
         refuse_to_replace(files)
-    missing = [name for name in format.needs if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"format={config.format} needs the package {missing[0]}: {EXTRA}")
+    require(f"format={config.format}", *format.needs)
 
     checkpoint = load_checkpoint(path)
     chosen = {key: config[key] for key in ACTING if config[key] is not None}
@@ -122,7 +121,7 @@ def about_of(policy: Policy, trained: dict[str, Any], source: Source) -> About:
     return About(
         agent=type(policy.agent).__name__,
         task=trained["task"],
-        protocol=source.protocol(),
+        protocol=trained["protocol"] if "protocol" in trained else source.protocol(),  # older ones do not say
         settings={key: settings[key] for key in ACTING if key in settings},
         spec=policy.spec,
         units=policy.units,
@@ -132,6 +131,10 @@ def about_of(policy: Policy, trained: dict[str, Any], source: Source) -> About:
 
 
 def _checked(found: dict[str, float]) -> dict[str, float]:
+    if not math.isfinite(found["max_difference"]):
+        raise UserError(
+            "actions are NaN or infinite for random observations: the weights are broken; nothing was written"
+        )
     if found["beyond_tolerance"] > MAY_DIFFER:
         raise UserError(
             f"the exported policy acts otherwise: {found['beyond_tolerance']:.1%} of {COMPARED} observations differ by "

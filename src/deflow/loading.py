@@ -53,6 +53,8 @@ def load(
         raise UserError(f"load() does not know '{unknown[0]}': what can be changed is {' and '.join(ACTING)}")
     trust_only(trust)
     chosen = {name: value for name, value in settings.items() if value is not None}
+    if is_address(path) and run_seed is not None:
+        raise UserError(f"run_seed chooses among the seeds in a run's folder, and {path} is the policy of one")
     file = path if is_address(path) else newest_checkpoint(Path(path).expanduser(), run_seed)
     if isinstance(file, Path) and file.suffix == SUFFIX:
         _refuse_what_is_fixed(file, chosen, explore, torch.device(device))

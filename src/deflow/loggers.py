@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from deflow.description import Description
 from deflow.errors import UserError
+from deflow.extras import require
 from deflow.files import replacing
 from deflow.imports import quick_imports
 from deflow.mlflow_run import start_run
@@ -123,7 +123,7 @@ def csv_only(run_dir: str) -> None:
 
 def tensorboard_logger(run_dir: str) -> Tracker:
     """TensorBoard event files in the run's folder; of the files that a run leaves, its pictures."""
-    _require("tensorboard", "tensorboard")
+    require("logger=tensorboard", "tensorboard")
     logger = TensorBoardLogger(run_dir, name="tensorboard", version="")
 
     def upload(path: Path) -> None:
@@ -140,7 +140,7 @@ def wandb_logger(project: str, run_dir: str) -> Tracker:
     Raises:
         UserError: if it cannot start.
     """
-    _require("wandb", "wandb")
+    require("logger=wandb", "wandb")
     import wandb
     from wandb.errors import Error
 
@@ -160,8 +160,3 @@ def wandb_logger(project: str, run_dir: str) -> Tracker:
             logger.experiment.log({path.stem: kind(str(path))})
 
     return Tracker(logger, describe, upload)
-
-
-def _require(module: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"logger={extra} needs the package '{module}': pip install 'deflow[{extra}]'")

@@ -51,7 +51,8 @@ class Run:
 
     def described(self) -> dict[str, Any]:
         """What a checkpoint says of itself, in plain values."""
-        of_task = {"task": self.data.source.task, "spec": list(self.agents[0].spec)}
+        source = self.data.source
+        of_task = {"task": source.task, "spec": list(self.agents[0].spec), "protocol": source.protocol()}
         units = {key: value and list(value) for key, value in self.units._asdict().items()}
         return {"format": FORMAT, "config": plain(self.config), "seconds": self.seconds, "units": units} | of_task
 

@@ -224,6 +224,7 @@ class Serve(TypedDict):
 
 class Export(TypedDict):
     ckpt: str
+    run_seed: Seed | None
     format: Literal["onnx", "torch"]
     out: str | None
     overwrite: bool

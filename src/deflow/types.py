@@ -93,9 +93,12 @@ class Spec(NamedTuple):
 
     @classmethod
     def of_list(cls, values: Sequence[Any]) -> Spec:
-        """What `list(spec)` gave, also after it went through a file."""
-        spec = cls(*values)
-        return spec._replace(image=None if spec.image is None else cast(Any, tuple(spec.image)))
+        """What `list(spec)` gave, also after it went through a file; ValueError for what it did not give."""
+        observation_dim, action_dim, horizon, image = values
+        sizes = (observation_dim, action_dim, horizon, *(() if image is None else image))
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or action_dim % horizon:
+            raise ValueError(f"no sizes of a task: {values}")
+        return cls(observation_dim, action_dim, horizon, None if image is None else cast(Any, tuple(image)))
 
     def chunked(self, horizon: int) -> Spec:
         """The same task with actions decided `horizon` at a time."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deflow.errors import UserError
+from deflow.types import Spec
 
 Numbers = tuple[float, ...]
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -34,9 +35,27 @@ class Units(NamedTuple):
         return self._replace(reward=None if (scale, shift) == (1, 0) else (float(scale), float(shift)))
 
     @classmethod
-    def of(cls, content: Mapping[str, Any] | None) -> Units:
-        """What `_asdict` gave, also after it went through a file; those of no change, if there is nothing."""
-        return cls(**{key: None if value is None else tuple(value) for key, value in (content or {}).items()})
+    def of(cls, content: Mapping[str, Any] | None, spec: Spec) -> Units:
+        """What `_asdict` gave, also after it went through a file; those of no change, if there is nothing.
+
+        Raises:
+            ValueError: for what it cannot have given for a task of these sizes.
+        """
+        found = {key: None if value is None else tuple(map(float, value)) for key, value in (content or {}).items()}
+        if unknown := found.keys() - set(cls._fields):
+            raise ValueError(f"no units: {sorted(unknown)}")
+        units = cls(**found)
+        action_dim = spec.action_dim // spec.horizon
+        sizes = {"low": action_dim, "high": action_dim, "mean": spec.observation_dim, "std": spec.observation_dim}
+        for (name, numbers), size in zip(units._asdict().items(), (*sizes.values(), 2), strict=True):
+            if numbers is not None and not (len(numbers) == size and np.isfinite(numbers).all()):
+                raise ValueError(f"{name} needs {size} finite numbers, not {numbers}")
+        if (units.low is None) != (units.high is None) or (units.mean is None) != (units.std is None):
+            raise ValueError("one of a pair is missing")
+        low, high = units.low or (), units.high or ()
+        if any(a >= b for a, b in zip(low, high, strict=True)) or min(units.std or (1,)) <= 0:
+            raise ValueError("an interval or a deviation is empty")
+        return units
 
     def is_close(self, other: Units) -> bool:
         """Whether these are the same but for rounding: sums over the data depend on the machine's threads."""

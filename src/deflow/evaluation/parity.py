@@ -42,5 +42,5 @@ def parity(one: AnyPolicy, other: AnyPolicy, observations: int) -> dict[str, flo
         "max_difference": float(np.max(differences)),
         "median_difference": float(np.median(differences)),
         "tolerance": TOLERANCE,
-        "beyond_tolerance": float(np.mean(np.array(differences) > TOLERANCE)),
+        "beyond_tolerance": float(np.mean(~(np.array(differences) <= TOLERANCE))),  # NaN is beyond
     }

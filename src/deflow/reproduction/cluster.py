@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deflow.errors import UserError
+from deflow.extras import require
 from deflow.reproduction.plan import Job
 from deflow.reproduction.runs import do, stop_running
 
@@ -56,8 +56,7 @@ class Cluster:
     def __init__(
         self, folder: Path, at_once: int, threads: int, name: str, options: Mapping[str, Any], max_timeouts: int
     ) -> None:
-        if importlib.util.find_spec("submitit") is None:
-            raise UserError(f"jobs of {name} need the package submitit: pip install 'deflow[launchers]'")
+        require(f"engine.cluster={name}", "submitit")
         import submitit
 
         given = {key: value for key, value in options.items() if value is not None}

@@ -148,7 +148,7 @@ def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Ce
     if is_possible():
         written[f"{table}.html"] = page(table, cells, results, folder)
     else:
-        log.info("no %s.html: that needs the package plotly (pip install 'deflow[page]')", table)
+        log.info("no %s.html: that needs the package plotly (pip install plotly)", table)
     for name, content in written.items():
         with replacing(folder / name) as part:
             part.write_text(content)

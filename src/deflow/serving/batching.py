@@ -72,12 +72,14 @@ class Batcher:
 
     async def work(self) -> None:
         """Decide for those who ask, until cancelled."""
-        with self._thread:
+        try:
             while True:
                 together = [await self._asked.get()]
                 while not self._asked.empty():
                     together.append(self._asked.get_nowait())
                 await self._decide(together)
+        finally:
+            self._thread.shutdown(wait=False)
 
     async def _decide(self, together: list[_Asked]) -> None:
         try:

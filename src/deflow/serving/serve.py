@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import re
 import secrets
@@ -14,13 +13,13 @@ from omegaconf import DictConfig
 
 from deflow.cores import set_threads
 from deflow.errors import UserError
+from deflow.extras import require
 from deflow.loading import ACTING, load
-from deflow.signals import SIGNALS, take_over
+from deflow.signals import SIGNALS
 
 if TYPE_CHECKING:
     from deflow.serving.server import PolicyServer
 
-PACKAGES = ("websockets", "msgpack")
 TOKEN = "DEFLOW_TOKEN"  # variable
 
 
@@ -30,9 +29,7 @@ def serve(config: DictConfig) -> None:
     Raises:
         UserError: if a package is missing, the checkpoint cannot be loaded, or the address not be listened on.
     """
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"serving needs the package {' and '.join(missing)}: pip install 'deflow[serve]'")
+    require("serving", "websockets", "msgpack")
     from deflow.serving.server import PolicyServer  # needs them
 
     set_threads(config.threads)
@@ -72,10 +69,9 @@ async def _serve_until_a_signal(server: PolicyServer, host: str, port: int) -> N
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def on_signal() -> None:
+        if stop.is_set():
+            server.hang_up()  # a second signal does not wait
         stop.set()
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
-        take_over()  # a second signal does not wait
 
     def on_start(port: int) -> None:
         where = f"[{host}]" if ":" in host else host

@@ -100,8 +100,13 @@ class PolicyServer:
             await self._close(server)
         finally:
             working.cancel()
-            for connection in self._open:  # of clients that do not take what they are sent
-                connection.transport.abort()
+            self.hang_up()  # on clients that do not take what they are sent
+            await asyncio.wait([working])
+
+    def hang_up(self) -> None:
+        """Wait for no client any more."""
+        for connection in self._open:
+            connection.transport.abort()
 
     async def _listen(self, host: str, port: int) -> Server:
         try:
@@ -120,6 +125,8 @@ class PolicyServer:
             if error.errno == errno.EADDRINUSE:
                 raise UserError(f"port {port} of {host} is in use: choose another port=, or port=0") from error
             raise UserError(f"cannot listen on port {port} of {host}: {error.strerror or error}") from error
+        except ValueError as error:  # such as host=a..b
+            raise UserError(f"cannot listen on port {port} of {host}: {error}") from error
 
     async def _close(self, server: Server) -> None:
         self._stopping = True

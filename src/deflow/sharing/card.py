@@ -83,10 +83,14 @@ def _use(shared: Shared, address: HubAddress | RegistryAddress) -> Iterator[str]
     spec, (horizon, action_dim) = shared.about.spec, shared.about.plan_shape
     trust = f", trust=[{', '.join(repr(name) for name in shared.trust)}]" if shared.trust else ""
     where = address if isinstance(address, HubAddress) else RegistryAddress(address.name, LATEST)
-    extra = "deflow[hub]" if isinstance(address, HubAddress) else "deflow"
+    extra = "[hub]" if isinstance(address, HubAddress) else ""
     chunk = f", decided {horizon} at a time" if horizon > 1 else ""
     yield "## Use"
-    yield f"    pip install '{extra}'"
+    # An index may know another project of this name, which strangers are not to be sent to.
+    yield (
+        f"Install deflow {shared.about.version} from its authors' repository, `pip install '.{extra}'` in a clone "
+        "(what PyPI has under this name is something else)."
+    )
     yield "\n".join(
         (
             "```python",

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from deflow.errors import UserError
+from deflow.extras import require
 from deflow.imports import quick_imports
 from deflow.sharing.address import CARD, POLICY, HubAddress
 
+PACKAGE = "huggingface_hub"
 LOG_IN = "log in by 'hf auth login', or set HF_TOKEN"
-
-
-def require() -> None:
-    """Raise `UserError` if huggingface_hub is missing."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError("hf:// needs the package huggingface_hub: pip install 'deflow[hub]'")
 
 
 def download(address: HubAddress) -> Path:
@@ -27,7 +22,7 @@ def download(address: HubAddress) -> Path:
     Raises:
         UserError: if the package is missing, there is no such policy, one may not read it or it cannot be reached.
     """
-    require()
+    require("hf://", PACKAGE)
     with quick_imports():
         from huggingface_hub import hf_hub_download
     with _errors_in_one_line(address):
@@ -41,7 +36,7 @@ def check_place(address: HubAddress) -> None:
         UserError: if the package or a token is missing, the hub does not take the token, the repository holds something
             else, or the hub cannot be reached.
     """
-    require()
+    require("hf://", PACKAGE)
     with quick_imports():
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -50,7 +45,9 @@ def check_place(address: HubAddress) -> None:
         api.whoami()
         try:
             there = set(api.list_repo_files(address.repository, revision=address.revision))
-        except (RepositoryNotFoundError, RevisionNotFoundError):  # which will be made
+        except RevisionNotFoundError:  # which will be made, from what the repository has
+            there = set(api.list_repo_files(address.repository))
+        except RepositoryNotFoundError:  # which will be made
             return
     if CARD in there and POLICY not in there:
         raise UserError(f"{address} holds something else, whose {CARD} would be replaced: choose another name")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +15,11 @@ from deflow.checkpoints import agent_of, load_checkpoint, units_of
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.exporting import about_of, as_safetensors
+from deflow.extras import require
 from deflow.files import refuse_to_replace, replacing_all
 from deflow.loading import newest_checkpoint
 from deflow.policy import Policy
+from deflow.report import EVALUATED
 from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, REPORT_FILE, SUMMARY_FILE, parsed_summary
 from deflow.sharing import hub, registry
 from deflow.sharing.address import CARD, POLICY, HubAddress, RegistryAddress, is_address, parse
@@ -23,6 +27,12 @@ from deflow.sharing.card import Shared, write_card
 from deflow.trust import trust_only
 
 Plain = TypeVar("Plain")
+
+# A setting whose value is a place on a machine, and what stands before a path in a text.
+PLACE = re.compile(
+    r"^(\+*(?:data\.source\.(?:path|dir)|paths\.\w+|hydra\.[\w.]+|ckpt|[\w.]*tracking_uri))=.*$", re.DOTALL
+)
+BEFORE_A_PATH = r"(?:(?<![^\s=:'\"\[,])|(?<=:///))"
 
 
 def push(config: DictConfig) -> str:
@@ -46,7 +56,7 @@ def push(config: DictConfig) -> str:
         if not config.overwrite:
             refuse_to_replace([folder / name for name in (CARD, POLICY, REPORT_FILE)])
     elif isinstance(address, HubAddress):
-        hub.require()
+        require("hf://", hub.PACKAGE)
     shared, files = _collected(config)
     card = write_card(shared, address)
     files |= {CARD: card.encode()}
@@ -79,7 +89,7 @@ def _collected(config: DictConfig) -> tuple[Shared, dict[str, bytes]]:
     is_run = (run / CONFIG_FILE).is_file()
     summary = _summary(run / SUMMARY_FILE) if is_run else None
     picture = run / REPORT_FILE
-    checkpoint["deflow"]["config"] = without_home(trained)
+    checkpoint["deflow"]["config"] = without_private(trained)
     files = {POLICY: as_safetensors(checkpoint, about)}
     if summary is not None and picture.is_file():
         files[REPORT_FILE] = picture.read_bytes()
@@ -87,8 +97,8 @@ def _collected(config: DictConfig) -> tuple[Shared, dict[str, bytes]]:
         about=about,
         trained=trained,
         summary=summary,
-        is_result=_is_result(file, trained),
-        command=without_home(_command(run / CONFIG_FILE)) if is_run else "",
+        is_result=_is_result(file, trained, summary or {}),
+        command=without_private(_without_places(_command(run / CONFIG_FILE))) if is_run else "",
         picture=REPORT_FILE if REPORT_FILE in files else None,
         trust=config.trust,
     )
@@ -104,11 +114,13 @@ def _summary(path: Path) -> dict[str, Any] | None:
     return summary
 
 
-def _is_result(file: Path, trained: dict[str, Any]) -> bool:
+def _is_result(file: Path, trained: dict[str, Any], summary: dict[str, Any]) -> bool:
     """Whether a checkpoint is what its run's last evaluation was of: that of the last stage's end, or a seed's."""
     *_, last = trained["stages"]
     in_last_stage = file.parent.name == f"{len(trained['stages']) - 1}_{last}"
-    return in_last_stage and file.name in (FINAL, f"seed_{trained['seed']}.ckpt")
+    of_stages = [numbers.get("last_of_stage", (last,)) for key in EVALUATED if (numbers := summary.get(f"eval/{key}"))]
+    was_evaluated = all(last in of_stage for of_stage in of_stages)
+    return in_last_stage and was_evaluated and file.name in (FINAL, f"seed_{trained['seed']}.ckpt")
 
 
 def _command(config: Path) -> str:
@@ -117,13 +129,19 @@ def _command(config: Path) -> str:
     return first.removeprefix(COMMAND_MARK) if first.startswith(COMMAND_MARK) else ""
 
 
-def without_home(value: Plain) -> Plain:
-    """A plain value in which paths do not tell who is at home where: ~ for the home folder."""
-    home = str(Path.home())
+def _without_places(command: str) -> str:
+    """A command that does not tell where on somebody's machine things lie."""
+    return shlex.join(PLACE.sub(r"\1=...", word) for word in shlex.split(command))
+
+
+def without_private(value: Plain) -> Plain:
+    """A plain value in which nobody is named: ~ for the home folder, and addresses without user and password."""
     if isinstance(value, str):
-        return value.replace(f"{home}/", "~/") if home != "/" else value  # type: ignore[return-value]
+        home, anonymous = Path.home().as_posix(), re.sub(r"(?<=://)[^/@\s]+@", "", value)
+        its_place = rf"{BEFORE_A_PATH}{re.escape(home)}(?=$|[/\s'\",\]])"
+        return anonymous if home == "/" else re.sub(its_place, "~", anonymous)  # type: ignore[return-value]
     if isinstance(value, dict):
-        return {key: without_home(item) for key, item in value.items()}  # type: ignore[return-value]
+        return {key: without_private(item) for key, item in value.items()}  # type: ignore[return-value]
     if isinstance(value, list):
-        return [without_home(item) for item in value]  # type: ignore[return-value]
+        return [without_private(item) for item in value]  # type: ignore[return-value]
     return value

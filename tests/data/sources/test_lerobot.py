@@ -184,7 +184,7 @@ def test_what_is_missing_is_said(
     with pytest.raises(UserError, match="truncated or not a parquet file"):
         LeRobotSource(str(folder)).arrays()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'deflow\[lerobot\]'"):
+    with pytest.raises(UserError, match=r"^data=lerobot needs the package pyarrow: pip install pyarrow$"):
         LeRobotSource(str(folder)).prepare()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.numpy import save_file
 
 from deflow.data.generate.ant import AntExpert
 from deflow.envs.ogbench import load_mujoco, seeded_reset
-from deflow.errors import UserError
+from deflow.extras import require
 from deflow.files import refuse_to_replace, replacing
 
 HIDDEN = (256, 256)
@@ -42,8 +41,7 @@ def train_expert(
     out = out.expanduser()
     if not overwrite:
         refuse_to_replace([out])
-    if importlib.util.find_spec("stable_baselines3") is None:
-        raise UserError("train_expert.py needs stable-baselines3: pip install 'deflow[expert]'")
+    require("train_expert.py", "stable_baselines3", "tqdm")
     from stable_baselines3 import SAC
 
     env = make_walking_env()

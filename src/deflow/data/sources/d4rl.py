@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from deflow.data.sources.download import download, identities, set_aside
 from deflow.data.sources.source import Reward, Source, compact, split
 from deflow.envs.ogbench import load_mujoco
 from deflow.errors import UserError
+from deflow.extras import require
 from deflow.files import check_folder, locked
 from deflow.ranges import Seed
 from deflow.types import Spec
@@ -163,8 +163,7 @@ class D4RLSource(Source):
             maze = "deflow.envs.d4rl_antmaze:AntMaze"
             spec = EnvSpec("AntMaze-v2", maze, max_episode_steps=steps, kwargs={"maze": self._place})
             return gymnasium.make(spec, **kwargs)
-        if importlib.util.find_spec("gymnasium_robotics") is None:
-            raise UserError("D4RL's adroit tasks need gymnasium-robotics: pip install 'deflow[d4rl]'")
+        require("D4RL's adroit", "gymnasium_robotics")
         from deflow.envs.d4rl_adroit import Adroit
 
         return Adroit(self._place, steps, **kwargs)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deflow.errors import UserError
+from deflow.extras import require
 
 if TYPE_CHECKING:
     import h5py
@@ -21,8 +21,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
     Raises:
         UserError: if h5py is missing, or the file cannot be read, now or inside the block.
     """
-    if importlib.util.find_spec("h5py") is None:
-        raise UserError("HDF5 files need the package h5py: pip install 'deflow[d4rl]'")
+    require("an HDF5 file", "h5py")
     import h5py
 
     try:

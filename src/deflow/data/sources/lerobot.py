@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from deflow.data.sources.columns import Arrays, checked_columns, flags, with_one
 from deflow.data.sources.own_data import OwnDataSource
 from deflow.data.sources.source import compact
 from deflow.errors import UserError
+from deflow.extras import require
 from deflow.ranges import Names
 from deflow.types import Spec
 
@@ -47,8 +47,7 @@ class LeRobotSource(OwnDataSource):
         return sorted(self._path.glob("data/chunk-*/*.parquet"))
 
     def prepare(self) -> None:
-        if importlib.util.find_spec("pyarrow") is None:
-            raise UserError("data=lerobot needs the package pyarrow: pip install 'deflow[lerobot]'")
+        require("data=lerobot", "pyarrow")
         version = str(self._info().get("codebase_version"))
         if not version.startswith(VERSIONS):
             raise UserError(f"{self._path}: version {version} of LeRobot's format is not read, only v2.x and v3.x are")

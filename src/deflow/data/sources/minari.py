@@ -31,6 +31,7 @@ from deflow.data.sources.view import (
     without_goal,
 )
 from deflow.errors import UserError
+from deflow.extras import require
 from deflow.ranges import Seed
 from deflow.trust import check_environment_spec
 from deflow.types import Spec
@@ -85,8 +86,7 @@ class MinariSource(Source):
 
     def _load(self) -> Any:
         if self._dataset is None:
-            if importlib.util.find_spec("minari") is None:
-                raise UserError("data=minari needs the package minari: pip install 'deflow[d4rl]'")
+            require("data=minari", "minari", "h5py")
             import minari
 
             try:
