@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deflow.data.generate.runner import generated_path
+from deflow.reproduction.layout import layout
 from deflow.reproduction.plan import Job
 
 EPISODES = 50
@@ -15,7 +16,9 @@ EPISODES = 50
 
 def as_if_generated(name: str, made: Path, folder: Path) -> Path:
     """`folder`, in which the tiny data of that name in `made` stand for those that `quick` would generate."""
-    path = generated_path(folder, name, 200, 0)
+    generate = layout("quick").generate
+    assert generate is not None
+    path = generated_path(folder, name, generate["episodes"], generate["seed"])
     path.parent.mkdir(parents=True)
     for file in (path, path.with_name(f"{name}-val.npz")):
         file.symlink_to(made / file.name)

@@ -464,7 +464,8 @@ def test_generated_data_never_lie_where_the_published_do(tmp_path: Path) -> None
     (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
     assert job.dataset is not None
     source = instantiate(compose_config("task=cube_single", f"paths.data={tmp_path / 'data'}").data.source)
-    for_quick = replace(source, generate_episodes=200, generate_if_missing=True)
+    dataset = {"generate_episodes": job.dataset.episodes, "generate_seed": job.dataset.seed}
+    for_quick = replace(source, **dataset, generate_if_missing=True)
     assert job.dataset.path == for_quick._generated
     assert job.dataset.path != source._downloaded
 
