@@ -7,7 +7,7 @@ LOGS ?= logs
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-# torch first and alone: resolved together with the rest, pip may fetch a build for GPUs of several gigabytes.
+# torch first, in the build that pip finds here (an index for CPUs, PIP_EXTRA_INDEX_URL, has a smaller one), then the rest.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0

@@ -374,7 +374,7 @@ CASES = [
             "trainer=ddp_sim data.batch_size=7": "does not divide by the 2 processes",
             "agent.optimizer._target_=torch.optim.LBFGS": "must be one of torch.optim.Adam",
             "eval.seed=-5": "eval.seed must be",
-            "networks.activation=relu": "networks.activation must be gelu or gelu_tanh",
+            "networks.activation=swish": "networks.activation must be gelu or gelu_tanh",
             "tau=0": "tau must be",
             "tau=2": "tau must be",
             "tau=-0.1": "tau must be",

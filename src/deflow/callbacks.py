@@ -23,13 +23,12 @@ from deflow.agents.graphed_update import GraphedUpdate
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.online import OnlineStream
+from deflow.run_folder import FINAL, LAST
 from deflow.signals import Stopped
 from deflow.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-LAST = "last.ckpt"
-FINAL = "final.ckpt"
 SAMPLING_SECONDS = 10.0  # between rows of system metrics, unless MLflow's own variable says otherwise
 
 AGREE_EVERY = 10  # updates after which several processes ask each other whether one of them was asked to stop

@@ -15,6 +15,8 @@ from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.errors import UserError
 from deflow.exported import SUFFIX as EXPORTED_SUFFIX
+from deflow.run_folder import CHECKPOINTS, FINAL, LAST
+from deflow.sharing.address import is_address
 from deflow.sharing.fetching import at_hand
 from deflow.stored import checked, modernised
 from deflow.types import Spec
@@ -53,13 +55,15 @@ def load_checkpoint(
     """A checkpoint's plain contents; its configuration names nothing that a file may not, see `stored.checked`.
 
     Args:
-        path: of the file, a `.ckpt` of a run or a `.safetensors` that was exported of one; or where a policy is shared.
+        path: of the file, a `.ckpt` of a run or a `.safetensors` that was exported of one; or a run's folder, see
+            `newest_checkpoint`; or where a policy is shared.
         more: entries that are needed besides those of every checkpoint, such as `TO_RESUME`.
         tracking_uri: of MLflow, where a shared policy is looked for; see `registry.store_of`.
 
     Raises:
         UserError: if it is missing, not one of ours, or not a whole one.
     """
+    path = checkpoint_at(path)
     with at_hand(path, tracking_uri) as file:
         if not file.is_file():
             raise UserError(f"no checkpoint {path}")
@@ -89,6 +93,59 @@ def load_checkpoint(
             raise UserError(f"{path} is not a whole checkpoint: its entry '{key}' holds something else")
     about["config"] = checked(modernised(about["config"]), path)
     return checkpoint
+
+
+def checkpoint_at(place: str | Path, run_seed: int | None = None) -> str | Path:
+    """Where a policy is shared, as it is; else as `newest_checkpoint`."""
+    if not is_address(place):
+        return newest_checkpoint(Path(place).expanduser(), run_seed)
+    if run_seed is not None:
+        raise UserError(f"run_seed chooses among the seeds in a run's folder, and {place} is the policy of one")
+    return place
+
+
+def newest_checkpoint(path: Path, run_seed: int | None = None) -> Path:
+    """The checkpoint at `path`, or the newest in the run's folder at `path`.
+
+    Args:
+        path: of a file or a folder.
+        run_seed: which of a run's seeds, if it trained several.
+
+    Raises:
+        UserError: if there is none, or the seed remains open.
+    """
+    if path.is_dir():
+        return _of_seed(_newest(path), run_seed)
+    if run_seed is not None:
+        raise UserError(f"run_seed chooses among the seeds in a run's folder, and {path} is none")
+    return path
+
+
+def _newest(folder: Path) -> Path:
+    """What the newest stage has left, finished or not."""
+    for stage in sorted((folder / CHECKPOINTS).glob("*_*"), key=_number, reverse=True):
+        for file in (stage / FINAL, stage / LAST):
+            if file.is_file():
+                return file
+    raise UserError(f"{folder} is no run's folder: there is no stage with a checkpoint in {folder / CHECKPOINTS}")
+
+
+def _number(stage: Path) -> int:
+    number = stage.name.partition("_")[0]
+    return int(number) if number.isdigit() else -1
+
+
+def _of_seed(checkpoint: Path, run_seed: int | None) -> Path:
+    """The only seed's checkpoint; or one of several seeds', which lie beside that of all."""
+    several = sorted(path.name for path in checkpoint.parent.glob("seed_*.ckpt"))
+    if run_seed is None and several:
+        raise UserError(f"{checkpoint.parent} holds several seeds: give run_seed, or the path of {', '.join(several)}")
+    if run_seed is None:
+        return checkpoint
+    if f"seed_{run_seed}.ckpt" not in several:
+        found = ", ".join(several) or "none, as in a run of one seed or before the end of a stage"
+        raise UserError(f"{checkpoint.parent} has no seed_{run_seed}.ckpt; seeds found: {found}")
+    return checkpoint.with_name(f"seed_{run_seed}.ckpt")
 
 
 def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from deflow.agents.base import Agent
-from deflow.callbacks import FINAL
 from deflow.checkpoints import agent_of, load_checkpoint, units_of
 from deflow.config import plain
 from deflow.data.sources.source import Source
@@ -21,7 +20,7 @@ from deflow.evaluation.latency import latency
 from deflow.pipeline import train
 from deflow.policy import Policy
 from deflow.report import write_json
-from deflow.run_folder import CHECKPOINTS
+from deflow.run_folder import CHECKPOINTS, FINAL
 from deflow.trust import trust_only
 
 

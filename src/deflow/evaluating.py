@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from deflow import report
-from deflow.checkpoints import agent_of, load_checkpoint, units_of
+from deflow.checkpoints import agent_of, checkpoint_at, load_checkpoint, units_of
 from deflow.config import plain
 from deflow.cores import set_threads
 from deflow.data.sources.source import Source
@@ -33,7 +33,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     """
     set_threads(config.threads)
     trust_only(config.trust)
-    path = str(config.ckpt)
+    path = str(checkpoint_at(config.ckpt, config.run_seed))
     checkpoint = load_checkpoint(path)
     trained = checkpoint["deflow"]["config"]
     if config.task is not None:

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from deflow.agents.base import Agent
-from deflow.checkpoints import ENTRY_OF_WEIGHTS, WEIGHTS, agent_of, load_checkpoint, units_of
+from deflow.checkpoints import ENTRY_OF_WEIGHTS, WEIGHTS, agent_of, checkpoint_at, load_checkpoint, units_of
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluating import play
@@ -32,7 +32,7 @@ from deflow.exported import ACTIONS, ENTRY, NOISE, OBSERVATIONS, SUFFIX, About
 from deflow.extras import require
 from deflow.files import refuse_to_replace, replacing_all
 from deflow.flow.ode import ADAPTIVE
-from deflow.loading import ACTING, load, newest_checkpoint
+from deflow.loading import ACTING, load
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.policy import Policy
 from deflow.sharing.address import is_address
@@ -69,7 +69,7 @@ def export(config: DictConfig) -> dict[str, Any]:
     path, format = config.ckpt, FORMATS[config.format]
     if config.out is None and is_address(path):
         raise UserError(f"out: name a file, there is nothing beside {path}")
-    path = path if is_address(path) else newest_checkpoint(Path(path).expanduser(), config.run_seed)
+    path = checkpoint_at(path, config.run_seed)
     out = Path(path).with_name(f"policy{format.suffix}") if config.out is None else Path(config.out).expanduser()
     files = out, _report_of(out)
     if out.suffix != format.suffix:

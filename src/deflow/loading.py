@@ -7,13 +7,10 @@ from pathlib import Path
 
 import torch
 
-from deflow.callbacks import FINAL, LAST
-from deflow.checkpoints import agent_of, load_checkpoint, units_of
+from deflow.checkpoints import agent_of, checkpoint_at, load_checkpoint, units_of
 from deflow.errors import UserError
 from deflow.exported import SUFFIX, ExportedPolicy
 from deflow.policy import AnyPolicy, Policy
-from deflow.run_folder import CHECKPOINTS
-from deflow.sharing.address import is_address
 from deflow.trust import trust_only
 
 ACTING = ("best_of_n", "refine_steps")  # settings of an agent that change how it acts and not what it has learned
@@ -53,9 +50,7 @@ def load(
         raise UserError(f"load() does not know '{unknown[0]}': what can be changed is {' and '.join(ACTING)}")
     trust_only(trust)
     chosen = {name: value for name, value in settings.items() if value is not None}
-    if is_address(path) and run_seed is not None:
-        raise UserError(f"run_seed chooses among the seeds in a run's folder, and {path} is the policy of one")
-    file = path if is_address(path) else newest_checkpoint(Path(path).expanduser(), run_seed)
+    file = checkpoint_at(path, run_seed)
     if isinstance(file, Path) and file.suffix == SUFFIX:
         _refuse_what_is_fixed(file, chosen, explore, torch.device(device))
         return ExportedPolicy(file, seed)
@@ -78,47 +73,3 @@ def _refuse_what_is_fixed(file: Path, chosen: dict[str, int], explore: bool, dev
         raise UserError(f"{file} takes the best actions alone: load the checkpoint to explore")
     if device.type != "cpu":
         raise UserError(f"{file} is computed on the CPU: load the checkpoint with device={device}")
-
-
-def newest_checkpoint(path: Path, run_seed: int | None = None) -> Path:
-    """The checkpoint at `path`, or the newest in the run's folder at `path`.
-
-    Args:
-        path: of a file or a folder.
-        run_seed: which of a run's seeds, if it trained several.
-
-    Raises:
-        UserError: if there is none, or the seed remains open.
-    """
-    if path.is_dir():
-        return _of_seed(_newest(path), run_seed)
-    if run_seed is not None:
-        raise UserError(f"run_seed chooses among the seeds in a run's folder, and {path} is none")
-    return path
-
-
-def _newest(folder: Path) -> Path:
-    """What the newest stage has left, finished or not."""
-    for stage in sorted((folder / CHECKPOINTS).glob("*_*"), key=_number, reverse=True):
-        for file in (stage / FINAL, stage / LAST):
-            if file.is_file():
-                return file
-    raise UserError(f"{folder} is no run's folder: there is no stage with a checkpoint in {folder / CHECKPOINTS}")
-
-
-def _number(stage: Path) -> int:
-    number = stage.name.partition("_")[0]
-    return int(number) if number.isdigit() else -1
-
-
-def _of_seed(checkpoint: Path, run_seed: int | None) -> Path:
-    """The only seed's checkpoint; or one of several seeds', which lie beside that of all."""
-    several = sorted(path.name for path in checkpoint.parent.glob("seed_*.ckpt"))
-    if run_seed is None and several:
-        raise UserError(f"{checkpoint.parent} holds several seeds: give run_seed, or the path of {', '.join(several)}")
-    if run_seed is None:
-        return checkpoint
-    if f"seed_{run_seed}.ckpt" not in several:
-        found = ", ".join(several) or "none, as in a run of one seed or before the end of a stage"
-        raise UserError(f"{checkpoint.parent} has no seed_{run_seed}.ckpt; seeds found: {found}")
-    return checkpoint.with_name(f"seed_{run_seed}.ckpt")

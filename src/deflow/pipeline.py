@@ -31,7 +31,7 @@ def train(config: DictConfig, folder: Path, again: str = "python train.py resume
         What `summary.json` holds.
 
     Raises:
-        UserError: for whatever the user can mend; a new run that fails before its first update leaves no folder.
+        UserError: for whatever the user can mend; a new run that fails before its first update leaves nothing behind.
     """
     trust_only(config.trust)
     resume = config.resume is not None or is_requeued(folder)

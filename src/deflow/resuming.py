@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from deflow.callbacks import FINAL, LAST
 from deflow.checkpoints import OF_A_STAGE, TO_RESUME, load_checkpoint
-from deflow.run_folder import CHECKPOINTS
+from deflow.run_folder import CHECKPOINTS, FINAL, LAST
 
 
 class Progress(NamedTuple):

@@ -26,6 +26,7 @@ METRICS_FILE = "metrics.csv"
 REPORT_FILE = "report.png"
 SUMMARY_FILE = "summary.json"  # written last: a run that has it is finished
 CHECKPOINTS = "checkpoints"
+LAST, FINAL = "last.ckpt", "final.ckpt"  # of a stage: the newest checkpoint on the way, and that of its end
 REPLAY = "replay"
 EPISODES_FILE = "episodes.json"  # of the last evaluation
 LOG_FILE = "train.log"

@@ -199,6 +199,7 @@ class Distill(TypedDict):
 
 class Evaluate(TypedDict):
     ckpt: str
+    run_seed: Seed | None
     task: Task | None
     episodes: Count
     num_envs: Count | None

@@ -15,8 +15,6 @@ from omegaconf import DictConfig
 from deflow import distributed, signals
 from deflow.agents.actor_critic import ActorCritic
 from deflow.callbacks import (
-    FINAL,
-    LAST,
     AtomicCheckpointIO,
     BetweenUpdates,
     OnlineProgress,
@@ -37,7 +35,7 @@ from deflow.evaluation.statistics import summarise
 from deflow.online import OnlineStream
 from deflow.resuming import stage_folder
 from deflow.run import Run, of_learning
-from deflow.run_folder import EPISODES_FILE, REPLAY
+from deflow.run_folder import EPISODES_FILE, FINAL, LAST, REPLAY
 from deflow.signals import Stopped
 
 log = logging.getLogger(__name__)

@@ -37,6 +37,7 @@ class DeFlow(ActorCritic):
     1. A fixed alpha multiplies the penalty once (there twice).
     2. Best-of-N takes the candidate with the highest value (there the lowest).
     3. The three parts may train in stages; `stages=joint` is the papers' protocol.
+    4. GELU is exact (there its tanh form, `networks.activation=gelu_tanh`, less than 1e-3 away).
 
     Args:
         spec: sizes of the task.

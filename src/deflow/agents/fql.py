@@ -31,7 +31,8 @@ class FQL(ActorCritic):
         \min_\theta &\; E(Q_\theta(s, a) - r - \gamma m \bar Q(s', \mu_\omega(s', z')))^2 \\
         \min_\omega &\; \alpha E\|\mu_\omega(s, z) - sg[\mu_\psi(s, z)]\|^2 - E\,Q(s, \mu_\omega(s, z))
 
-    Differences from the released code: none in the losses; the three parts may train in stages.
+    Differences from the released code: none in the losses; GELU is exact (there its tanh form); the three parts may
+    train in stages.
 
     With `path` the flow and the one-step policy generate trajectories: beside the actions of a chunk the states after
     each of them, :math:`(s_{t + h} - s_t - \mu_h) / \sigma_h`, from one noise vector in one evaluation. Values see the

@@ -55,7 +55,8 @@ class FlowCritic(LightningModule):
     of :math:`z_0` and `t` for each state; the distilled :math:`q` learns it at :math:`(s, a)` and at
     :math:`(s', a')`. Flows are computed in Euler steps and in units of the value range; a point on the flow is encoded
     as a smooth histogram and the time by cosines, without which the field is too smooth to make use of its steps.
-    Source: floq (arXiv 2509.06863). Takes the place of `Critic` in any agent.
+    Source: floq (arXiv 2509.06863). Takes the place of `Critic` in DeFlow, FQL, IFQL,
+    FAWAC and FBRAC.
 
     Differences from the released code, each a setting but for the last three (`agent=fql agent/critic=floq` is the
     released one):
@@ -77,7 +78,7 @@ class FlowCritic(LightningModule):
         spec: sizes of the task.
         value_range: lowest and highest value possible, in units of reward.
         hidden: widths of the hidden layers, of the field and of the distilled networks.
-        activation: `gelu` (exact) or `gelu_tanh`.
+        activation: see `activate`.
         encoder: settings of the image encoder, see `Impala`; not read for states.
         members: size of the ensemble of fields.
         aggregate: `mean` or `min` over the ensemble, in the target only.

@@ -10,17 +10,15 @@ from typing import Any, TypeVar
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from deflow.callbacks import FINAL
-from deflow.checkpoints import agent_of, load_checkpoint, units_of
+from deflow.checkpoints import agent_of, load_checkpoint, newest_checkpoint, units_of
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.exporting import about_of, as_safetensors
 from deflow.extras import require
 from deflow.files import refuse_to_replace, replacing_all
-from deflow.loading import newest_checkpoint
 from deflow.policy import Policy
 from deflow.report import EVALUATED
-from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, REPORT_FILE, SUMMARY_FILE, parsed_summary
+from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, FINAL, REPORT_FILE, SUMMARY_FILE, parsed_summary
 from deflow.sharing import hub, registry
 from deflow.sharing.address import CARD, POLICY, HubAddress, RegistryAddress, is_address, parse
 from deflow.sharing.card import Shared, write_card
