@@ -183,7 +183,8 @@ def measure(config: DictConfig, agent: Agent, stream: Stream, precision: str, ki
         batches = batches_of(stream, updates)
         synchronize()
         started = time.perf_counter()
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        # Without its cache, as in training: weights that have changed are converted anew.
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             for batch in batches:
                 run(next(numbers), batch)
         host = time.perf_counter() - started

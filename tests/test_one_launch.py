@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -208,12 +209,12 @@ def test_a_run_in_blocks_is_the_run(
 def test_what_is_not_recorded_is_said(overrides: str, says: str | None, caplog: pytest.LogCaptureFixture) -> None:
     config = compose_config("experiment=cube_single", "trainer=gpu", *overrides.split())
     run = SimpleNamespace(config=config, learner=build_agent(config.agent, SPEC))
-    strategy, clip = SimpleNamespace(root_device=torch.device("cuda")), config.trainer.gradient_clip_val
-    trainer = SimpleNamespace(strategy=strategy, world_size=1, gradient_clip_val=clip)
+    strategy, clip = SingleDeviceStrategy(torch.device("cuda")), config.trainer.gradient_clip_val
+    trainer = SimpleNamespace(strategy=strategy, gradient_clip_val=clip)
     with caplog.at_level("INFO"):
         assert training._records(run, trainer) == (says is None)
     assert (says or "") in caplog.text
-    trainer.world_size = 2
+    trainer.strategy = SimpleNamespace(root_device=torch.device("cuda"))  # DDP, if only of one process
     assert not training._records(run, trainer)
-    trainer.world_size, run.learner._make_optimizer = 1, partial(torch.optim.SGD, lr=0.1)
+    trainer.strategy, run.learner._make_optimizer = strategy, partial(torch.optim.SGD, lr=0.1)
     assert not training._records(run, trainer)

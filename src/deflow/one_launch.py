@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -46,13 +47,18 @@ class OneLaunch(Generic[Result]):
         self._graph.replay()
         return self._results  # type: ignore[return-value]
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """For all but the replays. Always the same: libraries keep memory for each stream that they have seen."""
+        return torch.cuda.Stream()
+
     def _beside(self, inputs: Any) -> Result:
         """One call by itself, on a stream of its own, as CUDA graphs want those before a recording."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             results = self._function(*inputs)
-        current.wait_stream(stream)
+        current.wait_stream(self._stream)
         return results
 
     def _record(self, inputs: Any) -> None:
@@ -61,7 +67,7 @@ class OneLaunch(Generic[Result]):
         for generator in self._generators:
             graph.register_generator_state(generator)
         # Other threads, such as a tracker's, may go on using the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._results = self._function(*self._inputs)
         self._graph = graph
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
 
 from deflow import distributed, signals
@@ -81,6 +82,7 @@ def _load_stage(run: Run, name: str, stage: DictConfig, final: Path, first_step:
     run.stage_speed[name] = checkpoint["deflow"]["updates_per_second"]
     end = first_step + stage.steps
     if _is_evaluated(run, stage) and not _has_evaluation(run, end):
+        run.learner.to(_make_trainer(run, stage, []).strategy.root_device)
         metrics = evaluate_run(run, end)
         for logger in run.loggers:
             logger.log_metrics(metrics, step=end)
@@ -185,8 +187,8 @@ def _records(run: Run, trainer: Trainer) -> bool:
     if not run.config.trainer.get(ONE_LAUNCH, True) or trainer.strategy.root_device.type != "cuda":
         return False
     found = [] if run.learner.unrecordable is None else [run.learner.unrecordable]
-    if trainer.world_size > 1:
-        found.append("several processes take part in it")
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        found.append("several processes may take part in it")
     if trainer.gradient_clip_val:
         found.append("Lightning clips its gradients (agent.optimizer.clip is part of an update)")
     if run.config.trainer.precision == "16-mixed":

@@ -12,6 +12,7 @@ import torch
 
 from deflow.agents.base import Traits
 from deflow.agents.fql import FQL
+from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent, path_statistics
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.data.memory.transitions import Transitions
@@ -41,6 +42,12 @@ def counting(rows: int = 20) -> Transitions:
     valids = np.concatenate([number < rows - 1] * 2)
     columns = {"rewards": np.zeros(2 * rows), "masks": np.ones(2 * rows), "actions": np.zeros((2 * rows, 1))}
     return Transitions.from_compact(columns | {"observations": states, "valids": valids}, "counting")
+
+
+def test_several_seeds_are_moved_with_their_statistics() -> None:
+    agents = [make(*PATH) for _ in range(2)]
+    SeedStack(agents).to("meta")
+    assert {buffer.device.type for agent in agents for buffer in agent.buffers()} == {"meta"}
 
 
 @pytest.mark.parametrize("overrides", [PATH, (*PATH, "agent/critic=floq"), ("agent=fql", PATH[2])])

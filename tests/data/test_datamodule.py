@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from deflow import distributed
 from deflow.data.datamodule import BatchStream, OfflineDataModule, Prefetched, SeedStream
@@ -20,6 +21,7 @@ from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
 from deflow.types import Lookahead, Spec
 from deflow.units import Units
+from tests.conftest import compose_config
 
 ONE_STEP = Lookahead(discount=0.9)
 
@@ -295,3 +297,16 @@ def test_blocks_are_the_batches_and_end_at_multiples(transitions: Transitions) -
         batches = [drawn.batch() for block in blocks for drawn in block.one_by_one()]
         for number, batch in enumerate(batches, start=3):
             assert torch.equal(batch.observations, stream.batch(number).observations)
+
+
+@pytest.mark.parametrize(("there", "at_once", "pinned"), [("cuda", None, False), ("cuda", 5, True), ("cpu", 5, True)])
+def test_what_is_on_the_gpu_is_not_pinned(
+    there: str, at_once: int | None, pinned: bool, point_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = instantiate(compose_config("experiment=pointmaze", f"paths.data={point_data}", "data.batch_size=4").data)
+    data.setup()
+    monkeypatch.setattr(data, "_networks_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(data, "_beside_the_networks", lambda: (data.transitions, None))
+    monkeypatch.setattr(BatchStream, "device", torch.device(there))
+    data.begin_stage("test", 10, at_once=at_once)
+    assert data.train_dataloader().pin_memory is pinned

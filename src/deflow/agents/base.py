@@ -332,7 +332,8 @@ class Agent(LightningModule, ABC):
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._watch.check(self._stage, self.global_step + 1)
             self.log_dict(_named("train", self._latest) | {"step": float(self.run_step + 1)})
-            self.log_dict(self._shown(), prog_bar=True, logger=False)
+            # On the CPU: Lightning reads what the bar shows after every batch, and would wait for the device each time.
+            self.log_dict(_on_cpu(self._shown()), prog_bar=True, logger=False)
         return _sum(losses)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

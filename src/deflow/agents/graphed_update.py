@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch.optim import Optimizer
@@ -56,7 +57,7 @@ def _side_by_side(losses: Iterator[Loss]) -> list[Loss]:
     streams: list[torch.cuda.Stream] = []
     known = meeting.record_event()
     while True:
-        stream = torch.cuda.Stream()
+        stream = _stream_of(len(found), torch.cuda.current_device())
         stream.wait_event(known)
         with torch.cuda.stream(stream):
             one = next(losses, None)
@@ -71,6 +72,12 @@ def _side_by_side(losses: Iterator[Loss]) -> list[Loss]:
     for stream in streams:
         meeting.wait_stream(stream)
     return found
+
+
+@cache
+def _stream_of(part: int, device: int) -> torch.cuda.Stream:
+    """Always the same: libraries keep memory for each stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 def keep_rates_on(device: torch.device, optimizer: Optimizer) -> None:

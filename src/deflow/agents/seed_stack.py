@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,15 @@ class SeedStack(Agent):
     def agents(self) -> tuple[Agent, ...]:
         """The single agents, in the order of their seeds."""
         return self._alike
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedStack:
+        """As of every module, such as by `to`: also for the buffers of the agents, which are no parts."""
+        super()._apply(function, recurse)
+        for agent in self._alike:
+            agent._buffers = {
+                name: buffer if buffer is None else function(buffer) for name, buffer in agent._buffers.items()
+            }
+        return self
 
     def begin_stage(self, *settings: Any, **more: Any) -> None:
         super().begin_stage(*settings, **more)

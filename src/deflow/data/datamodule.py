@@ -335,17 +335,20 @@ class OfflineDataModule(LightningDataModule):
         first = self.trainer.global_step if self.trainer is not None else 0
         device = self._networks_device()
         stream: Any
+        pinned = device.type == "cuda"  # what crosses to it: batches, or the choices of a block
         if self._online is not None:
+            self._resident = None
             stream = self._online.start_at(first, self._rank_batch_size())
         else:
             transitions, proposals = self._beside_the_networks()
             stream = self._stream(transitions, first, self._steps, self._stage, proposals, self.crop_probability)
             if stream.device.type == device.type:
                 stream.at_once = self._at_once
+                pinned = pinned and stream.at_once is not None
             elif device.type == "cuda":
                 stream = Prefetched(stream, min(MOST_THREADS, usable_cores()))
         paced = PacedStream(stream, self._between_updates)
-        return DataLoader(paced, batch_size=None, pin_memory=device.type == "cuda")
+        return DataLoader(paced, batch_size=None, pin_memory=pinned)
 
     def _networks_device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
@@ -365,6 +368,7 @@ class OfflineDataModule(LightningDataModule):
         taken = "data %.0f MiB, proposals %.0f MiB, %s %.0f MiB", data / MEBI, proposals / MEBI, device, total / MEBI
         if (0 if self._resident else data) + proposals > DATA_SHARE * free:
             log.info(f"{taken[0]}: too much, every batch comes from this machine's memory", *taken[1:])
+            self._resident = None
             return self.transitions, self._proposals
         if self._resident is None:
             self._resident = self.transitions.on(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # Actions are kept inside this bound, as the papers do, so that a squashed policy could produce them.
 ACTION_BOUND = 1.0 - 1e-5
+CONVERTED = 100_000  # rows at a time
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class Transitions:
         """A copy on a device, in the networks' units already, so that no batch needs to be converted."""
         columns: dict[str, Any] = self._columns()
         if self.units.mean is not None:
-            columns["states"] = torch.from_numpy(self.units.observed(self.states.numpy()))
+            columns["states"] = _in_chunks(self.units.observed, self.states)
         if self.units.low is not None:
-            columns["actions"] = torch.from_numpy(self.units.decided(self.actions.numpy()))
+            columns["actions"] = _in_chunks(self.units.decided, self.actions)
         columns["rewards"] = self.units.learned(self.rewards)
         return replace(self, units=AS_THEY_ARE, **{name: column.to(device) for name, column in columns.items()})
 
@@ -269,3 +270,8 @@ def _only_costs(rewards: Sequence[float], ends: Sequence[bool]) -> list[bool]:
             found += [highest <= 0] * length
             length, highest = 0, -math.inf
     return found + [highest <= 0] * length
+
+
+def _in_chunks(convert: Callable[[np.ndarray], np.ndarray], column: Tensor) -> Tensor:
+    """The column converted, without a copy of all of it in float64 on the way."""
+    return torch.cat([torch.from_numpy(convert(part.numpy())) for part in column.split(CONVERTED)])
