@@ -17,8 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: $(VENV)/.installed ## Install, then run the quickstart: data, training, evaluation, report
 	$(BIN)/python train.py experiment=quickstart
 
-test: $(VENV)/.installed ## Install, then run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+test: $(VENV)/.installed ## Install, then run the tests (SLOW=1: also those that take a quarter of a minute each)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(if $(SLOW),,-m "not slow")
 
 lint: $(VENV)/.installed ## Check style, types and spelling
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_every_measurement(tmp_path: Path) -> None:
     out = tmp_path / "benchmark.json"
     small = ["evaluation.one_by_one_episodes=1", "task=pointmaze_medium"]
@@ -95,6 +96,7 @@ def test_bf16_is_left_out_where_its_products_are_slow(
     assert ("bf16 is left out" in caplog.text) == ("bf16" not in measured)
 
 
+@pytest.mark.slow
 def test_ratios(tmp_path: Path) -> None:
     has_bfloat16 = bfloat16_gain() > 1
     precisions = "[fp32,bf16]" if has_bfloat16 else "[fp32]"

@@ -87,9 +87,9 @@ def test_a_mistake_on_the_command_line_is_told_before_anything_big_is_imported()
             "agent.trust_region must",
         ),
         ("evaluate.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
-        ("export.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
-        ("push.py", ["ckpt={}/none.ckpt", "to=hf://someone/none"], "no checkpoint"),
-        ("distill.py", ["ckpt={}/none.ckpt"], "no checkpoint"),
+        pytest.param("export.py", ["ckpt={}/none.ckpt"], "no checkpoint", marks=pytest.mark.slow),
+        pytest.param("push.py", ["ckpt={}/none.ckpt", "to=hf://someone/none"], "no checkpoint", marks=pytest.mark.slow),
+        pytest.param("distill.py", ["ckpt={}/none.ckpt"], "no checkpoint", marks=pytest.mark.slow),
         ("inspect_data.py", ["task=pointmaze_medium", "data.source.path={}/none.npz"], "no file"),
         ("generate.py", ["dataset=nonsense", "out={}"], "cannot generate 'nonsense'"),
         ("benchmark.py", ["measure=[nonsense]"], "unknown nonsense"),
@@ -110,6 +110,7 @@ def test_a_command_that_is_not_a_run_leaves_no_log_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
 
 
+@pytest.mark.slow
 def test_kill_and_resume(point_data: Path, tmp_path: Path) -> None:
     # Killed in the evaluation after 20 updates, which takes 1000 steps, or soon after it.
     settings = ["updates=40", "eval.every=20", "checkpoint_every=10", "stages=staged", "validate_every=20"]
@@ -139,6 +140,7 @@ def test_kill_and_resume(point_data: Path, tmp_path: Path) -> None:
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.mark.slow
 def test_generate_and_train_on_it(tmp_path: Path) -> None:
     made = run("generate.py", "dataset=pointmaze-medium-navigate-v0", "episodes=2", f"out={tmp_path}", "steps=50")
     assert made.returncode == 0, made.stderr

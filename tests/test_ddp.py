@@ -88,7 +88,7 @@ def test_two_halves_make_the_whole(backend: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trainer", ["ddp_sim", pytest.param("ddp", marks=TWO_GPUS)])
-@pytest.mark.parametrize("stages", ["offline_to_online", "staged"])
+@pytest.mark.parametrize("stages", ["offline_to_online", pytest.param("staged", marks=pytest.mark.slow)])
 def test_two_processes_train(stages: str, trainer: str, point_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = (
@@ -114,6 +114,7 @@ def test_two_processes_train(stages: str, trainer: str, point_data: Path, tmp_pa
         assert not np.array_equal(*replays)
 
 
+@pytest.mark.slow
 def test_processes_stop_together_and_end_with_the_main_one(point_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     metrics, last = folder / "metrics.csv", folder / "checkpoints" / "0_joint" / "last.ckpt"

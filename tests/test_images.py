@@ -260,6 +260,7 @@ def visual_data(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disabled", reason="no off-screen rendering here")
 def test_a_pixel_task_from_file_to_online(visual_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_env = ogbench.make_env

@@ -14,6 +14,7 @@ from deflow.run_folder import read_summary
 from tests.commands import ROOT, TINY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher,plugin", [("joblib", "joblib"), ("submitit_local", "submitit")])
 def test_a_job_that_fails_leaves_the_others_alone(
     launcher: str, plugin: str, tiny_data: Callable[[str, str], Path], tmp_path: Path

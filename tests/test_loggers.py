@@ -82,6 +82,7 @@ def start(database: Path, experiment: str = "pointmaze_medium") -> Tracker:
     return mlflow_logger(f"sqlite:///{database}", experiment, str(run))
 
 
+@pytest.mark.slow
 def test_metrics_reach_a_server(server: str, point_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = ("logger=mlflow", f"logger.tracking_uri={server}", "stages=staged")

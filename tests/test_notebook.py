@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from tests.commands import ROOT, TINY
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(
     tiny_data: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def files(folder: str, pattern: str) -> list[Path]:
     return list((ROOT / folder).rglob(pattern))
 
 
+@pytest.mark.slow
 def test_what_is_installed_trains(bin_folder: Path, point_data: Path, tmp_path: Path) -> None:
     settings = ("trainer=ddp_sim", "eval.every=6", "diversity.states=0")  # ddp_sim starts the command once more
     call((bin_folder / "deflow", "train", *tiny_overrides(point_data, tmp_path / "run", *settings)), cwd=tmp_path)

@@ -76,6 +76,7 @@ def test_every_mutation_finds_its_line_and_its_tests(mutations: Any) -> None:
             assert f"def {name}(" in (ROOT / file).read_text() or not name, test
 
 
+@pytest.mark.slow
 def test_the_study_of_gpus_runs_without_one(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
     settings = [

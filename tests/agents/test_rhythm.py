@@ -99,6 +99,7 @@ def test_resume_in_mid_rhythm(
         assert torch.equal(states[1][name], expected), name
 
 
+@pytest.mark.slow
 def test_two_processes(point_data: Path, tmp_path: Path) -> None:
     overrides = tiny_overrides(point_data, tmp_path / "run", "agent=rebrac", "trainer=ddp_sim")
     result = run_command("train.py", *overrides)

@@ -64,6 +64,7 @@ def test_images(tmp_path: Path) -> None:
     assert images["qpos"].shape == states["qpos"].shape
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
     files = [
         generate_dataset("cube-single-play-v0", 3, tmp_path / str(workers), seed=5, workers=workers, steps=80)

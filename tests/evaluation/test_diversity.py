@@ -72,6 +72,7 @@ def test_neighbourhoods_are_the_nearest_states() -> None:
     assert np.abs(around.actions - own[:, None]).max() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rendered")
 def test_both_modes_are_kept_where_equal_and_the_better_taken_where_not(tmp_path: Path) -> None:
     learners = (["agent=deflow", bimodal.TRUST_REGION], 600, 3e-3), (["agent=fbrac"], 300, 5e-3)

@@ -42,10 +42,10 @@ def test_it_learns_a_known_value(settings: dict[str, Any]) -> None:
     critic = FlowCritic(SPEC, value_range=(-1.0, 1.0), hidden=(64, 64), tau=0.05, **settings)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
     for _ in range(400):
-        actions = torch.rand(128, 1) * 2 - 1
-        states = torch.zeros(128, 1)
-        batch = Batch(states, actions, actions[:, 0], torch.zeros(128), states, actions)
-        loss, _ = critic.loss(batch, actions, torch.rand(128, critic.levels))
+        actions = torch.rand(64, 1) * 2 - 1
+        states = torch.zeros(64, 1)
+        batch = Batch(states, actions, actions[:, 0], torch.zeros(64), states, actions)
+        loss, _ = critic.loss(batch, actions, torch.rand(64, critic.levels))
         optimizer.zero_grad()
         loss.backward()
         for online, target, tau in critic.target_pairs():

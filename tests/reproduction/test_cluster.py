@@ -32,6 +32,7 @@ def cluster(folder: Path, name: str = "local", **options: Any) -> Cluster:
     return Cluster(folder / "jobs", 2, 1, name, {"timeout_min": 60} | options, max_timeouts=0)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_goes_on_and_one_that_fails_is_named(
     tiny_data: Callable[[str, str], Path], tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypa
     assert calls[-1] == f"resume={jobs[1].folder}"
 
 
+@pytest.mark.slow
 def test_a_killed_reproduction_goes_on(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
     data = as_if_generated("cube-single-play-v0", tiny_data("cube-single", "play"), tmp_path / "data")
     settings = {"updates": 1500, "eval.every": 1500, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 100}
