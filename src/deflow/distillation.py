@@ -76,7 +76,8 @@ def _print(result: dict[str, Any]) -> None:
         table.add_column(column)
     for name in ("teacher", "one_step"):
         row = result[name]
-        success = "{success:.2f},{success_low:.2f} to {success_high:.2f}" if "success" in row else "-,-"
+        shares = "{success:.2f}", "{success_low:.2f} to {success_high:.2f}"
+        success = [share.format(**row) if "success" in row else "-" for share in shares]
         times = [f"{row[key]:.2f} ms" for key in ("latency_ms_p50", "latency_ms_p99")]
-        table.add_row(name.replace("_", " "), *success.format(**row).split(","), *times)
+        table.add_row(name.replace("_", " "), *success, *times)
     Console().print(table)

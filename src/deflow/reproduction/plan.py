@@ -188,8 +188,7 @@ def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapp
     """
     before, now = _leaves(saved), _leaves(planned)
     differing = [f"{name}={before[name]}" for name in before if name in now and now[name] not in (before[name], AUTO)]
-    its_own = job.settings if job.dataset is None else (*job.settings, job.dataset.setting)
-    _refuse(job, [setting for setting in _deciding(differing, job.dataset) if setting not in its_own])
+    _refuse(job, [setting for setting in _deciding(differing, job.dataset) if setting not in job.settings])
 
 
 def _leaves(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
