@@ -27,7 +27,7 @@ from deflow.loggers import read_metrics
 from deflow.one_launch import WARM_UPS, OneLaunch
 from deflow.pipeline import train as run_training
 from deflow.types import Batch, Spec, stack
-from tests.agents.tester import random_batch
+from tests.agents.tester import EVERY_KIND, random_batch
 from tests.conftest import CKPT, compose_config, tiny_config
 
 UPDATES = 2 * WARM_UPS + 7  # enough that updates of two kinds are recorded
@@ -120,26 +120,12 @@ def train(agent: Agent, recorded: bool, batches: Sequence[Batch], **stage: Any) 
 @pytest.mark.parametrize(
     "overrides",
     [
-        "agent=deflow",
-        "agent=deflow solver=rk4 agent.refiner.objective=gradient_step",
+        *EVERY_KIND,
         "agent=deflow agent.behavior_flow.ema=0.5",
         "agent=deflow agent/critic=flow agent.critic.value_range=[-1,0]",
-        "agent=fql",
         "agent=fql agent/critic=floq agent.critic.value_range=[-1,0]",
-        "agent=fql agent/critic=occupancy",
-        "agent=deflow agent/dynamics=gaussian agent.dynamics.expansion=1 agent.refiner.objective=unrolled",
-        "agent=ifql",
-        "agent=fawac",
-        "agent=flow_bc",
-        "agent=cal_ql agent.target_gap=0.8",
-        "agent=rlpd agent.critic.rho=0.5",
-        "agent=rebrac",
         "agent=rebrac agent.drift=false +agent.optimizer.parts.actor.clip=0.01",
         "agent=bc agent.actor.dropout=0.1",
-        "agent=iql",
-        "agent=idql agent.behavior.width=8",
-        "agent=srpo agent.behavior.width=8",
-        "agent=cac",
     ],
 )
 @pytest.mark.parametrize("seeds", [1, 2])

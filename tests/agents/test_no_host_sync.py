@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deflow.build import build_agent
 from deflow.types import Spec
-from tests.agents.tester import random_batch
+from tests.agents.tester import EVERY_KIND, random_batch
 from tests.conftest import compose_config
 
 # What `.item()`, `bool()`, indexing by a mask and `torch.equal` come down to; on a GPU each waits for it.
@@ -21,26 +21,12 @@ WAITING |= {"repeat_interleave"}  # of counts that are a tensor
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 SETTINGS = [
-    "agent=deflow",
-    "agent=deflow solver=rk4 agent.refiner.objective=gradient_step",
+    *EVERY_KIND,
     "agent=deflow agent/critic=flow",
-    "agent=fql",
     "agent=fql agent/critic=floq",
-    "agent=fql agent/critic=occupancy",
-    "agent=deflow agent/dynamics=gaussian agent.dynamics.expansion=1 agent.refiner.objective=unrolled",
     "agent=fql agent/dynamics=flow agent.dynamics.one_step=true",
-    "agent=ifql",
-    "agent=fawac",
-    "agent=flow_bc",
-    "agent=cal_ql agent.target_gap=0.8",
-    "agent=rlpd agent.critic.rho=0.5",
-    "agent=rebrac",
     "agent=bc",
-    "agent=iql",
     "agent=iql agent.actor.extraction=ddpgbc",
-    "agent=idql agent.behavior.width=8",
-    "agent=srpo agent.behavior.width=8",
-    "agent=cac",
 ]
 
 

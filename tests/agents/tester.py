@@ -13,6 +13,25 @@ from torch import nn
 from deflow.agents.base import Agent, Loss
 from deflow.types import Batch, Spec
 
+# Every kind of agent that an update can be of, as overrides; tests of all of them add what concerns them.
+EVERY_KIND = [
+    "agent=deflow",
+    "agent=deflow solver=rk4 agent.refiner.objective=gradient_step",
+    "agent=fql",
+    "agent=fql agent/critic=occupancy",
+    "agent=deflow agent/dynamics=gaussian agent.dynamics.expansion=1 agent.refiner.objective=unrolled",
+    "agent=ifql",
+    "agent=fawac",
+    "agent=flow_bc",
+    "agent=cal_ql agent.target_gap=0.8",
+    "agent=rlpd agent.critic.rho=0.5",
+    "agent=rebrac",
+    "agent=iql",
+    "agent=idql agent.behavior.width=8",
+    "agent=srpo agent.behavior.width=8",
+    "agent=cac",
+]
+
 
 class Acting(Agent):
     """Of an agent only what acts: a test writes `act`."""
