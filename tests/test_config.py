@@ -31,6 +31,9 @@ from tests.conftest import compose_config
         ("--cfg", "--cfg"),
         ("~eval", "~eval"),
         ("agent.critic=flow", "agent/critic=flow"),
+        ("+settings.agent.critic=flow", "++settings={agent/critic:flow}"),
+        ("+settings.agent/critic=flow", "++settings={agent/critic:flow}"),
+        ("myagent.critic=flow", "myagent.critic=flow"),
         ("agent.critic.members=3", "agent.critic.members=3"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from deflow.config import entry_point, refuse_other_overrides
 from deflow.imports import quick_imports
-from deflow.invocation import as_script_and_as_typed, started_by_console, typed_command
+from deflow.invocation import started_by_console, typed_command
 
 
 @entry_point("train")
@@ -24,7 +24,7 @@ def train(config: DictConfig, folder: Path) -> None:
     if config.resume is not None:
         refuse_other_overrides(HydraConfig.get().overrides.task)
     with _as_typed():
-        pipeline.train(config, folder, _again("train", config.trust))
+        pipeline.train(config, folder)
 
 
 @entry_point("evaluate")
@@ -99,7 +99,7 @@ def distill(config: DictConfig, folder: Path) -> None:
     if config.resume is not None:
         refuse_other_overrides(HydraConfig.get().overrides.task)
     with _as_typed():
-        distillation.distill(config, folder, _again("distill", config.trust))
+        distillation.distill(config, folder)
 
 
 @entry_point("benchmark")
@@ -177,9 +177,3 @@ def _as_typed() -> Iterator[None]:
         yield
     finally:
         sys.argv[1:] = arguments
-
-
-def _again(script: str, trust: Sequence[str]) -> str:
-    """By what a run of this command goes on, with {} for its folder."""
-    trusting = f" trust=[{','.join(trust)}]" if trust else ""  # of the command line alone, so typed once more
-    return f"{as_script_and_as_typed(script)[1]} resume={{}}{trusting}"

@@ -194,7 +194,9 @@ def readable(argument: str) -> str:
         UserError: if it cannot be guessed what is meant.
     """
     # A group inside a group is overridden with a slash; the dot of every other override is what fingers type.
-    argument = re.sub(r"^agent\.(\w+)=(?=[a-z]\w*$)", _as_group, argument)
+    argument = re.sub(r"^(\+settings\.)?agent\.(\w+)=(?=[a-z]\w*$)", _as_group, argument)
+    # Among a table's settings it is a key like others, and Hydra has keys with a slash in braces alone.
+    argument = re.sub(r"^\+settings\.(\w+/\w+)=(\w+)$", r"++settings={\1:\2}", argument)
     key, equals, value = argument.partition("=")
     if argument.startswith("-") or not equals:
         return argument
@@ -238,7 +240,7 @@ def choices(group: str) -> list[str]:
 
 def _as_group(match: re.Match[str]) -> str:
     """`agent.critic=` as `agent/critic=`, if there is such a group."""
-    return f"agent/{match[1]}=" if choices(f"agent/{match[1]}") else match[0]
+    return f"{match[1] or ''}agent/{match[2]}=" if choices(f"agent/{match[2]}") else match[0]
 
 
 @contextmanager
@@ -277,7 +279,7 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
     if (
         unknown := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))
     ) is not None and command:
-        if unknown[1].startswith("settings."):  # of `reproduce.py`, which has none until they are added
+        if unknown[1].partition(".")[0] == "settings":  # of `reproduce.py`, which has none until they are added
             return f"no setting '{unknown[1]}' yet: add it, +{unknown[1]}=..."
         return str(unknown_setting(unknown[1], _known_settings(command, arguments, without=unknown[1])))
     if isinstance(error, MissingConfigException) and error.options is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,20 +18,23 @@ from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluating import play
 from deflow.evaluation.latency import latency
-from deflow.pipeline import train
+from deflow.invocation import typed
+from deflow.pipeline import Again, train
 from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.run_folder import CHECKPOINTS, FINAL
 from deflow.trust import trust_only
 
+DISTILL = partial(typed, "distill")
 
-def distill(config: DictConfig, folder: Path, again: str = "python distill.py resume={}") -> dict[str, Any]:
+
+def distill(config: DictConfig, folder: Path, again: Again = DISTILL) -> dict[str, Any]:
     """Train the one-step policy in `folder`, a run like any other, and write `distillation.json` there.
 
     Args:
         config: of the command.
         folder: of the run.
-        again: by what the run would go on if it is stopped, with {} for the folder.
+        again: says by what command the run goes on if it is stopped.
 
     Returns:
         For `teacher` and `one_step`: what the evaluation came to, and the latency.

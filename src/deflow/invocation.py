@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -25,8 +26,12 @@ def command_line() -> str:
     if not HydraConfig.initialized():
         return ""
     job = HydraConfig.get()
-    words = [word for word in job.overrides.task if "\n" not in word]
-    return shlex.join([*as_script_and_as_typed(str(job.job.config_name))[1].split(), *words])
+    return typed(str(job.job.config_name), (word for word in job.overrides.task if "\n" not in word))
+
+
+def typed(script: str, arguments: Iterable[str]) -> str:
+    """A command with these arguments, in one line that a shell takes."""
+    return shlex.join([*as_script_and_as_typed(script)[1].split(), *arguments])
 
 
 def as_script_and_as_typed(script: str) -> tuple[str, str]:

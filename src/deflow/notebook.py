@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def train(experiment: str, *overrides: str, config_dir: str | Path | None = None
         with leaving_no_empty(folder):
             with quick_imports():
                 from deflow import pipeline
-            return pipeline.train(config, folder, _again(config.trust))
+            return pipeline.train(config, folder, _again)
 
 
 def _checked(arguments: Sequence[str]) -> tuple[DictConfig, Path]:
@@ -66,9 +67,9 @@ def _checked(arguments: Sequence[str]) -> tuple[DictConfig, Path]:
     return config, Path(job.run.dir)
 
 
-def _again(trust: Sequence[str]) -> str:
-    """By what a run goes on, with {} for its folder."""
-    return f'deflow.train("resume={{}}", "trust=[{",".join(trust)}]")' if trust else 'deflow.train("resume={}")'
+def _again(arguments: Sequence[str]) -> str:
+    """The call with these arguments."""
+    return f"deflow.train({', '.join(map(json.dumps, arguments))})"
 
 
 @contextmanager

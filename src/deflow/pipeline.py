@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,25 @@ from omegaconf import DictConfig
 from deflow import report
 from deflow.errors import UserError
 from deflow.finishing import finish
+from deflow.invocation import typed
 from deflow.preparation import prepare
 from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder, is_requeued, read_summary
 from deflow.signals import Stopped
 from deflow.stored import load_config
 from deflow.training import run_stages
-from deflow.trust import trust_only
+from deflow.trust import as_arguments, trust_only
+
+Again = Callable[[Sequence[str]], str]  # arguments -> the command with them, as the user would type it
+TRAIN = partial(typed, "train")
 
 
-def train(config: DictConfig, folder: Path, again: str = "python train.py resume={}") -> dict[str, Any]:
+def train(config: DictConfig, folder: Path, again: Again = TRAIN) -> dict[str, Any]:
     """Train every stage that is not done yet, evaluate, and leave the report in `folder`.
 
     Args:
         config: of the run; with `resume`, or in a job that SLURM queued again, that in `folder` is taken instead.
         folder: of the run.
-        again: by what the run would go on if it is stopped, with {} for the folder.
+        again: says by what command the run goes on if it is stopped.
 
     Returns:
         What `summary.json` holds.
@@ -51,7 +57,8 @@ def train(config: DictConfig, folder: Path, again: str = "python train.py resume
             nothing_done = not resume and (run is None or run.first_update_at is None)
             if nothing_done:
                 held.discard()
-            _advise(error, folder, nothing_done, go_on=f"go on by {again.format(folder)}")
+            go_on = f"go on by {again([f'resume={folder}', *as_arguments()])}"
+            _advise(error, folder, nothing_done, go_on)
             raise
 
 

@@ -34,6 +34,11 @@ def trust_only(packages: Sequence[str]) -> None:
     _trusted = tuple(names)
 
 
+def as_arguments() -> list[str]:
+    """Of a command that is to trust the same packages, which is not written into any file."""
+    return [f"trust=[{','.join(_trusted)}]"] if _trusted else []
+
+
 def is_trusted(dotted: str) -> bool:
     """Whether `dotted` names a trusted package or something in one."""
     return _is_in(dotted, _trusted)

@@ -336,9 +336,13 @@ def test_a_mistake_is_said_before_the_first_run(tmp_path: Path) -> None:
     arguments = ("table=quick", "rows=[scene]", "agents=[bc]", f"paths.logs={tmp_path}")
     with pytest.raises(UserError, match="bc on scene task 1, seed 0: updates must be a whole number of at least 1"):
         reproduce(compose_config(*arguments, "+settings.updates=-5", config_name="reproduce"))
-    done = run_command("reproduce.py", *arguments, "+settings.trainer=nosuch")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: unknown trainer 'nosuch': choose one of")
+    for setting, said in {
+        "trainer=nosuch": "unknown trainer 'nosuch': choose one of",
+        "agent.critic.member=2": "no setting 'agent.critic.member': did you mean 'agent.critic.members'?",
+    }.items():
+        done = run_command("reproduce.py", *arguments, "agents=[fql]", f"+settings.{setting}")
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(f"error: fql on scene task 1, seed 0: {said}")
     assert not list(tmp_path.rglob("seed_0*"))
 
 

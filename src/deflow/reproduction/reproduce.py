@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from deflow.benchmark import random_stream
 from deflow.build import build_agent
-from deflow.config import CONFIG_DIR, plain
+from deflow.config import CONFIG_DIR, OF_THE_USER, one_line, plain
 from deflow.cores import usable_cores
 from deflow.errors import UserError
 from deflow.files import replacing
@@ -232,8 +232,8 @@ def _seconds(config: DictConfig, threads: int) -> float:
 
 def _checked(job: Job) -> DictConfig:
     """The configuration of a run, with all that can be said against it before it begins."""
-    config = _composed(job.settings)
     try:
+        config = _composed(job.settings)
         check_settings(config, "train")
         source = instantiate(config.data.source)
     except UserError as error:
@@ -243,8 +243,11 @@ def _checked(job: Job) -> DictConfig:
     return config
 
 
-def _composed(overrides: Iterable[str]) -> DictConfig:
-    if GlobalHydra.instance().is_initialized():
-        return compose("train", overrides=list(overrides))
-    with initialize_config_dir(CONFIG_DIR, version_base=None):
-        return compose("train", overrides=list(overrides))
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    try:
+        if GlobalHydra.instance().is_initialized():
+            return compose("train", overrides=list(overrides))
+        with initialize_config_dir(CONFIG_DIR, version_base=None):
+            return compose("train", overrides=list(overrides))
+    except OF_THE_USER as error:
+        raise UserError(one_line(error, "train", overrides)) from error
