@@ -200,6 +200,11 @@ def test_nan_stops_with_part_step_and_checkpoint(
         ("updates=0", "updates must be a whole number of at least 1, got 0"),
         ("data.batch_size=100000", "larger than the data"),
         ("stages.joint.train=[actor]", "choose among the agent's parts"),
+        ("+stages.joint.proposals=2", r"keep from its beginning: freeze it, stages.joint.freeze=\[behavior_flow\]"),
+        (
+            "stages=offline_to_online +stages.online.proposals=2 +stages.online.freeze=[behavior_flow]",
+            "'online' meets states that have no cached proposals: set stages.online.proposals=null",
+        ),
         ("task.env=nonsense", "OGBench has no environment"),
         ("ckpt=nowhere.ckpt", "no checkpoint"),
         ("logger=mlflow logger.tracking_uri=http://127.0.0.1:9", "no MLflow server answers"),

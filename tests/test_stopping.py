@@ -259,6 +259,22 @@ def test_a_run_goes_on_from_elsewhere_and_without_what_it_began_with(
     assert train(compose_config(f"resume={folder}"), folder)["updates"] == 6
 
 
+def test_a_policy_on_a_given_flow_goes_on_with_its_proposals(
+    whole: Callable[[str], Path], point_data: Path, tmp_path: Path
+) -> None:
+    flow = whole("staged") / "checkpoints" / "0_behavior" / "final.ckpt"
+    settings = ("experiment=pointmaze", *STAGES["staged"], "~stages.behavior", f"ckpt={flow}")
+    expected, folder = tmp_path / "whole", tmp_path / "cut"
+    train(tiny_config(point_data, *settings), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        before_call(patch, "update", 5, kill)
+        with nothing_is_tidied_up(), pytest.raises(Killed):
+            train(tiny_config(point_data, *settings), folder)
+    train(compose_config(f"resume={folder}"), folder)
+    assert_the_same(folder, expected)
+    assert (folder / "proposals.npy").read_bytes() == (expected / "proposals.npy").read_bytes()
+
+
 def test_a_full_disk_is_one_line(point_data: Path, tmp_path: Path) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -45,6 +45,7 @@ TO_RESUME: dict[str, type] = {
     "optimizer_states": list,
     "lr_schedulers": list,
 }
+ALLOWED_STEPS = "allowed_steps"  # in its `deflow`, if the stage limits the steps that its agent takes in its model
 # And one of a stage that is done.
 OF_A_STAGE: dict[str, type] = {"optimizer_states": list, "deflow.updates_per_second": float}
 

@@ -36,7 +36,7 @@ def finish(run: Run) -> dict[str, Any]:
         summary["values"] = values
     if (model := run.agents[0].transition_model) is not None:
         summary["dynamics"] = _measure_dynamics(run, model)
-        allowed = getattr(run.agents[0], "allowed_steps", None)
+        allowed = run.agents[0].allowed_steps
         if allowed is not None:
             summary["dynamics"]["imagined_steps_allowed"] = allowed
     _draw_report(run)

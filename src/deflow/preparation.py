@@ -13,7 +13,7 @@ from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from deflow.agents.actor_critic import ActorCritic
-from deflow.agents.base import WHOLE_STAGES, Agent
+from deflow.agents.base import MODEL, WHOLE_STAGES, Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent, decide
 from deflow.checkpoints import load_weights
@@ -30,6 +30,7 @@ from deflow.evaluation.rollout import Evaluator, load_episodes
 from deflow.files import replacing
 from deflow.invocation import command_line
 from deflow.loggers import CsvMetrics
+from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.precision import faster_precision
 from deflow.resuming import Progress, is_in_last_stage, saved_progress
 from deflow.run import Run, of_learning
@@ -144,17 +145,32 @@ def _try_stages(config: DictConfig, source: Source) -> None:
         agents, learner = build_agents(config, source)
     for name, stage in config.stages.items():
         learner.begin_stage(name, first_step=0, **of_learning(stage))
-        if learner.traits.trains_jointly and not all(learner.trains(part) for part in learner.parts):
+        together = {learner.trains(part) for part in learner.parts if part != MODEL}
+        if learner.traits.trains_jointly and len(together) > 1:
             raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: {WHOLE_STAGES}")
-        if isinstance(agents[0], ActorCritic) and agents[0].bounded and agents[0].trains("dynamics"):
+        if isinstance(agents[0], ActorCritic) and agents[0].bounded and agents[0].trains(MODEL):
             raise UserError(
                 f"agent.dynamics.within is measured before a stage, and in '{name}' the model trains with the rest: "
                 "use stages=model_first, or freeze it there"
             )
+        if stage.get("proposals") and agents[0].cached_flow is not None:
+            _check_cached(agents[0], agents[0].cached_flow, name, stage)
         if stage.get("environment") is not None and learner.traits.reads_path:
             raise UserError(f"agent.path is learned from data alone, and stage '{name}' plays: leave it at null")
         if stage.get("environment") is not None and not source.has_env:
             raise UserError(f"stage '{name}' plays in the environment, and these data have none")
+
+
+def _check_cached(agent: Agent, flow: BehaviorFlow, name: str, stage: DictConfig) -> None:
+    """Cached proposals are those of a flow that rests, at states that are known."""
+    (part,) = (part for part in agent.parts if getattr(agent, part) is flow)
+    if agent.trains(part):
+        raise UserError(
+            f"stage '{name}' trains '{part}', whose proposals it would keep from its beginning: freeze it, "
+            f"stages.{name}.freeze=[{part}], or set stages.{name}.proposals=null"
+        )
+    if stage.get("environment") is not None:
+        raise UserError(f"stage '{name}' meets states that have no cached proposals: set stages.{name}.proposals=null")
 
 
 def _load_data(data: OfflineDataModule) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from deflow.agents.base import Agent
-from deflow.checkpoints import FORMAT
+from deflow.checkpoints import ALLOWED_STEPS, FORMAT
 from deflow.config import plain
 from deflow.data.datamodule import OfflineDataModule
 from deflow.evaluation.rollout import Episode, Evaluator
@@ -53,8 +53,14 @@ class Run:
         """What a checkpoint says of itself, in plain values."""
         source = self.data.source
         of_task = {"task": source.task, "spec": list(self.agents[0].spec), "protocol": source.protocol()}
+        allowed = self.agents[0].allowed_steps
+        of_model = {} if allowed is None else {ALLOWED_STEPS: allowed}
         units = {key: value and list(value) for key, value in self.units._asdict().items()}
-        return {"format": FORMAT, "config": plain(self.config), "seconds": self.seconds, "units": units} | of_task
+        return (
+            {"format": FORMAT, "config": plain(self.config), "seconds": self.seconds, "units": units}
+            | of_task
+            | of_model
+        )
 
     @property
     def units(self) -> Units:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from deflow.callbacks import (
     UpdatesAsOneLaunch,
     asked_to_stop,
 )
-from deflow.checkpoints import OF_A_STAGE, TO_RESUME, check_weights, load_checkpoint
+from deflow.checkpoints import ALLOWED_STEPS, OF_A_STAGE, TO_RESUME, check_weights, load_checkpoint
 from deflow.config import plain
 from deflow.data.memory.proposals import ProposalCache
 from deflow.distributed import is_main_process
@@ -79,6 +80,7 @@ def _load_stage(run: Run, name: str, stage: DictConfig, final: Path, first_step:
     check_weights(run.learner, checkpoint, final)
     run.learner.load_state_dict(checkpoint["state_dict"])
     run.learner.keep_moments(checkpoint)
+    _allow_steps(run, checkpoint["deflow"].get(ALLOWED_STEPS))
     run.stage_speed[name] = checkpoint["deflow"]["updates_per_second"]
     end = first_step + stage.steps
     if _is_evaluated(run, stage) and not _has_evaluation(run, end):
@@ -91,7 +93,8 @@ def _load_stage(run: Run, name: str, stage: DictConfig, final: Path, first_step:
 def _train_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, first_step: int) -> None:
     """Train one stage, from its newest checkpoint if the run goes on in it."""
     run.learner.begin_stage(name, first_step=first_step, **of_learning(stage))
-    _limit_imagined_steps(run, checkpoints / LAST)
+    newest = _take_newest_weights(run, checkpoints / LAST)
+    _limit_imagined_steps(run, newest)
     online = _online(run, name, stage)
     clock = StageClock()
     between_updates = _between_updates(run, name, stage, checkpoints, clock)
@@ -115,16 +118,37 @@ def _train_stage(run: Run, name: str, stage: DictConfig, checkpoints: Path, firs
     run.learner.keep_moments({"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]})
 
 
-def _limit_imagined_steps(run: Run, last: Path) -> None:
+def _take_newest_weights(run: Run, last: Path) -> Mapping[str, Any] | None:
+    """Go on from the weights of the stage's newest checkpoint, if there is one, before anything is computed of them.
+
+    Lightning takes them with all else when its loop begins. Proposals and the limit of imagined steps come earlier, and
+    the weights that the stage began with may be known from this checkpoint alone: a run's own `ckpt` is not read again.
+
+    Returns:
+        The checkpoint.
+    """
+    if not (run.resume and last.exists()):
+        return None
+    checkpoint = load_checkpoint(last, TO_RESUME)
+    check_weights(run.learner, checkpoint, last)
+    run.learner.load_state_dict(checkpoint["state_dict"])
+    return checkpoint
+
+
+def _allow_steps(run: Run, steps: int | None) -> None:
+    for agent in run.agents:
+        agent.allowed_steps = steps
+
+
+def _limit_imagined_steps(run: Run, newest: Mapping[str, Any] | None) -> None:
     """Let agents take as many steps in their models as these are right for, if there is a limit and the models rest."""
-    everyone = [agent for agent in run.agents if isinstance(agent, ActorCritic)]
-    for agent in everyone:
-        agent.allowed_steps = None  # whatever an earlier stage found
-    agents = [agent for agent in everyone if agent.bounded]
+    _allow_steps(run, None)  # whatever an earlier stage found
+    agents = [agent for agent in run.agents if isinstance(agent, ActorCritic) and agent.bounded]
     if not agents:
         return
-    if run.resume and last.exists():  # of a run that began with a checkpoint, this has the weights
-        run.learner.load_state_dict(load_checkpoint(last, TO_RESUME)["state_dict"])
+    if newest is not None and ALLOWED_STEPS in newest["deflow"]:  # not measured twice: it may be a narrow decision
+        _allow_steps(run, newest["deflow"][ALLOWED_STEPS])
+        return
     asked, held_out = max(agents[0].steps_of_stage), run.data.validation
     assert held_out is not None
     measured = [steps_within(agent.dynamics, held_out, asked, run.config.seed) for agent in agents]
@@ -140,8 +164,7 @@ def _limit_imagined_steps(run: Run, last: Path) -> None:
         agents[0].dynamics.within,
         held_out.longest,
     )
-    for agent in agents:
-        agent.allowed_steps = allowed
+    _allow_steps(run, allowed)
 
 
 def _between_updates(run: Run, name: str, stage: DictConfig, checkpoints: Path, clock: StageClock) -> BetweenUpdates:
@@ -209,8 +232,6 @@ def _updates_at_once(run: Run) -> int:
 def _fit(run: Run, trainer: Trainer, last: Path) -> None:
     """Train to the stage's end, from the checkpoint `last` if it is there and the run goes on."""
     resuming = run.resume and last.exists()
-    if resuming:
-        check_weights(run.learner, load_checkpoint(last, TO_RESUME), last)
     try:
         with warnings.catch_warnings(), signals.patient():
             for message in LIGHTNING_WARNINGS:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from deflow import pipeline, training
+from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.config import check
 from deflow.errors import UserError
@@ -36,6 +38,7 @@ UNIT: StepStatistics = {
     "reward_centre": -50.0,
     "reward_scale": 50.0,
 }
+MODEL_FIRST = ("experiment=pointmaze", "agent/dynamics=gaussian", "agent.dynamics.within=1000", "stages=model_first")
 UNROLLED = (
     ("agent=fql", "agent.actor.objective=unrolled"),
     ("agent=deflow", "agent.refiner.objective=unrolled"),
@@ -337,24 +340,45 @@ def test_what_would_come_after_the_end_counts_for_nothing() -> None:
 
 
 @pytest.mark.usefixtures("short_episodes")
-@pytest.mark.parametrize("overrides", UNROLLED)
+@pytest.mark.parametrize("overrides", [*UNROLLED, ("agent=fawac", "agent.dynamics.expansion=3")])
 def test_a_model_first_and_steps_within_its_errors(
     overrides: tuple[str, ...], point_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = tiny_config(
-        point_data,
-        "experiment=pointmaze",
-        *overrides,
-        "agent/dynamics=gaussian",
-        "agent.dynamics.within=1000",
-        "stages=model_first",
-    )
+    config = tiny_config(point_data, *MODEL_FIRST, *overrides)
     with caplog.at_level(logging.INFO):
         summary = train(config, tmp_path)
     assert "imagined steps: 3 of the 3 asked for" in caplog.text
     assert summary["dynamics"]["imagined_steps_allowed"] == 3
     assert summary["evaluations"] >= 1
     assert np.isfinite(summary["dynamics"]["error"]["sample"]["1"])
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize("moment", ["training_step", "finish"])
+def test_a_limit_is_measured_once(
+    moment: str, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(point_data, *MODEL_FIRST, *UNROLLED[0])
+    monkeypatch.setattr(training, "steps_within", lambda *_: (1, [0.5]))
+    step, finish = Agent.training_step, pipeline.finish
+
+    def killed(*arguments: Any) -> Any:
+        agent = arguments[0]
+        if moment == "training_step" and (agent._stage, agent.global_step) != ("joint", 5):
+            return step(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(*((Agent, moment) if moment == "training_step" else (pipeline, moment)), killed)
+    with pytest.raises(Killed):
+        train(config, tmp_path)
+    monkeypatch.setattr(Agent, "training_step", step)
+    monkeypatch.setattr(pipeline, "finish", finish)
+    monkeypatch.setattr(training, "steps_within", lambda *_: (2, [0.5]))
+    assert train(compose_config(f"resume={tmp_path}"), tmp_path)["dynamics"]["imagined_steps_allowed"] == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -99,6 +100,36 @@ def test_each_seed_is_as_alone(overrides: str) -> None:
 def test_what_does_not_stack_is_refused(overrides: str) -> None:
     with pytest.raises(UserError, match="train the seeds one by one"):
         SeedStack(make_agents(overrides))
+
+
+@pytest.mark.parametrize("overrides", ["agent=deflow", "agent=fql agent.horizon=2 agent.path={mean:[0.0],std:[2.0]}"])
+def test_a_stack_begins_with_a_checkpoints_weights_and_moments(overrides: str) -> None:
+    batches = [random_batch(make_agents(overrides)[0], 16, seed=n) for n in range(UPDATES)]
+    first = make_agents(overrides.replace("2.0", "3.0"))[0]
+    first.begin_stage("test", "all", first_step=0)
+    optimizer = first.configure_optimizers()
+    for batch in batches:
+        first.update(optimizer, batch)
+    checkpoint = {"state_dict": first.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+
+    alone, together = make_agents(overrides), make_agents(overrides)
+    seeds = SeedStack(together)
+    for agent in (*alone, seeds):
+        agent.start_from(deepcopy(checkpoint))
+    for agent in alone:
+        train(agent, batches, "all", ())
+    train(seeds, [stack([batch] * SEEDS) for batch in batches], "all", ())
+    for one, other in zip(alone, together, strict=True):
+        for name, expected in one.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_stack_keeps_what_is_in_no_part() -> None:
+    path = "agent=fql agent.horizon=2 agent.path={mean:[0.0],std:[%s]}"
+    saved, others = SeedStack(make_agents(path % 2.0)).state_dict(), make_agents(path % 3.0)
+    SeedStack(others).load_state_dict(saved)
+    assert [agent.path_std.unique().tolist() for agent in others] == [[2.0]] * SEEDS
+    assert {agent.path_std.device.type for agent in SeedStack(others).to("meta").agents} == {"meta"}
 
 
 def test_a_stack_saves_and_loads() -> None:

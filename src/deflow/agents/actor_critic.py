@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.base import MODEL, Agent, Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
 from deflow.errors import UserError
@@ -58,9 +58,8 @@ class ActorCritic(Agent):
         dynamics: MakeDynamics | None = None,
     ) -> None:
         # Made last, so that the other parts begin with the same weights as without it.
-        model = {} if dynamics is None else {"dynamics": dynamics(spec)}
+        model = {} if dynamics is None else {MODEL: dynamics(spec)}
         super().__init__(spec, {**parts, **model}, optimizer, seed, every)
-        self.allowed_steps: int | None = None  # in the model, as a stage found; None: as many as are asked for
         self._check_imagined()
 
     def _check_imagined(self) -> None:
@@ -78,7 +77,7 @@ class ActorCritic(Agent):
 
     @property
     def transition_model(self) -> TransitionModel | None:
-        return self.dynamics if "dynamics" in self.parts else None
+        return self.dynamics if MODEL in self.parts else None
 
     @property
     def outcome_dim(self) -> int:
@@ -87,13 +86,13 @@ class ActorCritic(Agent):
 
     def dynamics_loss(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
         """The loss of the model of the environment's steps, if there is one and it trains."""
-        if self.transition_model is not None and self.trains("dynamics"):
+        if self.transition_model is not None and self.trains(MODEL):
             assert noise.outcomes is not None
-            yield "dynamics", *self.transition_model.loss(batch, noise.outcomes, noise.times)
+            yield MODEL, *self.transition_model.loss(batch, noise.outcomes, noise.times)
 
     def dynamics_panels(self) -> list[Panel]:
         """What is shown of that model."""
-        return [] if self.transition_model is None else [loss_panel("dynamics")]
+        return [] if self.transition_model is None else [loss_panel(MODEL)]
 
     # Imagined steps.
 

@@ -31,6 +31,7 @@ ALMOST_0 = 1e-6  # added to a gradient's norm before something is divided by it,
 
 UNNAMED = "unnamed"  # stage of an agent that is in none yet
 LATEST = "latest_metrics"  # of a checkpoint, see `on_save_checkpoint`
+MODEL = "dynamics"  # the part that is a model of the environment's steps, of the agents that have one
 WHOLE_STAGES = "use stages=joint, stages=offline_to_online or stages=from_scratch"  # in which all of an agent trains
 
 # Left alone, torch.compile's C++ computes a GELU anew in each pass of the layer normalisation over it; with this option
@@ -43,7 +44,7 @@ class Traits(NamedTuple):
 
     reads_returns: bool = False  # whether the losses read `Batch.returns`
     reads_path: bool = False  # whether the losses read `Batch.path`
-    trains_jointly: bool = False  # whether policy and values only make sense when they train in the same stage
+    trains_jointly: bool = False  # whether all parts but a model only make sense when they train in the same stage
     differentiates_flow: bool = False  # whether the losses have a gradient through the flow's solution
 
 
@@ -71,6 +72,8 @@ class Agent(LightningModule, ABC):
     drifts = False
     # What the progress bar shows: name -> metric of a part, as "actor/q"; the losses unless an algorithm knows better.
     headline: Mapping[str, str] = MappingProxyType({})
+    # Steps that may be taken in its model of the environment, as a stage found; None: as many as are asked for.
+    allowed_steps: int | None = None
 
     def __init__(
         self,
@@ -196,7 +199,7 @@ class Agent(LightningModule, ABC):
         train = [part for part in train if part not in freeze]
         if unknown:
             known = ", ".join(self._trainable)
-            model = " (a model is added by agent/dynamics=flow)" if "dynamics" in unknown else ""
+            model = " (a model is added by agent/dynamics=flow)" if MODEL in unknown else ""
             raise UserError(
                 f"stage '{name}' names {unknown}: choose among the agent's parts {known}{model}, or {WHOLE_STAGES}"
             )

@@ -102,13 +102,22 @@ class DeFlow(ActorCritic):
         with torch.no_grad():
             next_actions = self.refiner.refine(batch.next_observations, next_base_actions)
         if self.trains("critic"):
-            longer, last_actions = self.expanded(batch, next_actions, noise, self._refined)
-            yield "critic", *self.critic.loss(longer, last_actions, noise.levels)
+            target_batch, target_actions = self.expanded(batch, next_actions, noise, self._refined)
+            yield "critic", *self.critic.loss(target_batch, target_actions, noise.levels)
 
         # Refiner: pathwise through Q into the residual, never into the flow or the critic.
         if self.trains("refiner"):
-            ahead = self.critic.frozen_values, self.imagination(noise), self.behavior_flow.follow
-            yield "refiner", *self.refiner.loss(batch, base_actions, next_actions, *ahead)
+            yield (
+                "refiner",
+                *self.refiner.loss(
+                    batch,
+                    base_actions,
+                    next_actions,
+                    values=self.critic.frozen_values,
+                    imagination=self.imagination(noise),
+                    propose=self.behavior_flow.follow,
+                ),
+            )
 
     def _refined(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.refiner.refine(observations, self.behavior_flow.propose(observations, z))

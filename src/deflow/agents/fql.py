@@ -93,14 +93,23 @@ class FQL(ActorCritic):
         if self.trains("critic"):
             with torch.no_grad():
                 next_actions = self.actor.act(batch.next_observations, noise.z_next)
-            longer, next_actions = self.expanded(batch, next_actions, noise, self.actor.act)
-            yield "critic", *self.critic.loss(longer, next_actions, noise.levels)
+            target_batch, target_actions = self.expanded(batch, next_actions, noise, self.actor.act)
+            yield "critic", *self.critic.loss(target_batch, target_actions, noise.levels)
 
         # Actor: distilled from the flow at the same noise, pathwise through Q.
         if self.trains("actor"):
             proposals = self.behavior_flow.propose(batch.observations, noise.z)
-            ahead = self.critic.frozen_values, self.imagination(noise), self.behavior_flow.propose
-            yield "actor", *self.actor.loss(batch.observations, noise.z, proposals, *ahead)
+            yield (
+                "actor",
+                *self.actor.loss(
+                    batch.observations,
+                    noise.z,
+                    proposals,
+                    values=self.critic.frozen_values,
+                    imagination=self.imagination(noise),
+                    propose=self.behavior_flow.propose,
+                ),
+            )
 
     @property
     def policy_steps(self) -> int:

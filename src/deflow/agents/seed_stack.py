@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,9 @@ from torch.func import functional_call, vmap
 from deflow.agents.base import ALMOST_0, Agent, Loss
 from deflow.errors import UserError
 from deflow.types import Batch, Columns, Metrics, stack
+
+Moments = list[dict[str, Any] | None]  # an optimizer's state of each parameter of a part, where it has one
+STEP = "step"  # the number in it that is no moment
 
 
 class SeedStack(Agent):
@@ -39,6 +42,8 @@ class SeedStack(Agent):
         parts = {name: nn.ModuleList(getattr(agent, name) for agent in agents) for name in first.parts}
         super().__init__(first.spec, parts, first._make_optimizer, first._seed, first.every)
         self.traits, self.headline, self.drifts = first.traits, first.headline, first.drifts
+        if first._buffers:
+            self.own_buffers = nn.ModuleList(_Buffers(agent) for agent in agents)
         self._stacked: dict[str, Tensor] = {}
         for agent in agents:
             agent.stacked = True
@@ -48,15 +53,6 @@ class SeedStack(Agent):
     def agents(self) -> tuple[Agent, ...]:
         """The single agents, in the order of their seeds."""
         return self._alike
-
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedStack:
-        """As of every module, such as by `to`: also for the buffers of the agents, which are no parts."""
-        super()._apply(function, recurse)
-        for agent in self._alike:
-            agent._buffers = {
-                name: buffer if buffer is None else function(buffer) for name, buffer in agent._buffers.items()
-            }
-        return self
 
     def begin_stage(self, *settings: Any, **more: Any) -> None:
         super().begin_stage(*settings, **more)
@@ -74,6 +70,7 @@ class SeedStack(Agent):
     def start_from(self, checkpoint: Any) -> None:
         for agent in self._alike:
             agent.start_from(checkpoint)
+        self._moments = _stack_moments([agent._moments for agent in self._alike])
 
     def configure_optimizers(self) -> Any:
         self._stacked = _stack_parameters(self._alike)
@@ -121,6 +118,15 @@ class SeedStack(Agent):
         raise NotImplementedError("a stack has many policies: let one of its agents act")
 
 
+class _Buffers(nn.Module):
+    """The buffers of an agent that are in none of its parts: the same tensors, wherever they are moved or loaded."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self._buffers = agent._buffers
+        self._non_persistent_buffers_set = agent._non_persistent_buffers_set
+
+
 class _Losses(nn.Module):
     """An agent's losses as a module's forward pass, which is what `functional_call` calls."""
 
@@ -142,6 +148,22 @@ def _first_axis(columns: Columns) -> Columns:
 
 def _like(columns: Columns, values: Sequence[Any]) -> Columns:
     return cast(Any, type(columns))(*values)
+
+
+def _stack_moments(of_agents: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
+    """An optimizer's state of the stacked parameters, from that of each agent's; all have taken as many steps."""
+    return {
+        part: [
+            None
+            if None in of_one
+            else {
+                key: value if key == STEP else torch.stack([state[key] for state in of_one])
+                for key, value in of_one[0].items()
+            }
+            for of_one in zip(*(moments[part] for moments in of_agents), strict=True)
+        ]
+        for part in of_agents[0]
+    }
 
 
 def _stack_parameters(agents: Sequence[Agent]) -> dict[str, Tensor]:
