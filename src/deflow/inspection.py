@@ -44,7 +44,8 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     arrays["rewards"] = AS_THEY_ARE.with_rewards(*scaled).learned(rewards)
     if arrays["observations"].ndim > 2:
         raise UserError(f"{source.name} holds images, which are not inspected: look at the same data with states")
-    described = card.describe(arrays, _units(source, arrays))
+    units = _units(source, arrays)
+    described = card.describe(arrays, units)
     described["task_ends_by_task"] = {name: _task_ends(other.arrays()[0]) for name, other in source.tasks().items()}
     title = f"{source.name} ({source.provenance()['path']})"
     card.print_card(title, described)
@@ -52,13 +53,12 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     rule = plain(config.iav)
     valid = (arrays["valids"] > 0) & np.isfinite(arrays["observations"]).all(1) & np.isfinite(arrays["actions"]).all(1)
     keys = ("neighbours", "sample", "include_self", "standardise", "seed")
+    actions = np.clip(units.decided(arrays["actions"][valid]), -1, 1)  # as delta is measured
     variances = {
-        "data": intrinsic_action_variance(
-            arrays["observations"][valid], arrays["actions"][valid], **{key: rule[key] for key in keys}
-        )
+        "data": intrinsic_action_variance(arrays["observations"][valid], actions, **{key: rule[key] for key in keys})
     }
     if policy is not None:
-        variances |= _policy_variances(policy, config, arrays["observations"][valid])
+        variances |= _policy_variances(policy, units, config, arrays["observations"][valid])
     _print_variances(variances, rule)
 
     out = Path(config.out).expanduser()
@@ -86,20 +86,22 @@ def _task_ends(arrays: Arrays) -> int:
     return int(((arrays["masks"] == 0) & (arrays["valids"] > 0)).sum())
 
 
-def _policy_variances(policy: Policy, config: DictConfig, observations: np.ndarray) -> dict[str, ActionVariance]:
-    """In the environment's units, as the data's."""
+def _policy_variances(
+    policy: Policy, units: Units, config: DictConfig, observations: np.ndarray
+) -> dict[str, ActionVariance]:
+    """In the data's units, whatever the policy was trained in."""
     states = torch.from_numpy(policy.units.observed(observations)).float()
     picks = torch.randperm(len(states), generator=torch.Generator().manual_seed(config.seed))
     drawn = policy_samples(policy, states[picks[: config.iav.sample]], config.samples, config.seed)
-    executed = {name: policy.units.executed(actions) for name, actions in drawn.items()}
-    return {name: ActionVariance.of_states(a.var(axis=1, ddof=1), config.seed) for name, a in executed.items()}
+    decided = {name: units.decided(policy.units.executed(actions)) for name, actions in drawn.items()}
+    return {name: ActionVariance.of_states(a.var(axis=1, ddof=1), config.seed) for name, a in decided.items()}
 
 
 def _print_variances(variances: dict[str, ActionVariance], rule: dict[str, Any]) -> None:
     itself = "with" if rule["include_self"] else "without"
     distance = "standardised" if rule["standardise"] else "raw"
     neighbourhood = f"{rule['neighbours']} neighbours {itself} itself, {distance} observations"
-    table = Table(title=f"action variance at a state (data: {neighbourhood})")
+    table = Table(title=f"variance of actions in [-1, 1] at a state (data: {neighbourhood})")
     for column in ("", "variance", "95% interval", "std", "states", "by dimension"):
         table.add_column(column)
     for name, variance in variances.items():

@@ -235,8 +235,12 @@ def test_the_card_does_not_call_clipped_what_is_scaled(tmp_path: Path) -> None:
     wide = columns | {"actions": 2 * columns["actions"]}
     wide["observations"][7, 0] = np.nan  # such rows say nothing of the range
     overrides = ("task=custom", f"data.source.path={saved(tmp_path, wide)}", f"out={tmp_path}")
+    variances = []
     for setting, outside in ((), False), (("data.source.action_range=[-1,1]",), True):
-        card = inspect(compose_config(*overrides, *setting, config_name="inspect_data"))["card"]
+        result = inspect(compose_config(*overrides, *setting, config_name="inspect_data"))
+        variances.append(result["action_variance"]["data"]["mean"])
+        card = result["card"]
         assert (card["rows_with_actions_outside"] > 0) == outside
         assert any("clipped" in warning for warning in card["warnings"]) == outside
         assert card["action_range"][0]["max"] > 1  # in the file's numbers
+    assert variances == pytest.approx([1 / 3, 2 / 3], rel=0.1)  # uniform in [-1, 1]; half of the components at a limit
