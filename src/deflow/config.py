@@ -1,4 +1,4 @@
-"""Hydra's side of the house: resolvers, one-line errors, checks that need the whole configuration."""
+"""What Hydra needs of us: resolvers, one-line errors, checks that need the whole configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way through the house: prepare, train every stage, finish."""
+"""A run from beginning to end: prepare, train every stage, finish."""
 
 from __future__ import annotations
 

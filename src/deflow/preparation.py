@@ -12,7 +12,6 @@ from hydra.utils import instantiate
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from deflow.agents.actor_critic import ActorCritic
 from deflow.agents.base import MODEL, WHOLE_STAGES, Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent, decide
@@ -97,10 +96,11 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
 
 
 def _check_imagined(agent: Agent, data: OfflineDataModule) -> None:
-    if not isinstance(agent, ActorCritic) or agent.transition_model is None:
+    model = agent.transition_model
+    if model is None:
         return
     if not any(agent.asked_steps):
-        if agent.dynamics.within is not None:
+        if model.within is not None:
             log.warning("agent.dynamics.within changes nothing: no steps are imagined")
         return
     assert data.transitions is not None
@@ -109,7 +109,7 @@ def _check_imagined(agent: Agent, data: OfflineDataModule) -> None:
             f"{max(agent.asked_steps)} imagined steps (agent.dynamics.expansion, or steps of objective=unrolled) are "
             f"more than the {data.transitions.longest} of the longest trajectory of the data"
         )
-    if agent.dynamics.within is not None and data.validation is None:
+    if model.within is not None and data.validation is None:
         raise UserError("agent.dynamics.within needs validation trajectories, on which the model's errors are measured")
 
 
@@ -148,7 +148,7 @@ def _try_stages(config: DictConfig, source: Source) -> None:
         together = {learner.trains(part) for part in learner.parts if part != MODEL}
         if learner.traits.trains_jointly and len(together) > 1:
             raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: {WHOLE_STAGES}")
-        if isinstance(agents[0], ActorCritic) and agents[0].bounded and agents[0].trains(MODEL):
+        if agents[0].limits_steps and agents[0].trains(MODEL):
             raise UserError(
                 f"agent.dynamics.within is measured before a stage, and in '{name}' the model trains with the rest: "
                 "use stages=model_first, or freeze it there"

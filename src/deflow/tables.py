@@ -32,14 +32,14 @@ _own: Path | None = None
 
 
 def look_first_in(folder: Path | None) -> None:
-    """Let a folder of the user's own, files and tables, go before the house's in whatever is composed from now on."""
+    """Let a folder of the user's own, files and tables, go before the package's in whatever is composed from now on."""
     global _own
     _own = folder
     _configs.cache_clear()  # a notebook's tables change between two runs
 
 
 def config_file(name: str) -> Path:
-    """The file of a configuration, such as `agent/fql`: the user's own, or the house's, which may not be there."""
+    """The file of a configuration, such as `agent/fql`: the user's own, or the package's, which may not be there."""
     own = _own / f"{name}.yaml" if _own is not None else None
     return own if own is not None and own.is_file() else Path(CONFIG_DIR) / f"{name}.yaml"
 
@@ -169,7 +169,7 @@ def _with_stages(path: str, row: dict[str, Any], stages: set[str]) -> dict[str, 
 
 
 def _stages(root: Path) -> set[str]:
-    """Choices of stages: the folder's, and the house's."""
+    """Choices of stages: the folder's, and the package's."""
     return {path.stem for folder in (root, Path(CONFIG_DIR)) for path in (folder / "stages").glob("*.yaml")}
 
 

@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
 
 from deflow import distributed, signals
-from deflow.agents.actor_critic import ActorCritic
 from deflow.callbacks import (
     AtomicCheckpointIO,
     BetweenUpdates,
@@ -143,15 +142,16 @@ def _allow_steps(run: Run, steps: int | None) -> None:
 def _limit_imagined_steps(run: Run, newest: Mapping[str, Any] | None) -> None:
     """Let agents take as many steps in their models as these are right for, if there is a limit and the models rest."""
     _allow_steps(run, None)  # whatever an earlier stage found
-    agents = [agent for agent in run.agents if isinstance(agent, ActorCritic) and agent.bounded]
+    agents = [agent for agent in run.agents if agent.limits_steps]
     if not agents:
         return
     if newest is not None and ALLOWED_STEPS in newest["deflow"]:  # not measured twice: it may be a narrow decision
         _allow_steps(run, newest["deflow"][ALLOWED_STEPS])
         return
+    models = [agent.transition_model for agent in agents if agent.transition_model is not None]
     asked, held_out = max(agents[0].steps_of_stage), run.data.validation
     assert held_out is not None
-    measured = [steps_within(agent.dynamics, held_out, asked, run.config.seed) for agent in agents]
+    measured = [steps_within(model, held_out, asked, run.config.seed) for model in models]
     allowed = min(steps for steps, _ in measured)
     of_steps = [max(errors) for errors in zip(*(errors for _, errors in measured), strict=True)]
     log.info(
@@ -161,7 +161,7 @@ def _limit_imagined_steps(run: Run, newest: Mapping[str, Any] | None) -> None:
         asked,
         len(of_steps),
         ", ".join(f"{error:.3g}" for error in of_steps[:MOST_SHOWN]) + (", ..." if len(of_steps) > MOST_SHOWN else ""),
-        agents[0].dynamics.within,
+        models[0].within,
         held_out.longest,
     )
     _allow_steps(run, allowed)

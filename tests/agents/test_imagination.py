@@ -419,7 +419,7 @@ def test_a_limit_holds_for_what_trains(train: str, steps: tuple[int, int]) -> No
     agent = make("agent=fql", "agent.actor.objective=unrolled", *limited)
     agent.begin_stage("test", [train], first_step=0)
     assert agent.steps_of_stage == steps
-    assert agent.bounded == any(steps)
+    assert agent.limits_steps == any(steps)
 
 
 def test_a_limit_needs_a_model_at_rest(point_data: Path, tmp_path: Path) -> None:

@@ -103,21 +103,13 @@ class ActorCritic(Agent):
 
     @property
     def asked_steps(self) -> tuple[int, int]:
-        """Steps in the model that the critic's target and the policy's objective ask for."""
         return 0 if self.transition_model is None else self.transition_model.expansion, self.policy_steps
 
     @property
     def steps_of_stage(self) -> tuple[int, int]:
-        """As `asked_steps`, of the parts that train in this stage."""
         expansion, policy_steps = self.asked_steps
         climbs = self.climber is not None and self.trains(self.climber)
         return expansion if self.trains("critic") else 0, policy_steps if climbs else 0
-
-    @property
-    def bounded(self) -> bool:
-        """Whether the model's errors limit the steps that this stage takes in it."""
-        model = self.transition_model
-        return model is not None and model.within is not None and any(self.steps_of_stage)
 
     def _steps(self) -> tuple[int, ...]:
         """As `asked_steps`, of those that are allowed."""

@@ -40,7 +40,7 @@ COMPILED_FOR_CPU: dict[str, Any] = {"realize_opcount_threshold": 4}
 
 
 class Traits(NamedTuple):
-    """What the rest of the house must know of an algorithm before it trains."""
+    """What the rest of the package must know of an algorithm before it trains."""
 
     reads_returns: bool = False  # whether the losses read `Batch.returns`
     reads_path: bool = False  # whether the losses read `Batch.path`
@@ -162,6 +162,22 @@ class Agent(LightningModule, ABC):
     def transition_model(self) -> TransitionModel | None:
         """What it knows of the environment's steps, if it has a model of them."""
         return None
+
+    @property
+    def asked_steps(self) -> tuple[int, int]:
+        """Steps in its model that the critic's target and the policy's objective ask for."""
+        return 0, 0
+
+    @property
+    def steps_of_stage(self) -> tuple[int, int]:
+        """As `asked_steps`, of the parts that train in this stage."""
+        return 0, 0
+
+    @property
+    def limits_steps(self) -> bool:
+        """Whether the model's errors limit the steps that this stage takes in it."""
+        model = self.transition_model
+        return model is not None and model.within is not None and any(self.steps_of_stage)
 
     def facts(self) -> dict[str, Any]:
         """What a run's summary says of the agent beside its results, in plain values."""

@@ -20,7 +20,7 @@ HOLDS_OBJECTS = (
 
 
 def checked_columns(columns: Mapping[str, np.ndarray], origin: str) -> Arrays:
-    """Columns with one row a transition as the rest of the house takes them.
+    """Columns with one row a transition as the rest of the package takes them.
 
     Args:
         columns: `observations`, `actions`, `rewards` and, if there are, `next_observations`, `terminals`, `timeouts`.
