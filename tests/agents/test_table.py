@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deflow.agents.base import Agent
+from deflow.agents.srpo import ScoreActor
 from deflow.build import build_agent
 from deflow.errors import UserError
 from deflow.pipeline import train
@@ -127,13 +128,38 @@ def test_a_denoiser_that_knows_the_noise_finds_the_action() -> None:
 def test_srpos_policy_goes_where_score_and_value_say() -> None:
     agent = make("srpo", "agent.actor.beta=0.5")
     batch, noise = random_batch(agent), agent.noise(random_batch(agent))
-    agent.behavior.noise = lambda s, noisy, times: noisy - noise.z  # a score that is linear in the noisy action
+    agent.behavior.noise = lambda s, noisy, times: noisy + noise.z  # a score that is linear in the noisy action
     agent.critic.target_values = lambda s, a: torch.stack([3 * a[:, 0], a[:, 0]])  # its mean climbs by 2 in dimension 0
     actions = agent.actor(batch.observations)
     signal, sigma = agent.behavior.levels(noise.times)
-    epsilon = signal * actions.detach() + sigma * noise.z - noise.z
-    expected = (sigma.square() * epsilon * actions).sum(-1).mean() - 0.5 * 2 * actions[:, 0].mean()
+    error = signal * actions.detach() + sigma * noise.z  # of the prediction: z is no part of it
+    expected = (sigma.square() * error * actions).sum(-1).mean() - 0.5 * 2 * actions[:, 0].mean()
     torch.testing.assert_close(loss_of(agent, "actor", batch, noise)[1], expected)
+
+
+def test_srpos_baseline_changes_the_spread_of_its_gradient_and_not_the_mean() -> None:
+    # The data's actions are standard normal, whose true score says: noise = sigma x. So the mean gradient is known.
+    actors = [make("srpo", f"agent.actor.baseline={baseline}").actor for baseline in ("true", "false")]
+    observations = torch.zeros(4096, 5)
+    generator = torch.Generator().manual_seed(0)
+    times, z = 0.02 + 0.96 * torch.rand(4096, 1, generator=generator), torch.randn(4096, 3, generator=generator)
+    behavior = make("srpo").behavior
+    behavior.noise = lambda s, noisy, times: behavior.levels(times)[1] * noisy
+    signal, sigma = behavior.levels(times)
+
+    def gradients(actor: ScoreActor) -> torch.Tensor:
+        """Of the loss by each transition's action, shape (batch, action_dim)."""
+        actions = actor(observations).detach().requires_grad_()
+        actor.forward = lambda s: actions
+        loss, _ = actor.loss(observations, times, z, behavior, lambda s, a: 0 * a.sum(-1).expand(2, -1))
+        return len(actions) * torch.autograd.grad(loss, actions)[0]
+
+    with_baseline, without = (gradients(actor) for actor in actors)
+    expected = (sigma**3 * signal).mean() * actors[0](observations)[0]
+    for found in (with_baseline, without):
+        error = found.std(0) / math.sqrt(len(found))
+        assert ((found.mean(0) - expected).abs() < 4 * error).all()
+    assert (with_baseline.var(0) < 0.1 * without.var(0)).all()
 
 
 def test_the_consistency_function_is_the_identity_at_the_lowest_level() -> None:
