@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from deflow.agents.base import Agent
 from deflow.agents.srpo import ScoreActor
@@ -63,10 +64,11 @@ def test_a_run(agent: str, point_data: Path, tmp_path: Path) -> None:
     assert summary["evaluations"] >= 1
 
 
-def test_iql_weighs_imitation_by_the_advantage_of_the_smaller_value() -> None:
-    agent = make("iql", "agent.actor.alpha=2")
+@pytest.mark.parametrize(("critics", "values"), [("online", "values"), ("target", "target_values")])
+def test_iql_weighs_imitation_by_the_advantage_of_the_smaller_value(critics: str, values: str) -> None:
+    agent = make("iql", "agent.actor.alpha=2", f"agent.actor.advantage={critics}")
     batch = random_batch(agent)
-    agent.critic.values = lambda s, a: torch.stack([a[:, 0], a[:, 0] + 1])
+    setattr(agent.critic, values, lambda s, a: torch.stack([a[:, 0], a[:, 0] + 1]))
     agent.value.forward = lambda s: s[:, 0]
     weights = (2 * (batch.actions[:, 0] - batch.observations[:, 0])).exp().clamp(max=100)
     errors = (agent.actor.mean(batch.observations) - batch.actions).square().sum(-1) / 2
@@ -218,6 +220,7 @@ def test_cac_needs_two_critics() -> None:
     ("setting", "says"),
     [
         ("iql agent.actor.alpha=-1", "agent.actor.alpha must be a number of at least 0, got -1"),
+        ("iql agent.actor.advantage=both", "agent.actor.advantage must be online or target, got 'both'"),
         ("iql agent.actor.extraction=bc", "agent.actor.extraction must be awr or ddpgbc, got 'bc'"),
         ("cac agent.eta=-0.1", "agent.eta must be a number of at least 0, got -0.1"),
         ("cac agent.actor.steps=0", "agent.actor.steps must be a whole number of at least 1, got 0"),
@@ -268,6 +271,35 @@ def test_a_frozen_part_gives_its_average() -> None:
     assert average.of(network) is average.network
     agent.begin_stage("behavior", ["behavior"], first_step=0)
     assert average.of(network) is network
+
+
+@pytest.mark.parametrize(
+    ("chosen", "setting", "values"),
+    [
+        # CORL's own code, where the tables copy its cells.
+        ("agent=iql", "agent.actor.advantage", {"pen-human-v1": "target", "scene": "online"}),
+        (
+            "agent=rebrac stages=offline_to_online",
+            "stages.online.environment.online_share",
+            {"antmaze-umaze-v2": 0.5, "door-cloned-v1": 0.5, "scene": None},
+        ),
+        # The minimum where the papers' common protocol has it.
+        ("agent=fawac", "agent.critic.aggregate", {"antmaze_giant": "min", "pen-human-v1": "min", "scene": "mean"}),
+        ("agent=fbrac", "agent.critic.aggregate", {"antmaze_giant": "min", "pen-human-v1": "min", "scene": "mean"}),
+        ("agent=fql stages=offline_to_online", "agent.critic.aggregate", {"pen-cloned-v1": "min", "scene": "mean"}),
+        # By the name, as the original code does.
+        (
+            "agent=srpo stages=srpo",
+            "agent.actor.normalise",
+            {"humanoidmaze_medium": True, "antsoccer_arena": False, "cube_single": False},
+        ),
+        # FQL's runs of it, not its own.
+        ("agent=cac", "agent.normalise_target", {"pen-human-v1": False}),
+    ],
+)
+def test_what_papers_tuned_beside_their_tables(chosen: str, setting: str, values: dict[str, object]) -> None:
+    for task, expected in values.items():
+        assert OmegaConf.select(compose_config(f"task={task}", *chosen.split()), setting) == expected, task
 
 
 def test_srpos_schedule_follows_the_updates() -> None:
