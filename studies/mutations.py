@@ -125,8 +125,8 @@ MUTATIONS = [
     Mutation(
         "IQL's weights of the larger value",
         f"{AGENTS}/iql.py",
-        "q = self.critic.values(batch.observations, batch.actions).amin(0)",
-        "q = self.critic.values(batch.observations, batch.actions).amax(0)",
+        "q = values(batch.observations, batch.actions).amin(0)",
+        "q = values(batch.observations, batch.actions).amax(0)",
         [f"{OF_TABLE}::test_iql_weighs_imitation_by_the_advantage_of_the_smaller_value"],
     ),
     Mutation(

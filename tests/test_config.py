@@ -142,6 +142,34 @@ def test_what_nothing_reads_is_said(
 
 
 @pytest.mark.parametrize(
+    ("overrides", "untuned"),
+    [
+        (("task=cube_single", "agent=cal_ql"), "agent=cal_ql on cube_single"),
+        (("task=visual_scene", "agent=idql"), "agent=idql on visual_scene"),
+        (("experiment=scene", "agent=cal_ql_original", "agent.samples=4"), "agent=cal_ql_original on scene"),
+        (("task=cube_single", "agent=cal_ql", "~tuned"), None),  # not wanted
+        (("task=scene", "agent=cal_ql"), None),
+        (("task=scene", "agent=cal_ql", "stages=offline_to_online"), None),
+        (("task=cube_single", "agent=flow_bc"), None),  # nothing is tuned of it anywhere
+        (("task=cube_single", "agent=bc"), None),  # its row says that nothing is to be tuned
+        (("task=pointmaze_medium", "agent=rlpd", "stages=from_scratch"), None),
+        (("task=cube_single", "agent=cal_ql", "data=npz", "data.source.path=own.npz"), None),
+        (("task=custom", "agent=cal_ql", "data.source.path=own.npz"), None),
+    ],
+)
+def test_defaults_in_the_place_of_tuned_settings_are_said(
+    overrides: tuple[str, ...],
+    untuned: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert command("train", [*overrides, f"hydra.run.dir={tmp_path / 'run'}"], monkeypatch) == 0
+    said = [message for message in caplog.messages if "tuned" in message]
+    assert said == ([] if untuned is None else [f"nothing is tuned for {untuned}: its defaults hold"])
+
+
+@pytest.mark.parametrize(
     ("overrides", "untrained"),
     [
         (("stages=staged",), []),
@@ -262,7 +290,8 @@ def test_a_sweep_without_failures_ends_well(tmp_path: Path, monkeypatch: pytest.
 
 
 def job(run_dir: str, *overrides: str) -> DictConfig:
-    return OmegaConf.create({"mode": "RUN", "run": {"dir": run_dir}, "overrides": {"task": ["task=scene", *overrides]}})
+    given = {"overrides": {"task": ["task=scene", *overrides]}, "runtime": {"choices": {"task": "scene"}}}
+    return OmegaConf.create({"mode": "RUN", "run": {"dir": run_dir}, **given})
 
 
 @pytest.mark.parametrize(

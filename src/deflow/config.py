@@ -10,7 +10,7 @@ import shutil
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -357,6 +357,7 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         if config.resume is None:
             _warn_of_unread(config, job.overrides.task)
             _warn_of_untrained(config)
+            _warn_of_untuned(job.runtime.choices)
     else:
         check_settings(config, command)
     if command in ("train", "distill"):
@@ -403,6 +404,15 @@ def _warn_of_unread(config: DictConfig, overrides: Iterable[str]) -> None:
         for name in given:
             if name in names and f"${{{name}}}" not in read:
                 log.warning("%s=%s changes nothing: not read by %s", name, given[name], readers)
+
+
+def _warn_of_untuned(chosen: Mapping[str, str | None]) -> None:
+    """Say that an agent's table has no row for one of the papers' tasks; own data have none to miss."""
+    agent, _, task = (chosen.get("tuned") or "").partition("/")  # ~tuned leaves it out
+    rows = choices(f"tuned/{agent}") if agent else []
+    # Every task of the papers has a row in DeFlow's table.
+    if rows and task not in rows and chosen["data"] == task in choices("tuned/deflow"):
+        log.warning("nothing is tuned for agent=%s on %s: its defaults hold", agent, task)
 
 
 def _warn_of_untrained(config: DictConfig) -> None:

@@ -112,7 +112,7 @@ def test_fbracs_policy_climbs_the_value(normalize_q: str, value_loss: float) -> 
     batch = random_batch(agent)
     agent.critic.frozen_values = lambda s, a: torch.tensor([[1.0], [3.0]]).expand(2, len(a))
     _, loss, metrics = loss_of(agent, "behavior_flow", batch, agent.noise(batch))
-    torch.testing.assert_close(loss.detach(), agent.alpha * metrics["loss"] + value_loss)
+    torch.testing.assert_close(loss.detach(), agent.alpha * metrics["matching"] + value_loss)
 
 
 def flow_gradient(agent: Agent, gradient: str) -> torch.Tensor:

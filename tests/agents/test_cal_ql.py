@@ -107,6 +107,7 @@ def test_the_papers_settings() -> None:
         config = compose_config(f"task={task}", f"agent={agent}", "stages=offline_to_online")
         of_agent = config.agent
         assert config.stages.online.environment.online_share == 0.5
+        assert of_agent.optimizer.parts.actor.lr == 1e-4
         rewards = [config.data.reward_scale, config.data.reward_shift]
         return [of_agent.conservatism, of_agent.target_gap, list(of_agent.critic.hidden), *rewards]
 
@@ -114,6 +115,10 @@ def test_the_papers_settings() -> None:
     assert tuned("antsoccer_arena") == [5.0, 0.2, [512] * 4, 10, 0]
     assert tuned("scene") == [0.01, None, [256] * 4, 10, 0]
     assert tuned("puzzle_4x4") == [0.003, None, [256] * 4, 10, 0]
+    for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
+        assert tuned(f"antmaze-{maze}-v2") == [5.0, 0.8, [256] * 5, 10, 5]
+    for task in ("pen", "door", "hammer", "relocate"):
+        assert tuned(f"{task}-cloned-v1") == [1.0, None, [256] * 3, 1, 0]
     assert tuned("antmaze-large-play-v2", "cal_ql_original") == [5.0, 0.8, [256] * 4, 10, 5]
 
 

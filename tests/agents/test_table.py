@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from deflow.agents.base import Agent
+from deflow.agents.srpo import ScoreActor
 from deflow.build import build_agent
 from deflow.errors import UserError
 from deflow.pipeline import train
@@ -62,10 +64,11 @@ def test_a_run(agent: str, point_data: Path, tmp_path: Path) -> None:
     assert summary["evaluations"] >= 1
 
 
-def test_iql_weighs_imitation_by_the_advantage_of_the_smaller_value() -> None:
-    agent = make("iql", "agent.actor.alpha=2")
+@pytest.mark.parametrize(("critics", "values"), [("online", "values"), ("target", "target_values")])
+def test_iql_weighs_imitation_by_the_advantage_of_the_smaller_value(critics: str, values: str) -> None:
+    agent = make("iql", "agent.actor.alpha=2", f"agent.actor.advantage={critics}")
     batch = random_batch(agent)
-    agent.critic.values = lambda s, a: torch.stack([a[:, 0], a[:, 0] + 1])
+    setattr(agent.critic, values, lambda s, a: torch.stack([a[:, 0], a[:, 0] + 1]))
     agent.value.forward = lambda s: s[:, 0]
     weights = (2 * (batch.actions[:, 0] - batch.observations[:, 0])).exp().clamp(max=100)
     errors = (agent.actor.mean(batch.observations) - batch.actions).square().sum(-1) / 2
@@ -127,13 +130,38 @@ def test_a_denoiser_that_knows_the_noise_finds_the_action() -> None:
 def test_srpos_policy_goes_where_score_and_value_say() -> None:
     agent = make("srpo", "agent.actor.beta=0.5")
     batch, noise = random_batch(agent), agent.noise(random_batch(agent))
-    agent.behavior.noise = lambda s, noisy, times: noisy - noise.z  # a score that is linear in the noisy action
+    agent.behavior.noise = lambda s, noisy, times: noisy + noise.z  # a score that is linear in the noisy action
     agent.critic.target_values = lambda s, a: torch.stack([3 * a[:, 0], a[:, 0]])  # its mean climbs by 2 in dimension 0
     actions = agent.actor(batch.observations)
     signal, sigma = agent.behavior.levels(noise.times)
-    epsilon = signal * actions.detach() + sigma * noise.z - noise.z
-    expected = (sigma.square() * epsilon * actions).sum(-1).mean() - 0.5 * 2 * actions[:, 0].mean()
+    error = signal * actions.detach() + sigma * noise.z  # of the prediction: z is no part of it
+    expected = (sigma.square() * error * actions).sum(-1).mean() - 0.5 * 2 * actions[:, 0].mean()
     torch.testing.assert_close(loss_of(agent, "actor", batch, noise)[1], expected)
+
+
+def test_srpos_baseline_changes_the_spread_of_its_gradient_and_not_the_mean() -> None:
+    # The data's actions are standard normal, whose true score says: noise = sigma x. So the mean gradient is known.
+    actors = [make("srpo", f"agent.actor.baseline={baseline}").actor for baseline in ("true", "false")]
+    observations = torch.zeros(4096, 5)
+    generator = torch.Generator().manual_seed(0)
+    times, z = 0.02 + 0.96 * torch.rand(4096, 1, generator=generator), torch.randn(4096, 3, generator=generator)
+    behavior = make("srpo").behavior
+    behavior.noise = lambda s, noisy, times: behavior.levels(times)[1] * noisy
+    signal, sigma = behavior.levels(times)
+
+    def gradients(actor: ScoreActor) -> torch.Tensor:
+        """Of the loss by each transition's action, shape (batch, action_dim)."""
+        actions = actor(observations).detach().requires_grad_()
+        actor.forward = lambda s: actions
+        loss, _ = actor.loss(observations, times, z, behavior, lambda s, a: 0 * a.sum(-1).expand(2, -1))
+        return len(actions) * torch.autograd.grad(loss, actions)[0]
+
+    with_baseline, without = (gradients(actor) for actor in actors)
+    expected = (sigma**3 * signal).mean() * actors[0](observations)[0]
+    for found in (with_baseline, without):
+        error = found.std(0) / math.sqrt(len(found))
+        assert ((found.mean(0) - expected).abs() < 4 * error).all()
+    assert (with_baseline.var(0) < 0.1 * without.var(0)).all()
 
 
 def test_the_consistency_function_is_the_identity_at_the_lowest_level() -> None:
@@ -192,6 +220,7 @@ def test_cac_needs_two_critics() -> None:
     ("setting", "says"),
     [
         ("iql agent.actor.alpha=-1", "agent.actor.alpha must be a number of at least 0, got -1"),
+        ("iql agent.actor.advantage=both", "agent.actor.advantage must be online or target, got 'both'"),
         ("iql agent.actor.extraction=bc", "agent.actor.extraction must be awr or ddpgbc, got 'bc'"),
         ("cac agent.eta=-0.1", "agent.eta must be a number of at least 0, got -0.1"),
         ("cac agent.actor.steps=0", "agent.actor.steps must be a whole number of at least 1, got 0"),
@@ -242,6 +271,35 @@ def test_a_frozen_part_gives_its_average() -> None:
     assert average.of(network) is average.network
     agent.begin_stage("behavior", ["behavior"], first_step=0)
     assert average.of(network) is network
+
+
+@pytest.mark.parametrize(
+    ("chosen", "setting", "values"),
+    [
+        # CORL's own code, where the tables copy its cells.
+        ("agent=iql", "agent.actor.advantage", {"pen-human-v1": "target", "scene": "online"}),
+        (
+            "agent=rebrac stages=offline_to_online",
+            "stages.online.environment.online_share",
+            {"antmaze-umaze-v2": 0.5, "door-cloned-v1": 0.5, "scene": None},
+        ),
+        # The minimum where the papers' common protocol has it.
+        ("agent=fawac", "agent.critic.aggregate", {"antmaze_giant": "min", "pen-human-v1": "min", "scene": "mean"}),
+        ("agent=fbrac", "agent.critic.aggregate", {"antmaze_giant": "min", "pen-human-v1": "min", "scene": "mean"}),
+        ("agent=fql stages=offline_to_online", "agent.critic.aggregate", {"pen-cloned-v1": "min", "scene": "mean"}),
+        # By the name, as the original code does.
+        (
+            "agent=srpo stages=srpo",
+            "agent.actor.normalise",
+            {"humanoidmaze_medium": True, "antsoccer_arena": False, "cube_single": False},
+        ),
+        # FQL's runs of it, not its own.
+        ("agent=cac", "agent.normalise_target", {"pen-human-v1": False}),
+    ],
+)
+def test_what_papers_tuned_beside_their_tables(chosen: str, setting: str, values: dict[str, object]) -> None:
+    for task, expected in values.items():
+        assert OmegaConf.select(compose_config(f"task={task}", *chosen.split()), setting) == expected, task
 
 
 def test_srpos_schedule_follows_the_updates() -> None:

@@ -85,7 +85,7 @@ def check_agent(agent: Agent) -> None:
         losses = list(agent.losses(batch, noise))
         assert [name for name, _, _ in losses] == [part]
         _, loss, metrics = losses[0]
-        assert "loss" in metrics
+        assert metrics["loss"] == loss, f"{part} logs another loss than it minimises"
         assert loss.shape == ()
         assert loss.dtype == torch.float32
         assert all(value.shape == () and not value.requires_grad for value in metrics.values())

@@ -126,7 +126,7 @@ def test_fbrac() -> None:
     acted = agent.act(original["act/observations"], original["act/noise/z"])
     torch.testing.assert_close(acted, original["act/actions"], rtol=0, atol=1e-5)
     metrics = original.check_update(agent, flow_noise(original))
-    original.check("actor/bc_flow_loss", metrics["behavior_flow"]["loss"])
+    original.check("actor/bc_flow_loss", metrics["behavior_flow"]["matching"])
     original.check("actor/q_loss", metrics["behavior_flow"]["value_loss"])
     original.check("critic/critic_loss", metrics["critic"]["loss"])
 
@@ -144,9 +144,9 @@ def test_qams_fbrac() -> None:
         if "actor_flow" in key and key.startswith(("grads/", "adam/")):
             original.arrays[key] = original[key] * (alpha**2 if "/nu/" in key else alpha)
     metrics = original.check_update(agent, flow_noise(original))
-    original.check("actor/bc_flow_loss", metrics["behavior_flow"]["loss"])
+    original.check("actor/bc_flow_loss", metrics["behavior_flow"]["matching"])
     value_loss = metrics["behavior_flow"]["value_loss"] / alpha
-    original.check("actor/actor_loss", metrics["behavior_flow"]["loss"] + value_loss)
+    original.check("actor/actor_loss", metrics["behavior_flow"]["matching"] + value_loss)
     original.check("critic/critic_loss", metrics["critic"]["loss"])
 
 

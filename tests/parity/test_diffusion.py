@@ -106,7 +106,7 @@ def srpo_score_name(name: str) -> str:
 def test_srpo() -> None:
     shape: dict[str, Any] = {"hidden": (32, 32), "activation": "relu", "norm": "none"}
     behavior = partial(ScoreModel, width=32, blocks=2, condition=16)
-    actor = partial(ScoreActor, hidden=(32, 32, 32), beta=0.05, normalise=True)
+    actor = partial(ScoreActor, hidden=(32, 32, 32), beta=0.05, normalise=True, baseline=False)  # "VDS"
     value = partial(Value, **shape, expectile=0.9)
     optimizer = PartwiseAdam(fused=False, parts={"behavior": {"weight_decay": 0.01}})
     agent = SRPO(SPEC, behavior, partial(Critic, **shape), value, actor, optimizer)

@@ -66,14 +66,15 @@ class FBRAC(ActorCritic):
 
         # Policy: flow matching on the data's actions, and the value of the flow's own.
         if self.trains("behavior_flow"):
-            matching, metrics = self.behavior_flow.loss(batch, noise.x_0, noise.times)
+            matching, _ = self.behavior_flow.loss(batch, noise.x_0, noise.times)
             actions = self.behavior_flow.sample(batch.observations, noise.z, self.gradient).clamp(-1.0, 1.0)
             q = self.critic.frozen_values(batch.observations, actions).mean(0)
             value_loss = -q.mean()
             if self.normalize_q:
                 value_loss = value_loss / value_scale(q)
-            metrics |= {"q": q.detach().mean(), "value_loss": value_loss.detach()}
-            yield "behavior_flow", self.alpha * matching + value_loss, metrics
+            loss = self.alpha * matching + value_loss
+            metrics = {"loss": loss, "matching": matching, "value_loss": value_loss, "q": q.mean()}
+            yield "behavior_flow", loss, {name: value.detach() for name, value in metrics.items()}
 
         # Critic: bootstraps from the policy at s'.
         if self.trains("critic"):
@@ -86,4 +87,6 @@ class FBRAC(ActorCritic):
 
     def panels(self) -> list[Panel]:
         losses = [loss_panel("behavior_flow"), loss_panel("critic", log=True)]
-        return [*losses, value_panel("behavior_flow"), *self.dynamics_panels()]
+        matching = "flow matching, before alpha"
+        terms = {"train/behavior_flow/matching": matching, "train/behavior_flow/value_loss": "value"}
+        return [*losses, Panel("terms", terms), value_panel("behavior_flow"), *self.dynamics_panels()]

@@ -21,6 +21,7 @@ from deflow.ranges import Activation, NonNegative, Positive, Rate, Seed, Widths
 from deflow.types import Batch, Metrics, Spec
 
 Extraction = Literal["awr", "ddpgbc"]
+Advantage = Literal["online", "target"]
 
 
 class IQLActor(GaussianPolicy):
@@ -37,6 +38,7 @@ class IQLActor(GaussianPolicy):
         extraction: `awr`, advantage-weighted regression, or `ddpgbc`.
         alpha: inverse temperature of `awr` in 1 / units of reward, weight of the imitation in `ddpgbc`, >= 0; the
             papers tune it for each task.
+        advantage: of `awr`, by the `online` critics or by the `target` ones.
     """
 
     def __init__(
@@ -51,10 +53,12 @@ class IQLActor(GaussianPolicy):
         output_scale: Positive = 0.01,
         extraction: Extraction = "awr",
         alpha: NonNegative = 10.0,
+        advantage: Advantage = "online",
     ) -> None:
         super().__init__(spec, hidden, activation, encoder, std, squash, dropout, output_scale)
         self.extraction: Extraction = extraction
         self.alpha = alpha
+        self.advantage: Advantage = advantage
 
     def awr_loss(self, batch: Batch, advantages: Tensor, keep: Tensor | None) -> tuple[Tensor, Metrics]:
         """Imitate the data's actions, those of higher `advantages` (shape (batch,), without gradient) more."""
@@ -84,8 +88,8 @@ class IQL(ImplicitQ):
     or another loss of the policy, see `IQLActor`. It acts with the mean and explores with actions drawn around it.
 
     Differences from the code behind the tables (FQL's, arXiv 2502.02538): with a learned deviation `ddpgbc` climbs the
-    value of the mean (there of a sample). In IQL's own code, whose D4RL cells the tables copy, the advantage is that of
-    the target critics.
+    value of the mean (there of a sample). In IQL's own code and CORL's, whose D4RL cells the tables copy, the advantage
+    is that of the target critics: `agent.actor.advantage=target`.
 
     Args:
         spec: sizes of the task.
@@ -121,7 +125,8 @@ class IQL(ImplicitQ):
         # Policy: from the values of the data's actions, or pathwise through them.
         if self.trains("actor") and self.actor.extraction == "awr":
             with torch.no_grad():
-                q = self.critic.values(batch.observations, batch.actions).amin(0)
+                values = {"online": self.critic.values, "target": self.critic.target_values}[self.actor.advantage]
+                q = values(batch.observations, batch.actions).amin(0)
                 advantages = q - self.value(batch.observations)
             yield "actor", *self.actor.awr_loss(batch, advantages, noise.keep)
         elif self.trains("actor"):

@@ -43,7 +43,7 @@ class ScoreActor(LightningModule):
     r"""Deterministic policy :math:`\pi(s) = \tanh \mu(s)`.
 
     .. math::
-        L(\phi) = E\,[\sigma_t^2 \; sg[\epsilon_\psi(s, \alpha_t \pi(s) + \sigma_t z, t)] \cdot \pi(s)
+        L(\phi) = E\,[\sigma_t^2 \; sg[\epsilon_\psi(s, \alpha_t \pi(s) + \sigma_t z, t) - z] \cdot \pi(s)
             - \beta \, sg[g] \cdot \pi(s)], \quad g = \nabla_a \mathrm{mean}_k \bar Q_k(s, \pi(s))
 
     Args:
@@ -53,6 +53,8 @@ class ScoreActor(LightningModule):
         encoder: settings of the image encoder, see `Impala`; not read for states.
         beta: weight of the value against the score, > 0; the papers tune it for each task.
         normalise: whether g is divided by its root mean square over the action's dimensions.
+        baseline: whether z is taken from the predicted noise, as above. It is 0 on average, so the expected loss and
+            gradient are the same without it, but most of the prediction is z again: the gradient varies far more.
     """
 
     def __init__(
@@ -63,10 +65,11 @@ class ScoreActor(LightningModule):
         encoder: Mapping[str, Any] | None = None,
         beta: Positive = 0.1,
         normalise: bool = False,
+        baseline: bool = True,
     ) -> None:
         super().__init__()
         self.net = MLP(make_encoder(spec, activation, encoder), 0, hidden, spec.action_dim, activation)
-        self.beta, self.normalise = beta, normalise
+        self.beta, self.normalise, self.baseline = beta, normalise, baseline
 
     def forward(self, observations: Tensor) -> Tensor:
         """Actions in (-1, 1), shape (batch, action_dim)."""
@@ -95,6 +98,8 @@ class ScoreActor(LightningModule):
         # Score: where the data are, seen through noise.
         signal, sigma = behavior.levels(times)
         noise = behavior.noise(observations, signal * fixed + sigma * z, times)
+        if self.baseline:
+            noise = noise - z
         score_loss = (sigma.square() * noise * actions).sum(-1).mean()
 
         # Value: uphill from the policy's action.
@@ -116,8 +121,11 @@ class SRPO(ImplicitQ):
     and the policy's loss, see `ScoreActor`. `stages=srpo` trains behaviour, values and policy one after the other, as
     the original does.
 
-    Differences from the released code: targets move toward the weights of before the step (there after it), as
-    everywhere here; and no second policy is trained beside the critic, which there is only looked at.
+    Differences from the released code:
+    1. The score's noise is less z, as in the paper; there it is not unless asked for ("VDS"), which is
+       `agent.actor.baseline=false`.
+    2. Targets move toward the weights of before the step (there after it), as everywhere here.
+    3. No second policy is trained beside the critic, which there is only looked at.
 
     Args:
         spec: sizes of the task.
