@@ -122,7 +122,7 @@ class SRPO(ImplicitQ):
     the original does.
 
     Differences from the released code:
-    1. The score's noise is less z, as in the paper; there it is not unless asked for ("VDS"), which is
+    1. The score's noise is less z, as in the paper; there not by default ("VDS"), which is
        `agent.actor.baseline=false`.
     2. Targets move toward the weights of before the step (there after it), as everywhere here.
     3. No second policy is trained beside the critic, which there is only looked at.
