@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from deflow.agents.base import Agent
 from deflow.build import build_agent
 from deflow.config import CONFIG_DIR
-from deflow.data.datamodule import BatchStream
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources.source import compact
+from deflow.data.streams import BatchStream
 from deflow.evaluation.diversity import policy_samples
 from deflow.policy import Policy
 from deflow.timing import seconds_of_updates

@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 
 from deflow.build import build_agent
 from deflow.config import CONFIG_DIR
-from deflow.data.datamodule import BatchStream
 from deflow.data.measures.iav import intrinsic_action_variance
 from deflow.data.memory.transitions import Transitions
+from deflow.data.streams import BatchStream
 from deflow.timing import seconds_of_updates
 from deflow.types import Lookahead, Spec
 

@@ -33,8 +33,8 @@ from deflow.agents.graphed_update import GraphedUpdate, keep_rates_on
 from deflow.agents.seed_stack import SeedStack
 from deflow.benchmark import DISCOUNT, gflop, make_agent, random_stream, random_transitions, span_of, stages_of
 from deflow.config import CONFIG_DIR
-from deflow.data.datamodule import BatchStream, SeedStream, Stream
 from deflow.data.memory.transitions import Transitions
+from deflow.data.streams import BatchStream, SeedStream, Stream
 from deflow.one_launch import WARM_UPS
 from deflow.report import write_json
 from deflow.training import MOST_AT_ONCE

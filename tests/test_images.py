@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
+from deflow.collecting import Collector
 from deflow.data.augment import PADDING, crop, draw_shifts, shift, shift_on_device
 from deflow.data.memory.frame_file import FrameFile
 from deflow.data.memory.proposals import ProposalCache
@@ -25,7 +26,6 @@ from deflow.errors import UserError
 from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.nets.encoder import Impala, beside
-from deflow.online import Collector
 from deflow.pipeline import train
 from deflow.policy import Policy
 from deflow.seeding import torch_generator

@@ -13,11 +13,11 @@ import torch
 
 from deflow.agents.base import Traits
 from deflow.checkpoints import load_checkpoint
+from deflow.collecting import Collector
 from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.loggers import read_metrics
-from deflow.online import Collector
 from deflow.pipeline import train
 from deflow.types import Batch, Lookahead, Spec
 from tests.agents.tester import Acting

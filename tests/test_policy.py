@@ -16,11 +16,11 @@ from torch import nn
 import deflow
 from deflow.build import build_agent
 from deflow.checkpoints import load_checkpoint, newest_checkpoint
+from deflow.collecting import Collector
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.evaluation.diversity import policy_samples
 from deflow.evaluation.rollout import Evaluator
-from deflow.online import Collector
 from deflow.policy import Policy
 from deflow.seeding import fold_seed
 from deflow.types import Lookahead, Spec

@@ -19,12 +19,12 @@ import deflow
 from deflow.agents.base import Traits
 from deflow.build import build_agent
 from deflow.checkpoints import load_weights
+from deflow.collecting import Collector
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources import source as sources
 from deflow.data.sources.custom import CustomSource
 from deflow.data.sources.source import compact, unless_one
 from deflow.errors import UserError
-from deflow.online import Collector
 from deflow.pipeline import train
 from deflow.policy import Policy
 from deflow.types import Lookahead, Spec

@@ -35,17 +35,18 @@ from deflow.agents.base import Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent
 from deflow.callbacks import StageClock
+from deflow.collecting import Collector
 from deflow.cores import set_threads
-from deflow.data.datamodule import BatchStream, SeedStream, Stream
 from deflow.data.memory.proposals import ProposalCache
 from deflow.data.memory.replay import Replay
 from deflow.data.memory.transitions import Transitions
+from deflow.data.streams import BatchStream, SeedStream, Stream
 from deflow.envs import ogbench
 from deflow.errors import UserError
 from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.online import Collector, OnlineStream
+from deflow.online import OnlineStream
 from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.timing import bfloat16_gain, in_turns, product_seconds, ratio, seconds_of_updates

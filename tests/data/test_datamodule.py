@@ -13,9 +13,10 @@ import torch
 from hydra.utils import instantiate
 
 from deflow import distributed
-from deflow.data.datamodule import BatchStream, OfflineDataModule, Prefetched, SeedStream
+from deflow.data.datamodule import OfflineDataModule
 from deflow.data.memory.proposals import ProposalCache
 from deflow.data.memory.transitions import Transitions
+from deflow.data.streams import BatchStream, Prefetched, SeedStream
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator

@@ -18,6 +18,7 @@ import torch
 from hydra.utils import instantiate
 from pyarrow import parquet
 
+from deflow.collecting import Collector
 from deflow.data.sources.custom import CustomSource
 from deflow.data.sources.d4rl import D4RLSource
 from deflow.data.sources.lerobot import LeRobotSource
@@ -26,7 +27,6 @@ from deflow.data.sources.ogbench import OGBenchSource
 from deflow.data.sources.robomimic import RobomimicSource
 from deflow.data.sources.source import Source
 from deflow.evaluation.rollout import take_seat
-from deflow.online import Collector
 from deflow.seeding import fold_seed
 from deflow.types import Batch, Lookahead, Spec
 from tests.agents.tester import Acting
