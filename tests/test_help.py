@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from deflow.config import CONFIG_DIR
 from deflow.help import WIDTH, help_text
-from deflow.settings import COMMANDS
+from deflow.sections import COMMANDS
 from tests.test_config import command
 
 CONFIGS = Path(CONFIG_DIR)

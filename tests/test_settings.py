@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from deflow.config import check, choices
 from deflow.errors import UserError
-from deflow.settings import COMMANDS, HYDRA_KEYS, OPTIMIZERS, check_component, check_settings, described
+from deflow.sections import COMMANDS, OPTIMIZERS
+from deflow.settings import HYDRA_KEYS, check_component, check_settings, described
 from tests.conftest import compose_config
 
 GIVEN = {

@@ -17,7 +17,8 @@ from deflow.data.measures.iav import intrinsic_action_variance
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.modules.statistics import PathStatistics, StateStatistics, StepStatistics
-from deflow.settings import AUTO, STAND_IN, check_component
+from deflow.sections import AUTO, STAND_IN
+from deflow.settings import check_component
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)

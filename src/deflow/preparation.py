@@ -34,13 +34,13 @@ from deflow.precision import faster_precision
 from deflow.resuming import Progress, is_in_last_stage, saved_progress
 from deflow.run import Run, of_learning
 from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, EPISODES_FILE, METRICS_FILE
-from deflow.settings import AUTO
+from deflow.sections import AUTO
 from deflow.sharing.address import is_address
 from deflow.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-BESIDE = "train.py -m seed=0,1 threads=1 hydra/launcher=joblib"
+BY_PROCESSES = "train.py -m seed=0,1 threads=1 hydra/launcher=joblib"
 TIMED_UPDATES = 4  # of each round in which `trainer.precision=auto` compares
 
 
@@ -62,7 +62,9 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     _check_imagined(agents[0], data)
     if config.seeds > 1 and config.trainer.accelerator == "cpu":
         log.info(
-            "seeds=%d gains little on a CPU: a process a seed, one thread each, is faster (%s)", config.seeds, BESIDE
+            "seeds=%d gains little on a CPU: a process a seed, one thread each, is faster (%s)",
+            config.seeds,
+            BY_PROCESSES,
         )
     if learner.traits.reads_returns:
         data.add_returns()

@@ -21,7 +21,7 @@ from deflow.data.datamodule import OfflineDataModule
 from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
-from deflow.settings import OPTIMIZERS, TRAINER
+from deflow.sections import OPTIMIZERS, TRAINER
 from deflow.trust import HINT, check_environment_id, is_trusted
 
 PACKAGE = Path(__file__).parent

@@ -12,7 +12,7 @@ from deflow.data.generate.runner import generated_path
 from deflow.errors import UserError
 from deflow.reproduction.layout import Generated, Layout, Value, place_of
 from deflow.run_folder import CONFIG_FILE, SUMMARY_FILE, read_summary
-from deflow.settings import AUTO
+from deflow.sections import AUTO
 
 # Settings that say how a run is made, not what it is.
 TECHNICAL = (
