@@ -36,6 +36,28 @@ def test_compiled_losses_and_gradients_are_the_same() -> None:
         torch.testing.assert_close(values_and_gradients(agent), eager)
 
 
+@pytest.mark.slow  # a compilation each
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "agent=fql agent/critic=occupancy",
+        "agent=fql agent.horizon=2 agent.path={mean:[0.0],std:[2.0]}",
+        "agent=fql agent/dynamics=flow agent.dynamics.one_step=true agent.actor.objective=unrolled",
+        "agent=deflow agent/dynamics=gaussian agent.dynamics.expansion=1 agent.refiner.objective=unrolled",
+    ],
+)
+def test_so_are_those_beside_a_model(overrides: str) -> None:
+    torch.manual_seed(0)
+    agent = build_agent(
+        compose_config("experiment=cube_single", "networks.hidden=[16]", "solver.steps=2", *overrides.split()).agent,
+        Spec(5, 3),
+    )
+    agent.begin_stage("test", "all", first_step=0)
+    eager = values_and_gradients(agent)
+    agent.compile_losses()
+    torch.testing.assert_close(values_and_gradients(agent), eager, rtol=1e-4, atol=1e-5)
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
