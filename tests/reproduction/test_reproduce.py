@@ -17,6 +17,7 @@ import pytest
 from hydra.utils import instantiate
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
 
 from deflow.config import plain
 from deflow.errors import UserError
@@ -463,6 +464,67 @@ def test_a_run_begun_by_hand_is_taken_for_what_it_is(finished_run: Callable[...,
     for changed, named in (({"tau": 0.5}, f"tau={saved['tau']}"), (path, "data.source.path=")):
         with pytest.raises(UserError, match=rf"was begun with other settings \({named}"):
             refuse_other_configuration(job, saved, saved | changed)
+
+
+def configurations(*overrides: str, settings: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """That of a run with these overrides, and that of the plan."""
+    planned = ("agent=fql", "task=cube_single", "stages=joint", *settings)
+    return plain(compose_config(*planned, *overrides)), plain(compose_config(*planned))
+
+
+@pytest.mark.parametrize(
+    "overrides,named",
+    [
+        (["agent.actor.alpha=7"], "agent.actor.alpha=7"),
+        (["networks.hidden=[8]"], r"agent.critic.hidden=\[8\]"),
+        (["stages=staged", "stages.behavior.steps=45_000"], "stages.behavior"),
+        (["+stages.joint.lr=1e-2"], "stages.joint.lr=0.01"),
+        (["+agent.optimizer.parts.critic.lr=1e-2"], "agent.optimizer.parts.critic.lr=0.01"),
+    ],
+)
+def test_a_run_whose_configuration_is_another_is_not_taken(overrides: list[str], named: str, tmp_path: Path) -> None:
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    saved, planned = configurations(*overrides)
+    with pytest.raises(UserError, match=rf"begun with other settings \(.*{named}"):
+        refuse_other_configuration(job, saved, planned)
+    of_the_group = "parts" in named  # which may be an option that only newer code has, with its default
+    asked = replace(job, settings=("agent.optimizer.parts.critic.lr=0.01",)) if of_the_group else job
+    with pytest.raises(UserError, match="begun with other settings"):
+        refuse_other_configuration(asked, planned, saved)
+
+
+def test_a_run_of_older_code_with_the_same_settings_is_taken(tmp_path: Path) -> None:
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    saved, planned = configurations(settings=("agent=deflow", "agent.trust_region=auto"))
+    del saved["agent"]["critic"]["norm"], saved["agent"]["optimizer"]["clip"]
+    saved["agent"]["optimizer"] |= {"_target_": "torch.optim.Adam", "_partial_": True}
+    saved["agent"]["trust_region"] = {"delta": 0.1}
+    saved["iav"]["result"] = {"delta": 0.1}
+    refuse_other_configuration(job, saved, planned)
+
+
+def test_a_relative_path_is_the_one_that_the_run_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    job, saved = replace(job, dataset=None), {"data": {"source": {"path": str(tmp_path / "a.npz")}}}
+    refuse_other_configuration(job, saved, {"data": {"source": {"path": "a.npz"}}})
+    with pytest.raises(UserError, match="other settings"):
+        refuse_other_configuration(job, saved, {"data": {"source": {"path": "b.npz"}}})
+
+
+def test_what_is_tuned_since_is_said_by_the_command(tmp_path: Path) -> None:
+    arguments = ("table=ogbench_state", "rows=[scene]", "agents=[fql]", "tasks=[1]", "seeds=2", "dry=true")
+    command = compose_config(*arguments, f"paths.logs={tmp_path}", config_name="reproduce")
+    logs = tmp_path / "reproduce"
+    jobs = plan(
+        layout("ogbench_state"), logs, Path(command.paths.data).expanduser(), 2, ["scene"], [1], ["fql"], settings=[]
+    )
+    for job in jobs:
+        write_run(job, [0.5])
+        alpha = () if job.seed == 0 else ("agent.actor.alpha=3",)
+        OmegaConf.save(compose_config(*job.settings, *alpha), job.folder / "config.yaml", resolve=True)
+    with pytest.raises(UserError, match=r"seed_1 was begun with other settings \(agent.actor.alpha=3\)"):
+        reproduce(command)
 
 
 def test_generated_data_never_lie_where_the_published_do(tmp_path: Path) -> None:

@@ -70,14 +70,11 @@ def reproduce(config: DictConfig) -> list[Result]:
         table, logs, data, config.seeds or table.seeds, *chosen, settings=list(_arguments(plain(config.settings)))
     )
     refuse_other_settings(jobs)
-    for job in jobs:
-        if job.state != "missing" and not job.made_by.exists():  # such as by a command that a dry run showed
-            saved = plain(load_config(job.folder / CONFIG_FILE))
-            refuse_other_configuration(job, saved, plain(_composed(job.settings)))
     first: dict[tuple[str, str], DictConfig] = {}
     for job in jobs:
         if (job.row, job.agent) not in first:  # a mistake in the settings is every run's
             first[job.row, job.agent] = _checked(job)
+    _refuse_other_configurations(jobs)
     threads, on_gpu = config.threads, all(run.trainer.accelerator != "cpu" for run in first.values())
     at_once = config.jobs or (1 if on_gpu else max(1, usable_cores() // threads))
     _show_plan(jobs, first, at_once, threads, on_gpu)
@@ -100,6 +97,19 @@ def reproduce(config: DictConfig) -> list[Result]:
             + "; ".join([*not_done, *damaged])
         )
     return results
+
+
+def _refuse_other_configurations(jobs: Sequence[Job]) -> None:
+    """Every run that was begun is what its cell's settings come to now."""
+    cells: dict[tuple[str, int | None, str], DictConfig] = {}
+    for job in jobs:
+        if job.state == "missing":
+            continue
+        key = job.row, job.task, job.agent
+        if key not in cells:
+            cells[key] = _composed(job.settings)
+        cells[key].seed = job.seed
+        refuse_other_configuration(job, plain(load_config(job.folder / CONFIG_FILE)), plain(cells[key]))
 
 
 def _runner(engine: DictConfig, logs: Path, at_once: int, threads: int) -> Callable[[Sequence[Job]], list[str]]:
