@@ -663,6 +663,26 @@ def test_two_protocols_are_not_compared(tmp_path: Path) -> None:
         read_results(tmp_path / "broken.jsonl")
 
 
+def test_several_versions_of_the_code_are_named(tmp_path: Path) -> None:
+    first, second = jobs_of(tmp_path, "quick", rows=["scene"], agents=["bc"])
+    write_run(first, [0.5])
+    write_run(second, [0.5])
+    _write("quick", [result_of(first), result_of(second)], tmp_path)
+    assert "versions of the code" not in (tmp_path / "quick.md").read_text()
+    shutil.rmtree(second.folder)
+    write_run(second, [0.5], commit="0123456789-dirty", commits=["abc", "0123456789-dirty"])
+    _write("quick", [result_of(first), result_of(second)], tmp_path)
+    for name in ("quick.md", "quick.tex"):
+        assert "has had a part in: abc (2), 0123456-dirty (1)." in (tmp_path / name).read_text()
+    old = {key: value for key, value in json.loads(_lines(tmp_path)[0]).items() if key != "commits"}
+    (tmp_path / "quick.jsonl").write_text(json.dumps(old))
+    assert read_results(tmp_path / "quick.jsonl")[0].commit == "abc"  # a line that older code wrote
+
+
+def _lines(folder: Path) -> list[str]:
+    return (folder / "quick.jsonl").read_text().splitlines()
+
+
 def test_agents_without_a_task_in_common_have_a_table_all_the_same(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, "quick", seeds=1, agents=["bc", "iql"])
     for job in jobs:

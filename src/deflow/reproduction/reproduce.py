@@ -28,7 +28,7 @@ from deflow.reproduction.layout import layout
 from deflow.reproduction.page import is_possible, page
 from deflow.reproduction.plan import Job, commands, plan, refuse_other_configuration, refuse_other_settings
 from deflow.reproduction.plots import draw_curves, draw_improvement, draw_profile
-from deflow.reproduction.results import Result, read_results, refuse_mixture, result_of, write_results
+from deflow.reproduction.results import Result, read_results, refuse_mixture, result_of, versions_of_code, write_results
 from deflow.reproduction.runs import generate_missing, run_all
 from deflow.reproduction.table import Cell, cells_of, compare, latex, markdown, poolable, summary
 from deflow.reproduction.tracking import track
@@ -153,8 +153,10 @@ def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Ce
     write_results(folder / f"{table}.jsonl", results)  # first, whatever else goes wrong
     cells = cells_of(table, results)
     of_all = summary(results)
+    versions = versions_of_code(results)
     text = markdown(table, cells) + ("\nOver all tasks that every agent has:\n\n" + of_all if of_all else "")
-    written = {f"{table}.md": text, f"{table}.tex": latex(cells)}
+    text += f"\n{versions}\n" if versions else ""
+    written = {f"{table}.md": text, f"{table}.tex": latex(cells) + (f"% {versions}\n" if versions else "")}
     if is_possible():
         written[f"{table}.html"] = page(table, cells, results, folder)
     else:
