@@ -45,6 +45,7 @@ from deflow.reproduction.results import (
 from deflow.reproduction.runs import run_all
 from deflow.reproduction.table import cells_of, compare, latex, markdown, poolable, summary, tolerance
 from deflow.reproduction.tracking import track
+from deflow.signals import Stopped
 from deflow.stored import load_config
 from tests.commands import run as run_command
 from tests.commands import start
@@ -168,6 +169,54 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypa
     assert run_all(jobs, at_once=1, threads=1) == []
     assert len(calls) == 4  # nothing twice
     assert calls[-1] == f"resume={jobs[1].folder}"
+
+
+def test_a_run_that_cannot_be_made_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = jobs_of(tmp_path, "quick", seeds=3, rows=["scene"], agents=["bc"])
+
+    def fake(command: str, arguments: Sequence[str], output: Path, apart: bool) -> int:
+        if str(first.folder) in " ".join(arguments):
+            raise OSError(28, "No space left on device")
+        write_run(second if str(second.folder) in " ".join(arguments) else third, [0.5])
+        return 0
+
+    monkeypatch.setattr(runs, "_run", fake)
+    (said,) = run_all([first, second, third], at_once=2, threads=1)
+    assert said == "bc on scene task 1, seed 0 could not be made ([Errno 28] No space left on device)"
+    assert [job.state for job in (first, second, third)] == ["missing", "done", "done"]
+
+
+def fake_runs(monkeypatch: pytest.MonkeyPatch, first: Callable[[Job], list[str]]) -> None:
+    """Let a table's first run be done by `first`, which returns what is to be said of the others, or raises."""
+    module = "deflow.reproduction.reproduce"
+    monkeypatch.setattr(f"{module}.generate_missing", lambda jobs: None)
+    monkeypatch.setattr(f"{module}.run_all", lambda jobs, at_once, threads: first(jobs[0]))
+
+
+def test_what_failed_is_said_whatever_comes_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow.db").write_text("no database")
+
+    def first(job: Job) -> list[str]:
+        write_run(job, [0.5])
+        return ["the others failed"]
+
+    fake_runs(monkeypatch, first)
+    arguments = ("table=quick", "rows=[scene]", "agents=[bc]", f"paths.logs={tmp_path}", f"out={tmp_path / 'out'}")
+    with pytest.raises(UserError, match=r"lacks 2 of 3 runs, .* the others failed; .*mlflow"):
+        reproduce(compose_config(*arguments, config_name="reproduce"))
+    assert len(read_results(tmp_path / "out" / "quick.jsonl")) == 1
+
+
+def test_a_signal_leaves_the_table_of_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(job: Job) -> list[str]:
+        write_run(job, [0.5])
+        raise Stopped(signal.SIGTERM)
+
+    fake_runs(monkeypatch, first)
+    arguments = ("table=quick", "rows=[scene]", "agents=[bc]", "mlflow=null", f"paths.logs={tmp_path}")
+    with pytest.raises(Stopped, match="stopped by SIGTERM: go on by the same command"):
+        reproduce(compose_config(*arguments, f"out={tmp_path / 'out'}", config_name="reproduce"))
+    assert "| scene task 1 | bc | 1 |" in (tmp_path / "out" / "quick.md").read_text()
 
 
 @pytest.mark.slow

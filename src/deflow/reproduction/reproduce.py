@@ -35,6 +35,7 @@ from deflow.reproduction.tracking import track
 from deflow.resuming import saved_progress
 from deflow.run_folder import CONFIG_FILE
 from deflow.settings import check_settings
+from deflow.signals import Stopped
 from deflow.stored import load_config
 from deflow.timing import seconds_of_updates
 from deflow.types import Spec
@@ -50,7 +51,7 @@ def reproduce(config: DictConfig) -> list[Result]:
     """Do the runs of a table that are missing, and write the table; or compare two files of results.
 
     Writes `TABLE.jsonl`, `.md`, `.tex`, `.html` and pictures into `config.out`, and the table into MLflow, also of the
-    runs that are done when others have failed.
+    runs that are done when others have failed, or the command is stopped by a signal.
 
     Returns:
         The results of the table, or nothing after a dry run or a comparison.
@@ -84,18 +85,27 @@ def reproduce(config: DictConfig) -> list[Result]:
     refuse_mixture(_done(jobs)[0])
     run = _runner(config.engine, logs, at_once, threads)
     generate_missing(jobs)
-    not_done = run(jobs)
+    said, stopped = [], None
+    try:
+        said = run(jobs)
+    except Stopped as signal:
+        signal.advice, stopped = "go on by the same command", signal
     results, damaged = _done(jobs)
-    if results:
-        refuse_mixture(results)
-        cells, files = _write(table.name, results, Path(config.out))
-        if config.mlflow is not None:
-            track(config.mlflow, table.name, cells, results, files)
-    if not_done or damaged:
-        raise UserError(
-            f"the table lacks {len(jobs) - len(results)} of {len(jobs)} runs, go on by the same command: "
-            + "; ".join([*not_done, *damaged])
-        )
+    said += damaged
+    try:
+        if results:
+            refuse_mixture(results)
+            cells, files = _write(table.name, results, Path(config.out))
+            if config.mlflow is not None:
+                track(config.mlflow, table.name, cells, results, files)
+    except (UserError, OSError) as error:
+        said.append(str(error))
+    if stopped is not None:
+        raise stopped
+    if said:
+        lacking = len(jobs) - len(results)
+        start = f"the table lacks {lacking} of {len(jobs)} runs, go on by the same command: " if lacking else ""
+        raise UserError(start + "; ".join(said))
     return results
 
 
