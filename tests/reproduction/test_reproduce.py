@@ -495,6 +495,39 @@ def test_a_score_of_one_run_has_no_verdict(tmp_path: Path) -> None:
     assert (cell.mean, cell.interval, cell.verdict) == (53.0, None, None)
 
 
+def test_one_seed_has_no_verdict_however_many_its_episodes(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path, seeds=1, rows=["cube-single"], agents=["bc"], tasks=[2])
+    write_run(job, [0.9])
+    (cell,) = cells_of("ogbench_state", [result_of(job)])
+    assert cell.verdict is None
+    assert cell.interval is not None
+    assert cell.interval[1] - cell.interval[0] < 20  # Wilson's
+    text = markdown("ogbench_state", [cell])
+    assert "| cube-single task 2 | bc | 1 | 90 | 79 to 96 | 3 | +87 | - |" in text
+    assert "No verdict: one seed says nothing of the spread over seeds" in text
+
+
+def test_agents_are_compared_over_the_same_seeds_of_the_same_tasks(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "quick", seeds=6, agents=["bc", "iql"])
+    for job in jobs:
+        easy = job.row == "cube-single"
+        if (job.agent, easy) != ("bc", False) or job.seed < 2:  # not all of its hard runs are done yet
+            write_run(job, [0.9 if easy else 0.1 + 0.01 * job.seed])
+    done = [result_of(job) for job in jobs if job.state == "done"]
+    text = summary(done)
+    assert "| bc | 50 | - | - | 0.50 |" in text
+    assert "| iql | 50 | - | 0.50 | - |" in text
+    assert "over 2 tasks and the seeds that every agent has of them all (0, 1)" in text
+    assert [curve.label for curve in profiles(done)] == [
+        "bc (too few seeds for a band)",
+        "iql (too few seeds for a band)",
+    ]
+    (bc, iql) = summary([result for result in done if result.row == "cube-single"]).splitlines()[2:4]
+    assert (bc, iql) == ("| bc | 90 | - | - | 0.50 (0.50 to 0.50) |", "| iql | 90 | - | 0.50 (0.50 to 0.50) | - |")
+    of_iql = [replace(result, agent=f"iql{n}") for n in (1, 2) for result in done if result.agent == "iql"]
+    assert re.search(r"\| iql1 \| \d+ \| \d+ to \d+ \| - \| 0.50 \(0.3\d to 0.6\d\)", summary(of_iql))
+
+
 def test_a_run_of_other_settings_is_not_taken(tmp_path: Path) -> None:
     chosen = {"rows": ["scene"], "agents": ["fql"], "tasks": [1], "seeds": 1}
     (job,) = jobs_of(tmp_path, **chosen)
@@ -625,11 +658,12 @@ def test_a_damaged_run_is_left_out_and_named(name: str, content: str | None, tmp
 
 
 def test_online_shows_before_and_after(tmp_path: Path) -> None:
-    (job,) = jobs_of(tmp_path, "offline_to_online", seeds=1, rows=["puzzle-4x4"], agents=["fql"])
-    write_run(job, [0.08, 0.2, 0.4])
-    (cell,) = cells_of("offline_to_online", [result_of(job)])
+    jobs = jobs_of(tmp_path, "offline_to_online", rows=["puzzle-4x4"], agents=["fql"])
+    for job in jobs:
+        write_run(job, [0.08, 0.2, 0.4])
+    (cell,) = cells_of("offline_to_online", [result_of(job) for job in jobs])
     assert (cell.before, cell.mean, cell.verdict) == (8.0, 40.0, "inside")
-    assert "| 8 → 40 |" in markdown("offline_to_online", [cell])
+    assert "| 8 → 40 ± 0 | 31 to 50 | 8 → 38 |" in markdown("offline_to_online", [cell])
 
 
 @pytest.mark.parametrize(
@@ -683,7 +717,7 @@ def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:
         files.append(tmp_path / f"{name}.jsonl")
         write_results(files[-1], [result_of(job) for job in jobs])
     a, b = map(read_results, files)
-    assert "| scene task 1 | fql | 55 ± 5 (2) | 80 ± 5 (2) | +25.0 | 1.00 |" in compare(a, b)
+    assert "| scene task 1 | fql | 55 ± 5 (2) | 80 ± 5 (2) | +25.0 | -5.4 to +55.4 | 1.00 |" in compare(a, b)
     line = json.loads(files[0].read_text().splitlines()[0])
     line["identity"]["generated"] = True
     files[0].write_text(json.dumps(line) + "\n")
