@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 
-from deflow.config import plain
+from deflow.agents.base import Agent
+from deflow.config import plain, quoted
+from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
 from deflow.reproduction import runs
 from deflow.reproduction.layout import layout, names
@@ -33,7 +36,17 @@ from deflow.reproduction.plan import (
     refuse_other_settings,
 )
 from deflow.reproduction.plots import profiles
-from deflow.reproduction.reproduce import _done, _write, reproduce, updates_of
+from deflow.reproduction.reproduce import (
+    _arguments,
+    _checked,
+    _done,
+    _seconds,
+    _seconds_left,
+    _sharing_cores,
+    _write,
+    reproduce,
+    updates_of,
+)
 from deflow.reproduction.results import (
     Result,
     read_results,
@@ -131,6 +144,65 @@ def test_what_is_typed_survives_a_shell(tmp_path: Path) -> None:
     assert shlex.split(command)[2:] == list(job.arguments(threads=1))
 
 
+@pytest.mark.parametrize("name", ["my,data", "run (old)", "a=b", "it's", "{x}", "my data", "[1]", "~a-b_c+d@e:f.g", "é"])
+def test_any_folder_will_do(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    job = plan(layout("quick"), folder, folder, 1)[0]
+    composed = compose_config(*job.settings)
+    assert job.dataset is not None
+    assert composed.data.source.path == str(job.dataset.path)
+    assert job.dataset.is_named_by(job.dataset.setting)
+    parse = OverridesParser.create().parse_override
+    assert parse(job.dataset.arguments[1]).value() == str(job.dataset.path.parent)
+    assert parse(job.arguments(threads=1)[-2]).value() == str(job.folder)
+    (published, *_) = plan(layout("d4rl_antmaze"), folder, folder, 1)
+    assert compose_config(*published.settings).paths.data == str(folder)
+    config = compose_config(f"+settings.data.source.dir={quoted(str(folder))}", config_name="reproduce")
+    (setting,) = _arguments(plain(config.settings))
+    assert parse(setting).value() == str(folder)
+
+
+def test_an_estimate_is_of_what_each_stage_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_config("agent=deflow", "stages=staged", "updates=1000", "networks.hidden=[8]")
+    trained: list[set[str]] = []
+
+    def seconds(agent: Agent, stream: BatchStream) -> float:
+        trained.append({part for part in agent.parts if agent.trains(part)})
+        assert (next(iter(stream)).base_actions is None) == (len(trained) <= 2)
+        return 3.0 if len(trained) <= 2 else 6.0
+
+    monkeypatch.setattr("deflow.reproduction.reproduce.seconds_of_updates", seconds)
+    speeds = _seconds(config, threads=1)
+    assert speeds == {"behavior": 1.0, "extraction": 2.0}
+    assert trained[0] == {"behavior_flow"}
+    assert "behavior_flow" not in trained[-1]
+    assert [_seconds_left(config, done, speeds) for done in (0, 400, 1000, 1500, 2000)] == [3000, 2600, 2000, 1000, 0]
+
+
+def test_a_mean_of_three_evaluations_needs_three(tmp_path: Path) -> None:
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1, settings=["updates=1000", "eval.every=500"])
+    with pytest.raises(
+        UserError, match="shows its mean of last three, and its last stage, 'joint', of 1000 updates has 2"
+    ):
+        _checked(job)
+    _checked(replace(job, settings=(*job.settings, "eval.every=499")))
+    with pytest.raises(UserError, match="plays in no environment: take stages=offline_to_online"):
+        _checked(replace(job, value="before_and_after"))
+    _checked(replace(job, value="last"))
+
+
+def test_runs_side_by_side_share_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deflow.reproduction.reproduce.usable_cores", lambda: 64)
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    assert _sharing_cores(job, 1) == job
+    assert _sharing_cores(job, 64).settings == (*job.settings, "eval.num_envs=2")
+    assert _sharing_cores(job, 3).settings[-1] == "eval.num_envs=23"
+    asked = replace(job, settings=(*job.settings, "eval.num_envs=7"))
+    assert _sharing_cores(asked, 64) == asked
+    write_run(job, [0.5])
+    refuse_other_settings([_sharing_cores(job, 64)])  # it is not another run
+
+
 def test_what_a_run_has_done_is_not_counted_again(finished_run: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished_run(), tmp_path / "run"))
     (job, *_), config = jobs_of(tmp_path, "quick", seeds=1), load_config(folder / "config.yaml")
@@ -222,7 +294,7 @@ def test_a_signal_leaves_the_table_of_what_is_done(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_a_killed_reproduction_goes_on(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
     data = as_if_generated("cube-single-play-v0", tiny_data("cube-single", "play"), tmp_path / "data")
-    settings = {"updates": 1500, "eval.every": 1500, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 100}
+    settings = {"updates": 1500, "eval.every": 500, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 100}
     settings |= {"validate_every": 1500, "diversity.states": 0, "networks.hidden": "[8]", "data.batch_size": 16}
     overrides = ["table=quick", "rows=[cube-single]", "agents=[bc]", "seeds=1", f"out={tmp_path / 'out'}"]
     overrides += [f"paths.data={data}", f"paths.logs={tmp_path}"]
@@ -449,7 +521,7 @@ def test_a_cell_is_held_against_the_published_one(tmp_path: Path) -> None:
     assert cells[2, "bc"].interval[0] < 50 < cells[2, "bc"].interval[1]  # seeds are equal: over episodes
     text = markdown("ogbench_state", list(cells.values()))
     assert "| cube-single task 2 | fql | 3 | 97 ± 2 | 92 to 100 | 97 | +0 | inside |" in text
-    assert r"cube-single 2 & $97 \pm 2$ (97) & $50 \pm 0$ (3) \\" in latex(list(cells.values()))
+    assert r"cube-single 2 & $97 \pm 2$ (97, $+0$) & $50 \pm 0$ (3, $+47$) \\" in latex(list(cells.values()))
     assert "| fql | 97 |" in summary(results)
 
 
@@ -493,6 +565,20 @@ def test_a_score_of_one_run_has_no_verdict(tmp_path: Path) -> None:
     (job.folder / "metrics.csv").write_text("step,eval/score\n1000,53\n")
     (cell,) = cells_of("d4rl_adroit", [result_of(job)])
     assert (cell.mean, cell.interval, cell.verdict) == (53.0, None, None)
+
+
+def test_what_is_learnt_from_scratch_has_no_before(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path, "quick_online", seeds=1, rows=["scene"], agents=["rlpd"])
+    write_run(job, [0.0, 0.4])
+    summary = json.loads((job.folder / "summary.json").read_text())
+    summary["eval/success"]["last_of_stage"] = {"online": 0.4}
+    (job.folder / "summary.json").write_text(json.dumps(summary))
+    cells = cells_of("quick_online", [result_of(job)])
+    assert "| - → 40 |" in markdown("quick_online", cells)
+    assert r"$- \to 40$" in latex(cells)
+    summary["eval/success"]["last_of_stage"] = {"model": 0.1, "joint": 0.3, "online": 0.4}
+    (job.folder / "summary.json").write_text(json.dumps(summary))
+    assert result_of(job).before == 30
 
 
 def test_one_seed_has_no_verdict_however_many_its_episodes(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from deflow.config import quoted
 from deflow.data.generate.runner import generated_path
 from deflow.errors import UserError
 from deflow.reproduction.layout import Generated, Layout, Value, place_of
@@ -36,6 +38,8 @@ DECIDED = "iav.result"  # by the data; and so is whatever the plan leaves at `au
 HOW_TO_BUILD = ("_partial_", "_convert_", "_recursive_")
 SAME_AS = {"torch.optim.Adam": "deflow.agents.optimizer.PartwiseAdam"}  # older configurations' name -> ours
 
+PLAIN = re.compile(r"[A-Za-z0-9_./:@+-]*")  # text that Hydra's grammar takes as it is
+
 OF_THE_PLAN = ("seed", "seeds", "agent", "task", "task_id", "stages", "experiment", "resume", "ckpt")
 
 State = Literal["done", "begun", "missing"]
@@ -52,17 +56,18 @@ class Dataset(NamedTuple):
     @property
     def arguments(self) -> tuple[str, ...]:
         """Of `generate.py`."""
-        return f"dataset={self.name}", f"out={self.path.parent}", f"episodes={self.episodes}", f"seed={self.seed}"
+        out = argument("out", self.path.parent)
+        return f"dataset={self.name}", out, f"episodes={self.episodes}", f"seed={self.seed}"
 
     @property
     def setting(self) -> str:
         """Of `train.py`, by which a run takes these data."""
-        return f"{DATA_FILE}={self.path}"
+        return argument(DATA_FILE, self.path)
 
     def is_named_by(self, setting: str) -> bool:
         """Whether a setting names these data, wherever the folder of all data lies."""
         name, _, path = setting.partition("=")
-        return name == DATA_FILE and Path(path).parts[-3:] == self.path.parts[-3:]
+        return name == DATA_FILE and Path(path.strip("'")).parts[-3:] == self.path.parts[-3:]
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,8 @@ class Job:
     def arguments(self, threads: int) -> tuple[str, ...]:
         """Of `train.py`: those that begin the run, with so many threads of torch, or that go on with it."""
         if self.state == "begun":
-            return (f"resume={self.folder}",)
-        return (*self.settings, f"hydra.run.dir={self.folder}", f"threads={threads}")
+            return (argument("resume", self.folder),)
+        return (*self.settings, argument("hydra.run.dir", self.folder), f"threads={threads}")
 
     @property
     def made_by(self) -> Path:
@@ -160,7 +165,7 @@ def plan(
         if table.rows[row] == [None]:
             raise UserError(f"{row} is one task in {table.name}: leave out tasks")
         _refuse_unknown(f"task of {row} in {table.name}", list(map(str, tasks or ())), list(map(str, table.rows[row])))
-    for name in map(_name, settings):
+    for name in map(name_of, settings):
         if name in OF_THE_PLAN or name.startswith("hydra."):
             raise UserError(f"{name} is the table's to set: choose rows, tasks, agents and seeds")
     return [
@@ -197,7 +202,7 @@ def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapp
         planned: what the plan's settings resolve to.
     """
     before, now = _leaves(saved), _leaves(planned)
-    asked = {_name(setting) for setting in job.settings}
+    asked = {name_of(setting) for setting in job.settings}
     differing = [f"{name}={value}" for name, value in before.items() if not _is_planned(name, value, now)]
     differing += [
         f"no {name}"
@@ -206,7 +211,7 @@ def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapp
     ]
     named = job.dataset is not None and job.made_by.exists()  # and compared by that, wherever the data lay
     found = [setting for setting in _deciding(differing, job.dataset) if setting not in job.settings]
-    _refuse(job, [setting for setting in found if not (named and _name(setting) == DATA_FILE)])
+    _refuse(job, [setting for setting in found if not (named and name_of(setting) == DATA_FILE)])
 
 
 def _is_planned(name: str, value: Any, now: Mapping[str, Any]) -> bool:
@@ -257,18 +262,23 @@ def _job(
     place = logs / table.folder / place_of(row, task) / agent / f"seed_{seed}"
     changed = tuple(sorted(setting for setting in settings if not is_technical(setting)))
     dataset = None if cell.data is None else _dataset(cell.data, data, table.generate)
-    from_data = f"paths.data={data}" if dataset is None else dataset.setting
+    from_data = argument("paths.data", data) if dataset is None else dataset.setting
     chosen = (*cell.settings, from_data, f"seed={seed}", "logger=csv", *settings)
     return Job(row, task, agent, seed, place, chosen, table.value, changed, dataset)
 
 
 def is_technical(setting: str) -> bool:
     """Whether an argument of `train.py` says how a run is made, and not what it is."""
-    name = _name(setting)
+    name = name_of(setting)
     return name in TECHNICAL or name.partition(".")[0] in WHOLE_GROUPS
 
 
-def _name(setting: str) -> str:
+def argument(name: str, value: str | Path) -> str:
+    """Of a command, quoted if Hydra would read anything but this text."""
+    return f"{name}={value if PLAIN.fullmatch(str(value)) else quoted(str(value))}"
+
+
+def name_of(setting: str) -> str:
     """What an argument of `train.py` sets."""
     return setting.lstrip("+").partition("=")[0]
 

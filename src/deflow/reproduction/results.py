@@ -35,7 +35,7 @@ class Result:
         seed: of the run.
         measure: what its values are: `success` in %, D4RL's `score`, or `return` where an environment knows neither.
         value: what the table shows; online, after the online updates.
-        before: online alone: before them.
+        before: online alone: before them; None where nothing was learnt offline.
         curve: updates -> what an evaluation came to, in the same unit.
         episodes: of an evaluation.
         identity: what must be the same for numbers to be compared.
@@ -96,7 +96,7 @@ def _result_of(job: Job) -> Result:
     found, unit = summary[f"eval/{measure}"], MEASURES[measure]
     if job.value == "before_and_after":
         *offline, value = found["last_of_stage"].values()
-        before = offline[0] if offline else 0.0  # trained from scratch
+        before = offline[-1] if offline else None  # trained from scratch
     else:
         before, value = None, found[job.value]
     if not math.isfinite(value):

@@ -56,7 +56,8 @@ class Cell:
     mean: float
     deviation: float | None
     interval: Interval | None  # 95%, of the mean over seeds
-    before: float | None  # online: the mean before
+    online: bool  # whether there is a before
+    before: float | None  # online: the mean before; None where nothing was learnt offline
     published: Published | None
     verdict: Verdict | None
     reason: str | None  # why there is none
@@ -115,11 +116,17 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
         mean=mean,
         deviation=deviation if paired else None,
         interval=spread,
-        before=None if results[0].before is None else float(np.mean([result.before for result in results])),
+        online=results[0].identity.get("value") == "before_and_after",
+        before=_mean_before(paired or results),
         published=beside,
         verdict=None if reason is not None or known is None else _verdict(table, known, Estimate(mean, spread)),
         reason=reason,
     )
+
+
+def _mean_before(results: Sequence[Result]) -> float | None:
+    known = [result.before for result in results if result.before is not None]
+    return float(np.mean(known)) if len(known) == len(results) else None
 
 
 def _why_not_sure(scores: Sequence[np.ndarray], spread: Interval | None) -> str | None:
@@ -221,7 +228,7 @@ def _texts(cell: Cell) -> Iterator[str]:
     yield task_name(cell.row, cell.task)
     yield cell.agent
     yield str(cell.seeds)
-    yield (f"{cell.before:.0f} → " if cell.before is not None else "") + _plus_minus(cell.mean, cell.deviation)
+    yield (f"{_before(cell, '-')} → " if cell.online else "") + _plus_minus(cell.mean, cell.deviation)
     yield "-" if cell.interval is None else _from_to(cell.interval)
     known = cell.published
     if known is None:
@@ -231,6 +238,10 @@ def _texts(cell: Cell) -> Iterator[str]:
     yield shown if known.before is None else f"{known.before:.0f} → {known.value:.0f}"
     yield f"{round(cell.mean - known.value):+d}"
     yield cell.verdict or "-"
+
+
+def _before(cell: Cell, unknown: str) -> str:
+    return unknown if cell.before is None else f"{cell.before:.0f}"
 
 
 def _from_to(interval: Interval) -> str:
@@ -247,7 +258,7 @@ def _plus_minus(mean: float, deviation: float | None) -> str:
 
 
 def latex(cells: Sequence[Cell]) -> str:
-    """Tasks down, agents across, for the package booktabs; published numbers in parentheses."""
+    """Tasks down, agents across, for the package booktabs; the published number and the difference in parentheses."""
     agents = list(dict.fromkeys(cell.agent for cell in cells))
     places = {(cell.row, cell.task, cell.agent): cell for cell in cells}
     lines = [
@@ -272,8 +283,9 @@ def _escaped(text: str) -> str:
 
 def _in_latex(cell: Cell) -> str:
     deviation = "" if cell.deviation is None else rf" \pm {cell.deviation:.0f}"
-    before = "" if cell.before is None else rf"{cell.before:.0f} \to "
-    beside = "" if cell.published is None else f" ({cell.published.value:.0f})"
+    before = rf"{_before(cell, '-')} \to " if cell.online else ""
+    known = cell.published
+    beside = "" if known is None else f" ({known.value:.0f}, ${cell.mean - known.value:+.0f}$)"
     return f"${before}{cell.mean:.0f}{deviation}${beside}"
 
 
