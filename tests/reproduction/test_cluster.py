@@ -100,7 +100,14 @@ def test_what_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     first, second = made._executor.submit_array([Work(job, 1) for job in jobs_of(tmp_path, tmp_path, seeds=2)])
     assert (first.job_id, second.job_id) == ("12_0", "12_1")
     submitted = (commands / "submitted").read_text()
-    for line in ("--array=0-1%2", "--partition=gpu", "--time=720", "--gpus-per-node=1", "--signal=USR2@180"):
+    for line in (
+        "--array=0-1%2",
+        "--partition=gpu",
+        "--time=720",
+        "--gpus-per-node=1",
+        "--signal=USR2@180",
+        "--requeue",
+    ):
         assert f"#SBATCH {line}\n" in submitted
 
 

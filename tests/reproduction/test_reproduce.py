@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from mlflow.entities import Run
@@ -144,7 +145,9 @@ def test_what_is_typed_survives_a_shell(tmp_path: Path) -> None:
     assert shlex.split(command)[2:] == list(job.arguments(threads=1))
 
 
-@pytest.mark.parametrize("name", ["my,data", "run (old)", "a=b", "it's", "{x}", "my data", "[1]", "~a-b_c+d@e:f.g", "é"])
+@pytest.mark.parametrize(
+    "name", ["my,data", "run (old)", "a=b", "it's", "{x}", "my data", "[1]", "~a-b_c+d@e:f.g", "é"]
+)
 def test_any_folder_will_do(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     job = plan(layout("quick"), folder, folder, 1)[0]
@@ -859,9 +862,34 @@ def test_agents_without_a_task_in_common_have_a_table_all_the_same(tmp_path: Pat
             write_run(job, [0.5])
     results, _ = _done(jobs)
     assert not poolable(results)
+    (tmp_path / "quick_profile.png").touch()  # of an earlier selection
     _write("quick", results, tmp_path)
     assert len(read_results(tmp_path / "quick.jsonl")) == 2
     assert not (tmp_path / "quick_profile.png").exists()
+
+
+def test_a_page_that_cannot_be_made_again_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = jobs_of(tmp_path, "quick", seeds=1, rows=["scene"], agents=["bc"])
+    write_run(job, [0.5])
+    (tmp_path / "quick.html").touch()
+    monkeypatch.setattr("deflow.reproduction.reproduce.is_possible", lambda: False)
+    _write("quick", [result_of(job)], tmp_path)
+    assert not (tmp_path / "quick.html").exists()
+
+
+def test_two_commands_do_not_write_one_table_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = jobs_of(tmp_path, "quick", seeds=1, rows=["scene"], agents=["bc"])
+    write_run(job, [0.5])
+    lock = FileLock(tmp_path / ".quick.lock")
+
+    def taken(path: Path, results: Sequence[Result]) -> None:
+        with pytest.raises(Timeout):
+            lock.acquire(timeout=0)
+        write_results(path, results)
+
+    monkeypatch.setattr("deflow.reproduction.reproduce.write_results", taken)
+    _write("quick", [result_of(job)], tmp_path)
+    lock.acquire(timeout=0)
 
 
 def test_returns_of_two_tasks_have_no_mean_in_common(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from deflow.build import build_agent
 from deflow.config import CONFIG_DIR, OF_THE_USER, one_line, plain
 from deflow.cores import usable_cores
 from deflow.errors import UserError
-from deflow.files import replacing
+from deflow.files import locked, replacing
 from deflow.report import LAST_EVALUATIONS
 from deflow.reproduction.cluster import Cluster
 from deflow.reproduction.layout import layout
@@ -181,7 +181,15 @@ def _compared(paths: Sequence[str]) -> str:
 
 
 def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Cell], list[Path]]:
-    """Everything that can be said of the results, into files; they are returned, and the table's cells."""
+    """Everything that can be said of the results, into files; they are returned, and the table's cells.
+
+    What an earlier selection has left and this one has not is removed; of two commands one waits for the other.
+    """
+    with locked(folder / f".{table}.lock", f"the table in {folder}"):
+        return _write_alone(table, results, folder)
+
+
+def _write_alone(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Cell], list[Path]]:
     write_results(folder / f"{table}.jsonl", results)  # first, whatever else goes wrong
     cells = cells_of(table, results)
     of_all = summary(results)
@@ -203,6 +211,9 @@ def _write(table: str, results: Sequence[Result], folder: Path) -> tuple[list[Ce
         draw(results, folder / f"{table}_{name}.png")
     print(text)
     names = (*written, *(f"{table}_{name}.png" for name in pictures), f"{table}.jsonl")
+    for name in (f"{table}.html", f"{table}_profile.png", f"{table}_improvement.png"):
+        if name not in names:
+            (folder / name).unlink(missing_ok=True)
     log.info("%s are in %s", ", ".join(names), folder)
     return cells, [folder / name for name in names]
 
