@@ -39,6 +39,7 @@ from deflow.reproduction.plan import (
 from deflow.reproduction.plots import profiles
 from deflow.reproduction.reproduce import (
     _arguments,
+    _check_evaluations,
     _checked,
     _done,
     _seconds,
@@ -95,7 +96,7 @@ def test_every_run_can_be_composed(table: str, tmp_path: Path) -> None:
     of_agents = {job.agent: job for job in jobs_of(tmp_path, table, seeds=1)}
     for job in of_agents.values():
         config = compose_config(*job.settings)
-        assert config.stages
+        _check_evaluations(job, config)
         assert config.logger._target_.endswith("csv_only")
 
 
