@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deflow.description import Description, describe
+from deflow.description import Description, commit, describe
 from tests.conftest import compose_config
 
 TASK = "cube-single-play-singletask-v0"
@@ -64,3 +64,9 @@ def test_what_nobody_varies_is_not() -> None:
     assert not settings.keys() & {"agent.critic.hidden", "agent.seed"}  # which follow networks.hidden and seed
     assert not settings.keys() & {"eval.episodes", "video.episodes", "paths.logs", "trainer.max_epochs"}
     assert len(settings) < 40
+
+
+def test_the_code_is_that_of_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = commit()
+    monkeypatch.setattr("subprocess.run", None)  # another one may lie there by the end
+    assert commit() == first

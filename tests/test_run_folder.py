@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deflow import run_folder
 from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.run_folder import BEFORE_THE_FIRST_UPDATE, SIGNS_OF_A_RUN, RunFolder, new_run_folder
@@ -46,6 +47,17 @@ def test_what_a_run_without_an_update_left_is_gone(tmp_path: Path) -> None:
         (folder / "foreign").unlink()
         held.discard()
     assert not folder.exists()
+
+
+def test_the_code_of_every_process_is_noted_when_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for resume, commit in ((False, "a"), (True, "b"), (True, "b"), (True, "a-dirty")):
+        monkeypatch.setattr(run_folder, "commit", lambda commit=commit: commit)
+        with RunFolder(tmp_path / "run", resume):
+            pass
+    assert run_folder.commits_of(tmp_path / "run") == ["a", "b", "a-dirty"]
+    (tmp_path / "old").mkdir()
+    with RunFolder(tmp_path / "old", resume=True):  # of code that did not note it
+        assert run_folder.commits_of(tmp_path / "old") == ["unknown", "a-dirty"]
 
 
 def test_an_empty_folder_that_was_there_stays(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def stages_of(config: DictConfig, agent: Agent) -> Stages:
     """What `begin_stage` gets and the batches, of every stage in which the agent can train."""
     transitions = random_transitions(agent).on(agent.device)
     drawn = transitions, config.batch_size, 0, config.updates, (config.seed, "benchmark"), span_of(agent)
-    cache = ProposalCache(torch.rand(ROWS, PROPOSALS, agent.spec.action_dim).mul_(2).sub_(1).half()).to(agent.device)
+    cache = random_proposals(agent, PROPOSALS).to(agent.device)
     plain_stream, cached_stream = BatchStream(*drawn), BatchStream(*drawn, proposals=cache)
     stages: Stages = {"joint": ({"train": "all"}, plain_stream)}
     behavior = [part for part in agent.parts if part.startswith("behavior")]
@@ -358,9 +358,17 @@ def startup() -> dict[str, float]:
         return {"seconds_to_first_update": json.loads((run / "summary.json").read_text())["seconds_to_first_update"]}
 
 
-def random_stream(agent: Agent, batch_size: int, updates: int, seed: tuple[int | str, ...]) -> BatchStream:
-    """Batches of random numbers, with all that the agent reads."""
-    return BatchStream(random_transitions(agent), batch_size, 0, updates, seed, span_of(agent))
+def random_stream(
+    agent: Agent, batch_size: int, updates: int, seed: tuple[int | str, ...], proposals: int | None = None
+) -> BatchStream:
+    """Batches of random numbers, with all that the agent reads, and so many cached proposals for each state."""
+    cache = None if proposals is None else random_proposals(agent, proposals)
+    return BatchStream(random_transitions(agent), batch_size, 0, updates, seed, span_of(agent), proposals=cache)
+
+
+def random_proposals(agent: Agent, count: int) -> ProposalCache:
+    """Random numbers in place of so many proposals for each state."""
+    return ProposalCache(torch.rand(ROWS, count, agent.spec.action_dim).mul_(2).sub_(1).half())
 
 
 def span_of(agent: Agent) -> Lookahead:

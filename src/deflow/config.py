@@ -205,12 +205,16 @@ def readable(argument: str) -> str:
     if _parses(argument):
         _refuse_a_choice_without_name(argument)
         return argument
+    as_text = f"{key}={quoted(value)}"
+    if value.startswith(("[", "{", "'", '"')) or not _parses(as_text):
+        raise UserError(f'cannot read {argument}: close its brackets and quotes; as text it is "{as_text}"')
+    return as_text
+
+
+def quoted(text: str) -> str:
+    """Text as Hydra's grammar takes it, whatever is in it."""
     # A backslash counts only before a quote.
-    quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), value)
-    quoted = f"{key}='{quoted}'"
-    if value.startswith(("[", "{", "'", '"')) or not _parses(quoted):
-        raise UserError(f'cannot read {argument}: close its brackets and quotes; as text it is "{quoted}"')
-    return quoted
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), text) + "'"
 
 
 def _parses(argument: str) -> bool:

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ def _seeds(config: DictConfig) -> str:
     return f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
 
 
+@cache
 def commit() -> str:
-    """Git's name of the code, with "-dirty" if it was changed since; empty if it is not a clone."""
+    """Git's name of the code when this was first asked, with "-dirty" if it was changed since; empty if no clone."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""

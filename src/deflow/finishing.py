@@ -20,7 +20,7 @@ from deflow.evaluation.values import measure_values
 from deflow.modules.transition_flow import TransitionModel
 from deflow.policy import evaluation_mode
 from deflow.run import Run
-from deflow.run_folder import CONFIG_FILE, REPORT_FILE, SUMMARY_FILE
+from deflow.run_folder import CONFIG_FILE, REPORT_FILE, SUMMARY_FILE, commits_of
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def _summarise(run: Run) -> dict[str, Any]:
     parts = {"train": run.data.transitions, "validation": run.data.validation}
     summary["transitions"] = {name: 0 if part is None else len(part) for name, part in parts.items()}
     summary["units"] = run.units._asdict()
+    summary["commits"] = commits_of(run.folder)
     return summary | run.agents[0].facts()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from deflow.description import commit
 from deflow.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,12 +32,13 @@ REPLAY = "replay"
 EPISODES_FILE = "episodes.json"  # of the last evaluation
 LOG_FILE = "train.log"
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder"
+COMMITS_FILE = ".commits"  # of the code of the processes that made the run, a line each
 
 SIGNS_OF_A_RUN = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CHECKPOINTS)
 
 # All that can be there of a run that has not made its first update.
 BEFORE_THE_FIRST_UPDATE = (
-    *(CONFIG_FILE, METRICS_FILE, LOG_FILE, LOCK_FILE, HOLDER_FILE, "mlflow_run_id"),
+    *(CONFIG_FILE, METRICS_FILE, LOG_FILE, LOCK_FILE, HOLDER_FILE, COMMITS_FILE, "mlflow_run_id"),
     *(CHECKPOINTS, REPLAY, "tensorboard", "wandb"),
 )
 
@@ -133,6 +135,7 @@ class RunFolder:
             self._names_before = {path.name for path in self.path.iterdir()}
             self._lock.acquire()
             (self.path / HOLDER_FILE).write_text(json.dumps(_me()))
+            self._note_commit()
         except Timeout as error:
             raise UserError(f"{self.path} is in use by {self._holder()}: wait for it, or stop it") from error
         except OSError as error:
@@ -143,6 +146,12 @@ class RunFolder:
         if self._lock.is_locked:
             (self.path / HOLDER_FILE).unlink(missing_ok=True)
             self._lock.release()
+
+    def _note_commit(self) -> None:
+        """Now, because the clone may be another one when the run ends."""
+        before = commits_of(self.path) or (["unknown"] if self._resume else [])
+        if commit() not in ("", *before[-1:]):
+            (self.path / COMMITS_FILE).write_text("\n".join([*before, commit()]))
 
     def discard(self) -> None:
         """Remove what a run that did not get to its first update has written: by name, and nothing that was there."""
@@ -166,6 +175,12 @@ class RunFolder:
             return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):  # it has just begun
             return "another process"
+
+
+def commits_of(folder: Path) -> list[str]:
+    """The code that made a run, in the order of its processes; empty if that was no clone, or nobody noted it."""
+    file = folder / COMMITS_FILE
+    return file.read_text().split("\n") if file.exists() else []
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -54,29 +55,59 @@ def test_a_preempted_job_goes_on_and_one_that_fails_is_named(
     assert bad.state == "missing"
 
 
-def test_this_machine_has_no_more_jobs_at_a_time_than_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name,groups", [("local", [2, 2, 1]), ("slurm", [3, 2])])
+def test_no_more_jobs_are_submitted_at_a_time_than_is_allowed(
+    name: str, groups: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups: list[int] = []
-    monkeypatch.setattr(Cluster, "_run_group", lambda _, jobs: groups.append(len(jobs)) or [])
-    assert cluster(tmp_path).run_all(jobs_of(tmp_path, tmp_path, seeds=5)) == []
-    assert groups == [2, 2, 1]
+    as_on_a_cluster(tmp_path / "bin", "echo Submitted batch job 12", monkeypatch)
+    monkeypatch.setattr("deflow.reproduction.cluster.LONGEST_ARRAY", 3)
+    monkeypatch.setattr("deflow.reproduction.cluster._outcome", lambda job, submitted: None)
+    submitted: list[int] = []
+
+    def submit(work: list[Work]) -> list[SimpleNamespace]:
+        submitted.append(len(work))
+        return [SimpleNamespace(job_id=str(number)) for number in range(len(work))]
+
+    made = cluster(tmp_path, name)
+    monkeypatch.setattr(made._executor, "submit_array", submit)
+    assert made.run_all(jobs_of(tmp_path, tmp_path, seeds=5)) == []
+    assert submitted == groups
+
+
+def test_jobs_that_slurm_does_not_take_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_cluster(tmp_path / "bin", "echo sbatch: error: Invalid account >&2; exit 1", monkeypatch)
+    (said,) = cluster(tmp_path, "slurm").run_all(jobs_of(tmp_path, tmp_path, seeds=5))
+    assert said.startswith("5 runs could not be submitted (")
+    assert "Invalid account" in said
+    assert "\n" not in said
+
+
+def as_on_a_cluster(commands: Path, sbatch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put commands of SLURM's in the path."""
+    commands.mkdir()
+    for name in ("srun", "sbatch"):
+        (commands / name).write_text(f"#!/bin/sh\n{sbatch}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
 
 
 def test_what_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = tmp_path / "bin"
-    commands.mkdir()
-    for name in ("srun", "sbatch"):
-        (commands / name).write_text('#!/bin/sh\ncat "$1" > "$(dirname "$0")/submitted"\necho Submitted batch job 12\n')
-        (commands / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    as_on_a_cluster(commands, f'cat "$1" > {commands}/submitted; echo Submitted batch job 12', monkeypatch)
     config = compose_config("table=quick", "engine=slurm", "engine.submit.slurm_partition=gpu", config_name="reproduce")
     assert (config.jobs, config.threads) == (64, 4)
     made = Cluster(tmp_path / "jobs", config.jobs, config.threads, "slurm", dict(config.engine.submit), 100)
     first, second = made._executor.submit_array([Work(job, 1) for job in jobs_of(tmp_path, tmp_path, seeds=2)])
     assert (first.job_id, second.job_id) == ("12_0", "12_1")
     submitted = (commands / "submitted").read_text()
-    for line in ("--array=0-1%2", "--partition=gpu", "--time=720", "--gpus-per-node=1", "--signal=USR2@180"):
+    for line in (
+        "--array=0-1%2",
+        "--partition=gpu",
+        "--time=720",
+        "--gpus-per-node=1",
+        "--signal=USR2@180",
+        "--requeue",
+    ):
         assert f"#SBATCH {line}\n" in submitted
 
 

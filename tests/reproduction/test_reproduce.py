@@ -14,11 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
 
-from deflow.config import plain
+from deflow.agents.base import Agent
+from deflow.config import plain, quoted
+from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
 from deflow.reproduction import runs
 from deflow.reproduction.layout import layout, names
@@ -32,7 +37,18 @@ from deflow.reproduction.plan import (
     refuse_other_settings,
 )
 from deflow.reproduction.plots import profiles
-from deflow.reproduction.reproduce import _done, _write, reproduce, updates_of
+from deflow.reproduction.reproduce import (
+    _arguments,
+    _check_evaluations,
+    _checked,
+    _done,
+    _seconds,
+    _seconds_left,
+    _sharing_cores,
+    _write,
+    reproduce,
+    updates_of,
+)
 from deflow.reproduction.results import (
     Result,
     read_results,
@@ -44,6 +60,7 @@ from deflow.reproduction.results import (
 from deflow.reproduction.runs import run_all
 from deflow.reproduction.table import cells_of, compare, latex, markdown, poolable, summary, tolerance
 from deflow.reproduction.tracking import track
+from deflow.signals import Stopped
 from deflow.stored import load_config
 from tests.commands import run as run_command
 from tests.commands import start
@@ -79,7 +96,7 @@ def test_every_run_can_be_composed(table: str, tmp_path: Path) -> None:
     of_agents = {job.agent: job for job in jobs_of(tmp_path, table, seeds=1)}
     for job in of_agents.values():
         config = compose_config(*job.settings)
-        assert config.stages
+        _check_evaluations(job, config)
         assert config.logger._target_.endswith("csv_only")
 
 
@@ -129,6 +146,67 @@ def test_what_is_typed_survives_a_shell(tmp_path: Path) -> None:
     assert shlex.split(command)[2:] == list(job.arguments(threads=1))
 
 
+@pytest.mark.parametrize(
+    "name", ["my,data", "run (old)", "a=b", "it's", "{x}", "my data", "[1]", "~a-b_c+d@e:f.g", "é"]
+)
+def test_any_folder_will_do(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    job = plan(layout("quick"), folder, folder, 1)[0]
+    composed = compose_config(*job.settings)
+    assert job.dataset is not None
+    assert composed.data.source.path == str(job.dataset.path)
+    assert job.dataset.is_named_by(job.dataset.setting)
+    parse = OverridesParser.create().parse_override
+    assert parse(job.dataset.arguments[1]).value() == str(job.dataset.path.parent)
+    assert parse(job.arguments(threads=1)[-2]).value() == str(job.folder)
+    (published, *_) = plan(layout("d4rl_antmaze"), folder, folder, 1)
+    assert compose_config(*published.settings).paths.data == str(folder)
+    config = compose_config(f"+settings.data.source.dir={quoted(str(folder))}", config_name="reproduce")
+    (setting,) = _arguments(plain(config.settings))
+    assert parse(setting).value() == str(folder)
+
+
+def test_an_estimate_is_of_what_each_stage_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_config("agent=deflow", "stages=staged", "updates=1000", "networks.hidden=[8]")
+    trained: list[set[str]] = []
+
+    def seconds(agent: Agent, stream: BatchStream) -> float:
+        trained.append({part for part in agent.parts if agent.trains(part)})
+        assert (next(iter(stream)).base_actions is None) == (len(trained) <= 2)
+        return 3.0 if len(trained) <= 2 else 6.0
+
+    monkeypatch.setattr("deflow.reproduction.reproduce.seconds_of_updates", seconds)
+    speeds = _seconds(config, threads=1)
+    assert speeds == {"behavior": 1.0, "extraction": 2.0}
+    assert trained[0] == {"behavior_flow"}
+    assert "behavior_flow" not in trained[-1]
+    assert [_seconds_left(config, done, speeds) for done in (0, 400, 1000, 1500, 2000)] == [3000, 2600, 2000, 1000, 0]
+
+
+def test_a_mean_of_three_evaluations_needs_three(tmp_path: Path) -> None:
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1, settings=["updates=1000", "eval.every=500"])
+    with pytest.raises(
+        UserError, match="shows its mean of last three, and its last stage, 'joint', of 1000 updates has 2"
+    ):
+        _checked(job)
+    _checked(replace(job, settings=(*job.settings, "eval.every=499")))
+    with pytest.raises(UserError, match="plays in no environment: take stages=offline_to_online"):
+        _checked(replace(job, value="before_and_after"))
+    _checked(replace(job, value="last"))
+
+
+def test_runs_side_by_side_share_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deflow.reproduction.reproduce.usable_cores", lambda: 64)
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    assert _sharing_cores(job, 1) == job
+    assert _sharing_cores(job, 64).settings == (*job.settings, "eval.num_envs=2")
+    assert _sharing_cores(job, 3).settings[-1] == "eval.num_envs=23"
+    asked = replace(job, settings=(*job.settings, "eval.num_envs=7"))
+    assert _sharing_cores(asked, 64) == asked
+    write_run(job, [0.5])
+    refuse_other_settings([_sharing_cores(job, 64)])  # it is not another run
+
+
 def test_what_a_run_has_done_is_not_counted_again(finished_run: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished_run(), tmp_path / "run"))
     (job, *_), config = jobs_of(tmp_path, "quick", seeds=1), load_config(folder / "config.yaml")
@@ -169,10 +247,58 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypa
     assert calls[-1] == f"resume={jobs[1].folder}"
 
 
+def test_a_run_that_cannot_be_made_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = jobs_of(tmp_path, "quick", seeds=3, rows=["scene"], agents=["bc"])
+
+    def fake(command: str, arguments: Sequence[str], output: Path, apart: bool) -> int:
+        if str(first.folder) in " ".join(arguments):
+            raise OSError(28, "No space left on device")
+        write_run(second if str(second.folder) in " ".join(arguments) else third, [0.5])
+        return 0
+
+    monkeypatch.setattr(runs, "_run", fake)
+    (said,) = run_all([first, second, third], at_once=2, threads=1)
+    assert said == "bc on scene task 1, seed 0 could not be made ([Errno 28] No space left on device)"
+    assert [job.state for job in (first, second, third)] == ["missing", "done", "done"]
+
+
+def fake_runs(monkeypatch: pytest.MonkeyPatch, first: Callable[[Job], list[str]]) -> None:
+    """Let a table's first run be done by `first`, which returns what is to be said of the others, or raises."""
+    module = "deflow.reproduction.reproduce"
+    monkeypatch.setattr(f"{module}.generate_missing", lambda jobs: None)
+    monkeypatch.setattr(f"{module}.run_all", lambda jobs, at_once, threads: first(jobs[0]))
+
+
+def test_what_failed_is_said_whatever_comes_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow.db").write_text("no database")
+
+    def first(job: Job) -> list[str]:
+        write_run(job, [0.5])
+        return ["the others failed"]
+
+    fake_runs(monkeypatch, first)
+    arguments = ("table=quick", "rows=[scene]", "agents=[bc]", f"paths.logs={tmp_path}", f"out={tmp_path / 'out'}")
+    with pytest.raises(UserError, match=r"lacks 2 of 3 runs, .* the others failed; .*mlflow"):
+        reproduce(compose_config(*arguments, config_name="reproduce"))
+    assert len(read_results(tmp_path / "out" / "quick.jsonl")) == 1
+
+
+def test_a_signal_leaves_the_table_of_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(job: Job) -> list[str]:
+        write_run(job, [0.5])
+        raise Stopped(signal.SIGTERM)
+
+    fake_runs(monkeypatch, first)
+    arguments = ("table=quick", "rows=[scene]", "agents=[bc]", "mlflow=null", f"paths.logs={tmp_path}")
+    with pytest.raises(Stopped, match="stopped by SIGTERM: go on by the same command"):
+        reproduce(compose_config(*arguments, f"out={tmp_path / 'out'}", config_name="reproduce"))
+    assert "| scene task 1 | bc | 1 |" in (tmp_path / "out" / "quick.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_killed_reproduction_goes_on(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
     data = as_if_generated("cube-single-play-v0", tiny_data("cube-single", "play"), tmp_path / "data")
-    settings = {"updates": 1500, "eval.every": 1500, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 100}
+    settings = {"updates": 1500, "eval.every": 500, "eval.episodes": 1, "eval.num_envs": 1, "checkpoint_every": 100}
     settings |= {"validate_every": 1500, "diversity.states": 0, "networks.hidden": "[8]", "data.batch_size": 16}
     overrides = ["table=quick", "rows=[cube-single]", "agents=[bc]", "seeds=1", f"out={tmp_path / 'out'}"]
     overrides += [f"paths.data={data}", f"paths.logs={tmp_path}"]
@@ -399,7 +525,7 @@ def test_a_cell_is_held_against_the_published_one(tmp_path: Path) -> None:
     assert cells[2, "bc"].interval[0] < 50 < cells[2, "bc"].interval[1]  # seeds are equal: over episodes
     text = markdown("ogbench_state", list(cells.values()))
     assert "| cube-single task 2 | fql | 3 | 97 ± 2 | 92 to 100 | 97 | +0 | inside |" in text
-    assert r"cube-single 2 & $97 \pm 2$ (97) & $50 \pm 0$ (3) \\" in latex(list(cells.values()))
+    assert r"cube-single 2 & $97 \pm 2$ (97, $+0$) & $50 \pm 0$ (3, $+47$) \\" in latex(list(cells.values()))
     assert "| fql | 97 |" in summary(results)
 
 
@@ -445,6 +571,53 @@ def test_a_score_of_one_run_has_no_verdict(tmp_path: Path) -> None:
     assert (cell.mean, cell.interval, cell.verdict) == (53.0, None, None)
 
 
+def test_what_is_learnt_from_scratch_has_no_before(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path, "quick_online", seeds=1, rows=["scene"], agents=["rlpd"])
+    write_run(job, [0.0, 0.4])
+    summary = json.loads((job.folder / "summary.json").read_text())
+    summary["eval/success"]["last_of_stage"] = {"online": 0.4}
+    (job.folder / "summary.json").write_text(json.dumps(summary))
+    cells = cells_of("quick_online", [result_of(job)])
+    assert "| - → 40 |" in markdown("quick_online", cells)
+    assert r"$- \to 40$" in latex(cells)
+    summary["eval/success"]["last_of_stage"] = {"model": 0.1, "joint": 0.3, "online": 0.4}
+    (job.folder / "summary.json").write_text(json.dumps(summary))
+    assert result_of(job).before == 30
+
+
+def test_one_seed_has_no_verdict_however_many_its_episodes(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path, seeds=1, rows=["cube-single"], agents=["bc"], tasks=[2])
+    write_run(job, [0.9])
+    (cell,) = cells_of("ogbench_state", [result_of(job)])
+    assert cell.verdict is None
+    assert cell.interval is not None
+    assert cell.interval[1] - cell.interval[0] < 20  # Wilson's
+    text = markdown("ogbench_state", [cell])
+    assert "| cube-single task 2 | bc | 1 | 90 | 79 to 96 | 3 | +87 | - |" in text
+    assert "No verdict: one seed says nothing of the spread over seeds" in text
+
+
+def test_agents_are_compared_over_the_same_seeds_of_the_same_tasks(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "quick", seeds=6, agents=["bc", "iql"])
+    for job in jobs:
+        easy = job.row == "cube-single"
+        if (job.agent, easy) != ("bc", False) or job.seed < 2:  # not all of its hard runs are done yet
+            write_run(job, [0.9 if easy else 0.1 + 0.01 * job.seed])
+    done = [result_of(job) for job in jobs if job.state == "done"]
+    text = summary(done)
+    assert "| bc | 50 | - | - | 0.50 |" in text
+    assert "| iql | 50 | - | 0.50 | - |" in text
+    assert "over 2 tasks and the seeds that every agent has of them all (0, 1)" in text
+    assert [curve.label for curve in profiles(done)] == [
+        "bc (too few seeds for a band)",
+        "iql (too few seeds for a band)",
+    ]
+    (bc, iql) = summary([result for result in done if result.row == "cube-single"]).splitlines()[2:4]
+    assert (bc, iql) == ("| bc | 90 | - | - | 0.50 (0.50 to 0.50) |", "| iql | 90 | - | 0.50 (0.50 to 0.50) | - |")
+    of_iql = [replace(result, agent=f"iql{n}") for n in (1, 2) for result in done if result.agent == "iql"]
+    assert re.search(r"\| iql1 \| \d+ \| \d+ to \d+ \| - \| 0.50 \(0.3\d to 0.6\d\)", summary(of_iql))
+
+
 def test_a_run_of_other_settings_is_not_taken(tmp_path: Path) -> None:
     chosen = {"rows": ["scene"], "agents": ["fql"], "tasks": [1], "seeds": 1}
     (job,) = jobs_of(tmp_path, **chosen)
@@ -463,6 +636,67 @@ def test_a_run_begun_by_hand_is_taken_for_what_it_is(finished_run: Callable[...,
     for changed, named in (({"tau": 0.5}, f"tau={saved['tau']}"), (path, "data.source.path=")):
         with pytest.raises(UserError, match=rf"was begun with other settings \({named}"):
             refuse_other_configuration(job, saved, saved | changed)
+
+
+def configurations(*overrides: str, settings: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """That of a run with these overrides, and that of the plan."""
+    planned = ("agent=fql", "task=cube_single", "stages=joint", *settings)
+    return plain(compose_config(*planned, *overrides)), plain(compose_config(*planned))
+
+
+@pytest.mark.parametrize(
+    "overrides,named",
+    [
+        (["agent.actor.alpha=7"], "agent.actor.alpha=7"),
+        (["networks.hidden=[8]"], r"agent.critic.hidden=\[8\]"),
+        (["stages=staged", "stages.behavior.steps=45_000"], "stages.behavior"),
+        (["+stages.joint.lr=1e-2"], "stages.joint.lr=0.01"),
+        (["+agent.optimizer.parts.critic.lr=1e-2"], "agent.optimizer.parts.critic.lr=0.01"),
+    ],
+)
+def test_a_run_whose_configuration_is_another_is_not_taken(overrides: list[str], named: str, tmp_path: Path) -> None:
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    saved, planned = configurations(*overrides)
+    with pytest.raises(UserError, match=rf"begun with other settings \(.*{named}"):
+        refuse_other_configuration(job, saved, planned)
+    of_the_group = "parts" in named  # which may be an option that only newer code has, with its default
+    asked = replace(job, settings=("agent.optimizer.parts.critic.lr=0.01",)) if of_the_group else job
+    with pytest.raises(UserError, match="begun with other settings"):
+        refuse_other_configuration(asked, planned, saved)
+
+
+def test_a_run_of_older_code_with_the_same_settings_is_taken(tmp_path: Path) -> None:
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    saved, planned = configurations(settings=("agent=deflow", "agent.trust_region=auto"))
+    del saved["agent"]["critic"]["norm"], saved["agent"]["optimizer"]["clip"]
+    saved["agent"]["optimizer"] |= {"_target_": "torch.optim.Adam", "_partial_": True}
+    saved["agent"]["trust_region"] = {"delta": 0.1}
+    saved["iav"]["result"] = {"delta": 0.1}
+    refuse_other_configuration(job, saved, planned)
+
+
+def test_a_relative_path_is_the_one_that_the_run_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    job, saved = replace(job, dataset=None), {"data": {"source": {"path": str(tmp_path / "a.npz")}}}
+    refuse_other_configuration(job, saved, {"data": {"source": {"path": "a.npz"}}})
+    with pytest.raises(UserError, match="other settings"):
+        refuse_other_configuration(job, saved, {"data": {"source": {"path": "b.npz"}}})
+
+
+def test_what_is_tuned_since_is_said_by_the_command(tmp_path: Path) -> None:
+    arguments = ("table=ogbench_state", "rows=[scene]", "agents=[fql]", "tasks=[1]", "seeds=2", "dry=true")
+    command = compose_config(*arguments, f"paths.logs={tmp_path}", config_name="reproduce")
+    logs = tmp_path / "reproduce"
+    jobs = plan(
+        layout("ogbench_state"), logs, Path(command.paths.data).expanduser(), 2, ["scene"], [1], ["fql"], settings=[]
+    )
+    for job in jobs:
+        write_run(job, [0.5])
+        alpha = () if job.seed == 0 else ("agent.actor.alpha=3",)
+        OmegaConf.save(compose_config(*job.settings, *alpha), job.folder / "config.yaml", resolve=True)
+    with pytest.raises(UserError, match=r"seed_1 was begun with other settings \(agent.actor.alpha=3\)"):
+        reproduce(command)
 
 
 def test_generated_data_never_lie_where_the_published_do(tmp_path: Path) -> None:
@@ -514,11 +748,12 @@ def test_a_damaged_run_is_left_out_and_named(name: str, content: str | None, tmp
 
 
 def test_online_shows_before_and_after(tmp_path: Path) -> None:
-    (job,) = jobs_of(tmp_path, "offline_to_online", seeds=1, rows=["puzzle-4x4"], agents=["fql"])
-    write_run(job, [0.08, 0.2, 0.4])
-    (cell,) = cells_of("offline_to_online", [result_of(job)])
+    jobs = jobs_of(tmp_path, "offline_to_online", rows=["puzzle-4x4"], agents=["fql"])
+    for job in jobs:
+        write_run(job, [0.08, 0.2, 0.4])
+    (cell,) = cells_of("offline_to_online", [result_of(job) for job in jobs])
     assert (cell.before, cell.mean, cell.verdict) == (8.0, 40.0, "inside")
-    assert "| 8 → 40 |" in markdown("offline_to_online", [cell])
+    assert "| 8 → 40 ± 0 | 31 to 50 | 8 → 38 |" in markdown("offline_to_online", [cell])
 
 
 @pytest.mark.parametrize(
@@ -572,7 +807,7 @@ def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:
         files.append(tmp_path / f"{name}.jsonl")
         write_results(files[-1], [result_of(job) for job in jobs])
     a, b = map(read_results, files)
-    assert "| scene task 1 | fql | 55 ± 5 (2) | 80 ± 5 (2) | +25.0 | 1.00 |" in compare(a, b)
+    assert "| scene task 1 | fql | 55 ± 5 (2) | 80 ± 5 (2) | +25.0 | -5.4 to +55.4 | 1.00 |" in compare(a, b)
     line = json.loads(files[0].read_text().splitlines()[0])
     line["identity"]["generated"] = True
     files[0].write_text(json.dumps(line) + "\n")
@@ -601,6 +836,26 @@ def test_two_protocols_are_not_compared(tmp_path: Path) -> None:
         read_results(tmp_path / "broken.jsonl")
 
 
+def test_several_versions_of_the_code_are_named(tmp_path: Path) -> None:
+    first, second = jobs_of(tmp_path, "quick", rows=["scene"], agents=["bc"])
+    write_run(first, [0.5])
+    write_run(second, [0.5])
+    _write("quick", [result_of(first), result_of(second)], tmp_path)
+    assert "versions of the code" not in (tmp_path / "quick.md").read_text()
+    shutil.rmtree(second.folder)
+    write_run(second, [0.5], commit="0123456789-dirty", commits=["abc", "0123456789-dirty"])
+    _write("quick", [result_of(first), result_of(second)], tmp_path)
+    for name in ("quick.md", "quick.tex"):
+        assert "has had a part in: abc (2), 0123456-dirty (1)." in (tmp_path / name).read_text()
+    old = {key: value for key, value in json.loads(_lines(tmp_path)[0]).items() if key != "commits"}
+    (tmp_path / "quick.jsonl").write_text(json.dumps(old))
+    assert read_results(tmp_path / "quick.jsonl")[0].commit == "abc"  # a line that older code wrote
+
+
+def _lines(folder: Path) -> list[str]:
+    return (folder / "quick.jsonl").read_text().splitlines()
+
+
 def test_agents_without_a_task_in_common_have_a_table_all_the_same(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, "quick", seeds=1, agents=["bc", "iql"])
     for job in jobs:
@@ -608,9 +863,34 @@ def test_agents_without_a_task_in_common_have_a_table_all_the_same(tmp_path: Pat
             write_run(job, [0.5])
     results, _ = _done(jobs)
     assert not poolable(results)
+    (tmp_path / "quick_profile.png").touch()  # of an earlier selection
     _write("quick", results, tmp_path)
     assert len(read_results(tmp_path / "quick.jsonl")) == 2
     assert not (tmp_path / "quick_profile.png").exists()
+
+
+def test_a_page_that_cannot_be_made_again_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = jobs_of(tmp_path, "quick", seeds=1, rows=["scene"], agents=["bc"])
+    write_run(job, [0.5])
+    (tmp_path / "quick.html").touch()
+    monkeypatch.setattr("deflow.reproduction.reproduce.is_possible", lambda: False)
+    _write("quick", [result_of(job)], tmp_path)
+    assert not (tmp_path / "quick.html").exists()
+
+
+def test_two_commands_do_not_write_one_table_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = jobs_of(tmp_path, "quick", seeds=1, rows=["scene"], agents=["bc"])
+    write_run(job, [0.5])
+    lock = FileLock(tmp_path / ".quick.lock")
+
+    def taken(path: Path, results: Sequence[Result]) -> None:
+        with pytest.raises(Timeout):
+            lock.acquire(timeout=0)
+        write_results(path, results)
+
+    monkeypatch.setattr("deflow.reproduction.reproduce.write_results", taken)
+    _write("quick", [result_of(job)], tmp_path)
+    lock.acquire(timeout=0)
 
 
 def test_returns_of_two_tasks_have_no_mean_in_common(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from scipy.stats import binomtest, mannwhitneyu, t, trim_mean
 from deflow.reproduction.statistics import (
     Estimate,
     Values,
+    difference_interval,
+    enough_seeds,
+    improvement_interval,
     interquartile_mean,
     interval,
     mean_and_deviation,
@@ -88,6 +91,11 @@ def test_the_bootstrap_follows_from_its_seed_and_knows_nothing_of_one_seed() -> 
     assert stratified_bootstrap(UNEQUAL, mean) is None
 
 
+def test_a_bootstrap_needs_seeds_of_every_task() -> None:
+    assert enough_seeds([range(5), range(6)])
+    assert not enough_seeds([range(5), range(4)])
+
+
 def test_the_bootstrap_covers_and_shrinks() -> None:
     generator = np.random.default_rng(0)
     widths = {}
@@ -140,6 +148,32 @@ def test_probability_of_improvement_is_antisymmetric(seed: int) -> None:
     assert probability_of_improvement(x, y) == pytest.approx(1 - probability_of_improvement(y, x))
     pairs = [mannwhitneyu(a, b).statistic / (len(a) * len(b)) for a, b in zip(x, y, strict=True)]
     assert probability_of_improvement(x, y) == pytest.approx(np.mean(pairs))
+
+
+def test_the_interval_of_an_improvement_is_what_the_bootstrap_says() -> None:
+    x, y = (
+        [[0.1, 0.5, 0.9, 0.4, 0.3], [0.2, 0.6, 0.5, 0.1, 0.9]],
+        [[0.2, 0.3, 0.5, 0.1, 0.6], [0.3, 0.4, 0.1, 0.0, 0.2]],
+    )
+    expected = stratified_bootstrap([*x, *y], lambda drawn: probability_of_improvement(drawn[:2], drawn[2:]))
+    found, mirrored = improvement_interval(x, y), improvement_interval(y, x)
+    assert found == pytest.approx(expected, abs=0.03)
+    assert mirrored is not None
+    assert found == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=0.03)
+    assert improvement_interval([[1]], [[1, 2]]) is None
+
+
+def test_the_interval_of_a_difference_is_welchs() -> None:
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(300):
+        found = difference_interval(generator.normal(3, 2, size=3), generator.normal(1, 1, size=4))
+        assert found is not None
+        covered.append(found[0] <= 2 <= found[1])
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.03)
+    assert difference_interval([1, 1], [0, 0]) is None
+    assert difference_interval([1], [0, 2]) is None
+    assert difference_interval([1, 1], [0, 2]) is not None
 
 
 def test_probability_of_improvement_is_over_the_same_tasks() -> None:

@@ -14,6 +14,8 @@ from deflow.reproduction.runs import do, stop_running
 
 log = logging.getLogger(__name__)
 
+LONGEST_ARRAY = 1000  # jobs that SLURM takes in one array, unless its MaxArraySize is raised
+
 
 class Work:
     """A run as a job: what submitit calls on a node, and once more after a preemption or the end of the job's time.
@@ -70,23 +72,27 @@ class Cluster:
         self._threads, self._at_once = threads, at_once
 
     def run_all(self, jobs: Sequence[Job]) -> list[str]:
-        """Submit what is not done yet as one array, and wait for it; on this machine, so many jobs after so many.
+        """Submit what is not done yet as an array, and wait for it; so many jobs after so many.
 
         Returns:
             What is to be said of those that are not done now.
         """
-        todo = [job for job in jobs if job.state != "done"]
-        if not todo:
-            return []
-        together = self._at_once if self._executor.cluster == "local" else len(todo)  # which keeps to no limit itself
-        groups = [todo[first : first + together] for first in range(0, len(todo), together)]
-        return [outcome for group in groups for outcome in self._run_group(group)]
+        from submitit.core.utils import FailedJobError
 
-    def _run_group(self, jobs: Sequence[Job]) -> list[str]:
-        submitted = self._executor.submit_array([Work(job, self._threads) for job in jobs])
-        log.info("submitted %d jobs from %s on; they go on if this command ends", len(jobs), submitted[0].job_id)
-        outcomes = [_outcome(job, done) for job, done in zip(jobs, submitted, strict=True)]
-        return [outcome for outcome in outcomes if outcome is not None]
+        todo = [job for job in jobs if job.state != "done"]
+        together = self._at_once if self._executor.cluster == "local" else LONGEST_ARRAY
+        said: list[str] = []
+        for first in range(0, len(todo), together):
+            group = todo[first : first + together]
+            try:
+                submitted = self._executor.submit_array([Work(job, self._threads) for job in group])
+            except (FailedJobError, OSError) as error:  # and what comes after would fare no better
+                reason = " ".join(str(error).split())
+                return [*said, f"{len(todo) - first} runs could not be submitted ({reason})"]
+            log.info("submitted %d jobs from %s on; they go on if this command ends", len(group), submitted[0].job_id)
+            outcomes = [_outcome(job, done) for job, done in zip(group, submitted, strict=True)]
+            said += [outcome for outcome in outcomes if outcome is not None]
+        return said
 
 
 def _outcome(job: Job, submitted: Any) -> str | None:

@@ -45,7 +45,7 @@ def page(title: str, cells: Sequence[Cell], results: Sequence[Result], folder: P
         reasons=reasons(cells),
         cells=[(cell, texts(cell)) for cell in cells],
         runs=[(result, list(_links(Path(result.folder), folder))) for result in results],
-        commits=sorted({result.commit or "unknown" for result in results}),
+        commits=sorted({name for result in results for name in result.commits or [result.commit or "unknown"]}),
         versions=sorted({f"{name} {number}" for result in results for name, number in result.versions.items()}),
         plots=list(_plots(results)),
         plotly=get_plotlyjs(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from deflow.config import quoted
 from deflow.data.generate.runner import generated_path
 from deflow.errors import UserError
 from deflow.reproduction.layout import Generated, Layout, Value, place_of
@@ -29,6 +31,15 @@ TECHNICAL = (
 )
 WHOLE_GROUPS = ("logger", "paths", "video", "diversity")  # of them, those all of whose settings are
 
+# What compares a run's configuration with the plan's.
+DATA_FILE = "data.source.path"
+PATHS = (DATA_FILE, "ckpt")  # which a run makes absolute
+DECIDED = "iav.result"  # by the data; and so is whatever the plan leaves at `auto`
+HOW_TO_BUILD = ("_partial_", "_convert_", "_recursive_")
+SAME_AS = {"torch.optim.Adam": "deflow.agents.optimizer.PartwiseAdam"}  # older configurations' name -> ours
+
+PLAIN = re.compile(r"[A-Za-z0-9_./:@+-]*")  # text that Hydra's grammar takes as it is
+
 OF_THE_PLAN = ("seed", "seeds", "agent", "task", "task_id", "stages", "experiment", "resume", "ckpt")
 
 State = Literal["done", "begun", "missing"]
@@ -45,17 +56,18 @@ class Dataset(NamedTuple):
     @property
     def arguments(self) -> tuple[str, ...]:
         """Of `generate.py`."""
-        return f"dataset={self.name}", f"out={self.path.parent}", f"episodes={self.episodes}", f"seed={self.seed}"
+        out = argument("out", self.path.parent)
+        return f"dataset={self.name}", out, f"episodes={self.episodes}", f"seed={self.seed}"
 
     @property
     def setting(self) -> str:
         """Of `train.py`, by which a run takes these data."""
-        return f"data.source.path={self.path}"
+        return argument(DATA_FILE, self.path)
 
     def is_named_by(self, setting: str) -> bool:
         """Whether a setting names these data, wherever the folder of all data lies."""
         name, _, path = setting.partition("=")
-        return name == "data.source.path" and Path(path).parts[-3:] == self.path.parts[-3:]
+        return name == DATA_FILE and Path(path.strip("'")).parts[-3:] == self.path.parts[-3:]
 
 
 @dataclass(frozen=True)
@@ -94,8 +106,8 @@ class Job:
     def arguments(self, threads: int) -> tuple[str, ...]:
         """Of `train.py`: those that begin the run, with so many threads of torch, or that go on with it."""
         if self.state == "begun":
-            return (f"resume={self.folder}",)
-        return (*self.settings, f"hydra.run.dir={self.folder}", f"threads={threads}")
+            return (argument("resume", self.folder),)
+        return (*self.settings, argument("hydra.run.dir", self.folder), f"threads={threads}")
 
     @property
     def made_by(self) -> Path:
@@ -153,7 +165,7 @@ def plan(
         if table.rows[row] == [None]:
             raise UserError(f"{row} is one task in {table.name}: leave out tasks")
         _refuse_unknown(f"task of {row} in {table.name}", list(map(str, tasks or ())), list(map(str, table.rows[row])))
-    for name in (setting.lstrip("+").partition("=")[0] for setting in settings):
+    for name in map(name_of, settings):
         if name in OF_THE_PLAN or name.startswith("hydra."):
             raise UserError(f"{name} is the table's to set: choose rows, tasks, agents and seeds")
     return [
@@ -179,7 +191,10 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
 
 
 def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
-    """As `refuse_other_settings`, of a run that was not begun by a plan: by what its settings came to.
+    """As `refuse_other_settings`, by what the settings came to: defaults and tuned values change as the code does.
+
+    What only the plan has is an option of newer code, unless the plan's own settings name it; what only the run has is
+    another setting, unless the data decided it.
 
     Args:
         job: the run.
@@ -187,15 +202,39 @@ def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapp
         planned: what the plan's settings resolve to.
     """
     before, now = _leaves(saved), _leaves(planned)
-    differing = [f"{name}={before[name]}" for name in before if name in now and now[name] not in (before[name], AUTO)]
-    _refuse(job, [setting for setting in _deciding(differing, job.dataset) if setting not in job.settings])
+    asked = {name_of(setting) for setting in job.settings}
+    differing = [f"{name}={value}" for name, value in before.items() if not _is_planned(name, value, now)]
+    differing += [
+        f"no {name}"
+        for name in now
+        if name not in before and not is_technical(name) and (name in asked or name.startswith("stages."))
+    ]
+    named = job.dataset is not None and job.made_by.exists()  # and compared by that, wherever the data lay
+    found = [setting for setting in _deciding(differing, job.dataset) if setting not in job.settings]
+    _refuse(job, [setting for setting in found if not (named and name_of(setting) == DATA_FILE)])
+
+
+def _is_planned(name: str, value: Any, now: Mapping[str, Any]) -> bool:
+    """Whether a leaf of a run's configuration says what the plan does, or what the data had to say."""
+    along = [name, *(name[:place] for place, letter in enumerate(name) if letter == ".")]
+    if DECIDED in along or any(now.get(branch) == AUTO for branch in along):
+        return True
+    if name not in now:
+        return False
+    planned = now[name]
+    if name in PATHS and planned is not None:
+        return value in (planned, str(Path(planned).absolute()))
+    return bool(value == planned or SAME_AS.get(str(value)) == planned)
 
 
 def _leaves(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Dotted name -> value."""
+    """Dotted name -> value, without what only Hydra reads."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= _leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+        if isinstance(value, Mapping):
+            found |= _leaves(value, f"{above}{name}.")
+        elif name not in HOW_TO_BUILD:
+            found[f"{above}{name}"] = value
     return found
 
 
@@ -223,15 +262,25 @@ def _job(
     place = logs / table.folder / place_of(row, task) / agent / f"seed_{seed}"
     changed = tuple(sorted(setting for setting in settings if not is_technical(setting)))
     dataset = None if cell.data is None else _dataset(cell.data, data, table.generate)
-    from_data = f"paths.data={data}" if dataset is None else dataset.setting
+    from_data = argument("paths.data", data) if dataset is None else dataset.setting
     chosen = (*cell.settings, from_data, f"seed={seed}", "logger=csv", *settings)
     return Job(row, task, agent, seed, place, chosen, table.value, changed, dataset)
 
 
 def is_technical(setting: str) -> bool:
     """Whether an argument of `train.py` says how a run is made, and not what it is."""
-    name = setting.lstrip("+").partition("=")[0]
+    name = name_of(setting)
     return name in TECHNICAL or name.partition(".")[0] in WHOLE_GROUPS
+
+
+def argument(name: str, value: str | Path) -> str:
+    """Of a command, quoted if Hydra would read anything but this text."""
+    return f"{name}={value if PLAIN.fullmatch(str(value)) else quoted(str(value))}"
+
+
+def name_of(setting: str) -> str:
+    """What an argument of `train.py` sets."""
+    return setting.lstrip("+").partition("=")[0]
 
 
 def _dataset(name: str, folder: Path, generate: Generated | None) -> Dataset:

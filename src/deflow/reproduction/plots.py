@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from deflow.files import replacing
 from deflow.reproduction.results import Result
-from deflow.reproduction.statistics import performance_profile, probability_of_improvement, profile_band
+from deflow.reproduction.statistics import enough_seeds, performance_profile, probability_of_improvement, profile_band
 from deflow.reproduction.table import common_scores, task_name
 
 LEVELS = 101  # at which a profile is drawn
@@ -41,14 +41,16 @@ def curves(results: Sequence[Result], row: str, task: int | None) -> Iterator[Cu
 
 
 def profiles(results: Sequence[Result]) -> Iterator[Curve]:
-    """Each agent's performance profile over the tasks that all agents have, with a 95% band by bootstrap over seeds."""
+    """Each agent's performance profile over the runs `in_common`, with a 95% band by bootstrap if seeds are enough."""
     scores = common_scores(results)
     found = [float(value) for of_agent in scores.values() for values in of_agent for value in values]
     levels = np.linspace(min([0.0, *found]), max([100.0, *found]), LEVELS)
     for agent, own in scores.items():
         share = performance_profile(own, levels)
-        low, high = profile_band(own, levels) or (share, share)
-        yield Curve(agent, agent, levels.tolist(), share.tolist(), low.tolist(), high.tolist())
+        band = profile_band(own, levels) if enough_seeds(own) else None
+        low, high = band or (share, share)
+        label = agent if band else f"{agent} (too few seeds for a band)"
+        yield Curve(agent, label, levels.tolist(), share.tolist(), low.tolist(), high.tolist())
 
 
 def measure(results: Sequence[Result], row: str) -> str:

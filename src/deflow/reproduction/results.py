@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,17 +35,18 @@ class Result:
         seed: of the run.
         measure: what its values are: `success` in %, D4RL's `score`, or `return` where an environment knows neither.
         value: what the table shows; online, after the online updates.
-        before: online alone: before them.
+        before: online alone: before them; None where nothing was learnt offline.
         curve: updates -> what an evaluation came to, in the same unit.
         episodes: of an evaluation.
         identity: what must be the same for numbers to be compared.
         command: that began the run.
-        commit: of the code, if it was a clone.
+        commit: of the code that ended the run, if it was a clone.
         versions: of the packages.
         updates_per_second: of the last stage.
         seconds: of the whole run.
         folder: of the run.
         correlation: of its values with what held-out trajectories earned; None where there are no such numbers.
+        commits: of the code of all processes that made the run.
     """
 
     row: str
@@ -64,6 +66,7 @@ class Result:
     seconds: float
     folder: str
     correlation: float | None = None
+    commits: Sequence[str] = ()
 
     @property
     def is_share(self) -> bool:
@@ -93,7 +96,7 @@ def _result_of(job: Job) -> Result:
     found, unit = summary[f"eval/{measure}"], MEASURES[measure]
     if job.value == "before_and_after":
         *offline, value = found["last_of_stage"].values()
-        before = offline[0] if offline else 0.0  # trained from scratch
+        before = offline[-1] if offline else None  # trained from scratch
     else:
         before, value = None, found[job.value]
     if not math.isfinite(value):
@@ -118,6 +121,7 @@ def _result_of(job: Job) -> Result:
         seconds=summary["seconds"],
         folder=str(job.folder),
         correlation=(summary.get("values") or {}).get("correlation"),
+        commits=summary.get("commits") or [summary.get("commit") or "unknown"],
     )
 
 
@@ -133,6 +137,20 @@ def _identity(summary: dict[str, Any]) -> dict[str, Any]:
         "transitions": summary["transitions"]["train"],
         "stages": summary["stages"],
     }
+
+
+def versions_of_code(results: Iterable[Result]) -> str:
+    """Of which commits the runs are, if of several."""
+    counts = Counter(commit for result in results for commit in result.commits or [result.commit or "unknown"])
+    if len(counts) < 2:
+        return ""
+    shown = ", ".join(f"{_short(commit)} ({runs})" for commit, runs in counts.items())
+    return f"The runs are of several versions of the code; commits, and how many runs each has had a part in: {shown}."
+
+
+def _short(commit: str) -> str:
+    number, *changed = commit.split("-")
+    return "-".join([number[:7], *changed])
 
 
 def refuse_mixture(results: Iterable[Result]) -> None:

@@ -67,8 +67,8 @@ def do(job: Job, threads: int, apart: bool = False) -> str | None:
     Returns:
         What is to be said of it, unless it is done.
     """
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(job.folder.with_suffix(".lock"), timeout=0):
             state = job.state
             if state == "done":
@@ -79,6 +79,8 @@ def do(job: Job, threads: int, apart: bool = False) -> str | None:
             status = _run("train", job.arguments(threads), job.output, apart)
     except Timeout:
         return f"{job.name} is at work in another process"
+    except (OSError, subprocess.SubprocessError) as error:  # of this run alone, such as a full disk
+        return f"{job.name} could not be made ({error})"
     return f"{job.name} failed, see {job.output}" if status else None
 
 

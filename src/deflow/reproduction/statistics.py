@@ -24,6 +24,7 @@ Verdict = Literal["inside", "above", "below"]
 CONFIDENCE = 0.95
 DEVIATIONS = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)  # 1.96, where a normal distribution's interval ends
 RESAMPLES = 2000
+ENOUGH_SEEDS = 5  # of each task; with fewer the interval of a bootstrap is far too narrow to be called 95%
 
 
 class Estimate(NamedTuple):
@@ -86,6 +87,11 @@ def stratified_bootstrap(
     return float(low), float(high)
 
 
+def enough_seeds(scores: Scores) -> bool:
+    """Whether every task has so many seeds that a bootstrap's interval is worth showing."""
+    return all(len(values) >= ENOUGH_SEEDS for values in _tasks(scores))
+
+
 def performance_profile(scores: Scores, thresholds: Values) -> np.ndarray:
     """Share of a task's runs with a score above each threshold, averaged over tasks; shape (thresholds,).
 
@@ -123,8 +129,39 @@ def probability_of_improvement(x: Scores, y: Scores) -> float:
     ours, theirs = _tasks(x), _tasks(y)
     if len(ours) != len(theirs):
         raise ValueError(f"x has {len(ours)} tasks and y has {len(theirs)}: they must be the same tasks, in one order")
-    signs = [np.sign(a[:, None] - b) for a, b in zip(ours, theirs, strict=True)]  # 1, 0 or -1 for each pair
-    return float(np.mean([(1 + sign.mean()) / 2 for sign in signs]))
+    return float(np.mean([(1 + _signs(*pair).mean()) / 2 for pair in zip(ours, theirs, strict=True)]))
+
+
+def improvement_interval(x: Scores, y: Scores) -> Interval | None:
+    """Interval (95%) of `probability_of_improvement`, as `stratified_bootstrap` has it; None if a task has one seed."""
+    pairs = list(zip(_tasks(x), _tasks(y), strict=True))
+    if any(len(values) == 1 for pair in pairs for values in pair):
+        return None
+    generator = np.random.default_rng(0)
+    better = np.zeros(RESAMPLES)
+    for ours, theirs in pairs:
+        left, right = (generator.integers(len(own), size=(RESAMPLES, len(own))) for own in (ours, theirs))
+        drawn = _signs(ours, theirs)[left[:, :, None], right[:, None, :]]
+        better += (1 + drawn.mean(axis=(1, 2))) / 2 / len(pairs)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(better, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _signs(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """1, 0 or -1 for each pair of a run of ours and one of theirs; shape (our runs, their runs)."""
+    return np.sign(ours[:, None] - theirs)
+
+
+def difference_interval(x: Values, y: Values) -> Interval | None:
+    """Welch's t interval (95%) of the mean over seeds of `x` less that of `y`; None where a spread is not known."""
+    from scipy.stats import ttest_ind  # a second to import
+
+    ours, theirs = _numbers(x, "x"), _numbers(y, "y")
+    if min(len(ours), len(theirs)) < 2 or max(np.ptp(ours), np.ptp(theirs)) == 0:
+        return None
+    low, high = ttest_ind(ours, theirs, equal_var=False).confidence_interval(CONFIDENCE)
+    return float(low), float(high)
 
 
 def seed_interval(values: Values) -> Interval | None:

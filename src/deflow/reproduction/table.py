@@ -14,9 +14,13 @@ from deflow.reproduction.layout import layout
 from deflow.reproduction.published import AVERAGE, OGBENCH_TASKS, Published, find, published, tables
 from deflow.reproduction.results import Result, why_not_published
 from deflow.reproduction.statistics import (
+    ENOUGH_SEEDS,
     Estimate,
     Interval,
     Verdict,
+    difference_interval,
+    enough_seeds,
+    improvement_interval,
     interquartile_mean,
     interval,
     mean_and_deviation,
@@ -34,6 +38,10 @@ INSIDE = (
     " A cell is inside if that interval meets the published one, which is at least as wide as two honest published "
     "runs of a cell differ."
 )
+BOOTSTRAP = (
+    "The 95% of an IQM and of a probability is by bootstrap of the seeds within each task; it is left out below "
+    f"{ENOUGH_SEEDS} seeds, with which it is far too narrow."
+)
 RERUN = "optiflow_state"  # a third party's re-run of the baselines: how far two honest runs of a cell are apart
 
 
@@ -48,7 +56,8 @@ class Cell:
     mean: float
     deviation: float | None
     interval: Interval | None  # 95%, of the mean over seeds
-    before: float | None  # online: the mean before
+    online: bool  # whether there is a before
+    before: float | None  # online: the mean before; None where nothing was learnt offline
     published: Published | None
     verdict: Verdict | None
     reason: str | None  # why there is none
@@ -94,10 +103,11 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
         reason = "the published mean is over more tasks"
     if reason is None and known is None:
         reason = "not published"
+    beside = known if reason is None else None
     is_share = all(result.is_share for result in results)
     spread = _interval(scores, results[0].episodes, is_share) if paired else None
-    if reason is None and spread is None:
-        reason = "nothing is known of the spread of one run's score"
+    if reason is None:
+        reason = _why_not_sure(scores, spread)
     return Cell(
         row=row,
         task=task,
@@ -106,11 +116,24 @@ def _cell(table: str, row: str, task: int | None, agent: str, results: Sequence[
         mean=mean,
         deviation=deviation if paired else None,
         interval=spread,
-        before=None if results[0].before is None else float(np.mean([result.before for result in results])),
-        published=known if reason is None else None,
+        online=results[0].identity.get("value") == "before_and_after",
+        before=_mean_before(paired or results),
+        published=beside,
         verdict=None if reason is not None or known is None else _verdict(table, known, Estimate(mean, spread)),
         reason=reason,
     )
+
+
+def _mean_before(results: Sequence[Result]) -> float | None:
+    known = [result.before for result in results if result.before is not None]
+    return float(np.mean(known)) if len(known) == len(results) else None
+
+
+def _why_not_sure(scores: Sequence[np.ndarray], spread: Interval | None) -> str | None:
+    """Why too little is known of the spread over seeds for a verdict; None if it is enough."""
+    if min(len(values) for values in scores) < 2:
+        return "one seed says nothing of the spread over seeds, which is wider than that over its episodes"
+    return "nothing is known of the spread over seeds" if spread is None else None
 
 
 def _of_common_seeds(results: Sequence[Result]) -> Sequence[Result]:
@@ -205,7 +228,7 @@ def _texts(cell: Cell) -> Iterator[str]:
     yield task_name(cell.row, cell.task)
     yield cell.agent
     yield str(cell.seeds)
-    yield (f"{cell.before:.0f} → " if cell.before is not None else "") + _plus_minus(cell.mean, cell.deviation)
+    yield (f"{_before(cell, '-')} → " if cell.online else "") + _plus_minus(cell.mean, cell.deviation)
     yield "-" if cell.interval is None else _from_to(cell.interval)
     known = cell.published
     if known is None:
@@ -214,7 +237,11 @@ def _texts(cell: Cell) -> Iterator[str]:
     shown = _plus_minus(known.value, known.deviation)
     yield shown if known.before is None else f"{known.before:.0f} → {known.value:.0f}"
     yield f"{round(cell.mean - known.value):+d}"
-    yield str(cell.verdict)
+    yield cell.verdict or "-"
+
+
+def _before(cell: Cell, unknown: str) -> str:
+    return unknown if cell.before is None else f"{cell.before:.0f}"
 
 
 def _from_to(interval: Interval) -> str:
@@ -231,7 +258,7 @@ def _plus_minus(mean: float, deviation: float | None) -> str:
 
 
 def latex(cells: Sequence[Cell]) -> str:
-    """Tasks down, agents across, for the package booktabs; published numbers in parentheses."""
+    """Tasks down, agents across, for the package booktabs; the published number and the difference in parentheses."""
     agents = list(dict.fromkeys(cell.agent for cell in cells))
     places = {(cell.row, cell.task, cell.agent): cell for cell in cells}
     lines = [
@@ -256,15 +283,16 @@ def _escaped(text: str) -> str:
 
 def _in_latex(cell: Cell) -> str:
     deviation = "" if cell.deviation is None else rf" \pm {cell.deviation:.0f}"
-    before = "" if cell.before is None else rf"{cell.before:.0f} \to "
-    beside = "" if cell.published is None else f" ({cell.published.value:.0f})"
+    before = rf"{_before(cell, '-')} \to " if cell.online else ""
+    known = cell.published
+    beside = "" if known is None else f" ({known.value:.0f}, ${cell.mean - known.value:+.0f}$)"
     return f"${before}{cell.mean:.0f}{deviation}${beside}"
 
 
 def summary(results: Sequence[Result]) -> str:
     """What all tasks together say of each agent: interquartile mean, and the probability that it is better than others.
 
-    Over the tasks that all agents have.
+    Over the tasks that all agents have, and the seeds that all have of them.
     """
     scores = common_scores(results)
     if len(scores) < 2:
@@ -272,32 +300,52 @@ def summary(results: Sequence[Result]) -> str:
     lines = [_line(["agent", "IQM", "95%", *(f"better than {agent}" for agent in scores)])]
     lines.append("|---" * (3 + len(scores)) + "|")
     for agent, own in scores.items():
-        spread = stratified_bootstrap(own, interquartile_mean)
+        spread = stratified_bootstrap(own, interquartile_mean) if enough_seeds(own) else None
         # Where all seeds are equal nothing is known of their spread.
         known = _from_to(spread) if spread is not None and spread[0] < spread[1] else "-"
         line = [agent, f"{interquartile_mean(own):.0f}", known]
-        line += ["-" if other is own else f"{probability_of_improvement(own, other):.2f}" for other in scores.values()]
+        line += ["-" if other is own else _better(own, other) for other in scores.values()]
         lines.append(_line(line))
-    lines += ["", "IQM: mean of the middle half of all runs; its 95% by bootstrap of the seeds within each task."]
+    seeds = sorted({result.seed for result in in_common(results)})
+    of = f"{len(next(iter(scores.values())))} tasks and the seeds that every agent has of them all"
+    lines += ["", f"IQM: mean of the middle half of all runs, over {of} ({', '.join(map(str, seeds))}). {BOOTSTRAP}"]
     return "\n".join(lines) + "\n"
 
 
+def _better(ours: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> str:
+    """How probable it is that a run of ours is better than one of another, with an interval if there is one."""
+    shown = f"{probability_of_improvement(ours, others):.2f}"
+    spread = improvement_interval(ours, others) if enough_seeds([*ours, *others]) else None
+    return shown if spread is None else f"{shown} ({spread[0]:.2f} to {spread[1]:.2f})"
+
+
 def poolable(results: Sequence[Result]) -> bool:
-    """Whether there are tasks that all agents have, whose scores mean the same: returns do in one task alone."""
-    return bool(common_scores(results))
+    """Whether there are runs that agents may be compared by over all tasks: returns may be in one task alone."""
+    return bool(in_common(results))
 
 
-def common_scores(results: Sequence[Result]) -> dict[str, list[np.ndarray]]:
-    """Agent -> the scores of each task that all agents have; empty if there are none that mean the same."""
+def in_common(results: Sequence[Result]) -> list[Result]:
+    """Those of the tasks that all agents have, and of the seeds that all agents have of them all.
+
+    With other seeds, agents would be compared over different mixtures of tasks. Empty if there are none, or their
+    values do not mean the same.
+    """
     measures = {result.measure for result in results}
     rows = {(result.row, result.task) for result in results}
     if len(measures) > 1 or (measures == {"return"} and len(rows) > 1):
-        return {}
-    agents = list(dict.fromkeys(result.agent for result in results))
-    having = {agent: {(r.row, r.task) for r in results if r.agent == agent} for agent in agents}
-    shared = set.intersection(*having.values()) if having else set()
-    found = [result for result in results if (result.row, result.task) in shared]
-    return {agent: _by_task([r for r in found if r.agent == agent]) for agent in agents} if shared else {}
+        return []
+    runs = {(result.agent, (result.row, result.task), result.seed) for result in results}
+    agents = {agent for agent, _, _ in runs}
+    tasks = {task for _, task, _ in runs if agents == {agent for agent, its_task, _ in runs if its_task == task}}
+    seeds = {seed for _, _, seed in runs if runs.issuperset((a, t, seed) for a in agents for t in tasks)}
+    return [result for result in results if (result.row, result.task) in tasks and result.seed in seeds]
+
+
+def common_scores(results: Sequence[Result]) -> dict[str, list[np.ndarray]]:
+    """Agent -> the scores of each task, of the runs `in_common`."""
+    found = in_common(results)
+    agents = dict.fromkeys(result.agent for result in found)
+    return {agent: _by_task([result for result in found if result.agent == agent]) for agent in agents}
 
 
 def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
@@ -310,18 +358,21 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
     shared = [key for key in both[0] if key in both[1]]
     if not shared:
         raise UserError("the two files have no cell in common")
-    lines = ["| task | agent | A | B | B - A | P(B > A) |", "|---" * 6 + "|"]
+    lines = ["| task | agent | A | B | B - A | 95% | P(B > A) |", "|---" * 7 + "|"]
     for key in shared:
         a, b = (of_file[key] for of_file in both)
         if a[0].identity != b[0].identity:
             names = a[0].identity | b[0].identity
             differing = next(name for name in names if a[0].identity.get(name) != b[0].identity.get(name))
             raise UserError(f"{key[0]} of {key[2]} is of another protocol in the two files: {differing} differs")
-        values = [np.array([result.value for result in results]) for results in (a, b)]
-        shown = [_plus_minus(*mean_and_deviation([of_one])) + f" ({len(of_one)})" for of_one in values]
-        better = probability_of_improvement([values[1]], [values[0]])
-        difference = values[1].mean() - values[0].mean()
-        lines.append(_line([task_name(key[0], key[1]), key[2], *shown, f"{difference:+.1f}", f"{better:.2f}"]))
+        before, after = (np.array([result.value for result in results]) for results in (a, b))
+        shown = [_plus_minus(*mean_and_deviation([values])) + f" ({len(values)})" for values in (before, after)]
+        spread = difference_interval(after, before)
+        between = "-" if spread is None else f"{spread[0]:+.1f} to {spread[1]:+.1f}"
+        difference = f"{after.mean() - before.mean():+.1f}"
+        better = _better([after], [before])
+        lines.append(_line([task_name(key[0], key[1]), key[2], *shown, difference, between, better]))
+    lines += ["", f"95%: of B - A (Welch's t over seeds). {BOOTSTRAP}"]
     return "\n".join(lines) + "\n"
 
 
