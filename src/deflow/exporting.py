@@ -36,6 +36,7 @@ from deflow.loading import ACTING, load
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.policy import Policy
 from deflow.sharing.address import is_address
+from deflow.sharing.private import without_private
 from deflow.trust import trust_only
 from deflow.units import Units
 
@@ -236,13 +237,14 @@ def _quiet() -> Iterator[None]:
 
 
 def as_safetensors(checkpoint: dict[str, Any], about: About) -> bytes:
-    """Weights, and the checkpoint's settings as JSON: a checkpoint without what only training needs."""
+    """Weights, and the settings as JSON: a checkpoint without what only training needs, see also `without_private`."""
     # Copies, each with memory of its own: some of a checkpoint's tensors may be views into the same.
     weights = {
         name: weight.clone(memory_format=torch.contiguous_format) for name, weight in checkpoint["state_dict"].items()
     }
-    described = json.dumps(checkpoint["deflow"] | {"exported": json.loads(about.written())})
-    return safetensors.torch.save(weights, {ENTRY_OF_WEIGHTS: described})
+    trained = checkpoint["deflow"]
+    said = {"config": without_private(trained["config"]), "exported": json.loads(about.written())}
+    return safetensors.torch.save(weights, {ENTRY_OF_WEIGHTS: json.dumps(trained | said)})
 
 
 FORMATS = {
