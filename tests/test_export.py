@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -14,14 +15,16 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
+from omegaconf import OmegaConf
 from onnx import TensorProto, helper
 
 import deflow
-from deflow import exporting
+from deflow import evaluating, exporting
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
-from deflow.config import choices, plain
+from deflow.config import check_command, choices, plain
 from deflow.errors import UserError
+from deflow.evaluating import evaluate
 from deflow.evaluation import latency
 from deflow.evaluation.parity import parity
 from deflow.exported import About, ExportedPolicy
@@ -161,17 +164,21 @@ def test_a_run_as_onnx(
     assert result["parity"]["max_difference"] < ROUNDING
     assert (result["agent"], result["best_of_n"], result["opset"]) == ("DeFlow", 2, OPSET)
     for batch in ("batch_1", "batch_64"):
-        assert 0 < result["exported"][batch]["latency_ms_p50"] <= result["exported"][batch]["latency_ms_p99"]
+        measured = result["exported"][batch]
+        assert 0 < measured["latency_ms_p50"] <= measured["latency_ms_p99"]
+        assert measured["latency_calls"] == 5
     assert result["exported"]["success"] == result["checkpoint"]["success"]
-    assert f"wrote {out}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"wrote {out}" in said
+    assert "(5 calls)" in said
 
     model = onnx.load(out)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert model.ir_version == IR
     assert str(Path(deflow.__file__).parent) not in str(model)  # nothing of the machine that made it
-    said = json.loads(model.metadata_props[0].value)
-    assert said["shapes"] == {"observations": [2], "noise": [2, 2], "actions": [1, 2]}
-    assert (said["settings"]["best_of_n"], said["protocol"]["protocol"]) == (2, "OGBench single-task")
+    about_itself = json.loads(model.metadata_props[0].value)
+    assert about_itself["shapes"] == {"observations": [2], "noise": [2, 2], "actions": [1, 2]}
+    assert (about_itself["settings"]["best_of_n"], about_itself["protocol"]["protocol"]) == (2, "OGBench single-task")
 
     checkpoint, exported = deflow.load(run, seed=3, best_of_n=2), deflow.load(out, seed=3)
     for _ in range(3):
@@ -188,7 +195,7 @@ def test_a_run_as_onnx(
     for settings, says in asked:
         with pytest.raises(UserError, match=re.escape(says)):
             deflow.load(out, **settings)
-    names: dict[str, Any] = {"observation": np.array([1.0, 2.0], np.float32)}
+    names: dict[str, Any] = {"observation": np.array([1.0, 2.0])}  # float64, as OGBench gives them
     monkeypatch.chdir(out.parent)
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL):
         exec(code, names)  # the page's own text
@@ -312,6 +319,26 @@ def test_a_package_that_is_missing(
         deflow.load(tmp_path / "policy.onnx")
 
 
+@pytest.mark.parametrize(("command", "says"), [(export, "out"), (evaluate, "ckpt")])
+def test_a_runs_folder_whose_checkpoints_are_read_only(
+    command: Callable[..., Any],
+    says: str,
+    finished_run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = edited(finished_run(), tmp_path / "run", lambda config: None)
+    stage = (run / CKPT).parent
+    monkeypatch.setattr(exporting, "play", lambda *_: pytest.fail("plays first"))
+    monkeypatch.setattr(evaluating, "play", lambda *_: pytest.fail("plays first"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != stage)  # who is root may write anywhere
+    with pytest.raises(UserError, match=f"^{says}: nothing can be written into {stage}, choose another folder$"):
+        command(compose_config(f"ckpt={run}", config_name=command.__name__))
+    for name in ("export", "evaluate"):  # the folder of the run's folder need not be written to
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        check_command(compose_config(f"ckpt={run}", config_name=name), OmegaConf.create({}), name)
+
+
 # Files of others.
 
 
@@ -332,6 +359,7 @@ SAID = about(policy_of("bc", Spec(3, 2), AS_THEY_ARE)).written()
     [
         ({}, "was not exported by deflow: its metadata lack the entry 'deflow'"),
         ({"deflow": "{}"}, "is damaged: what it says of itself cannot be read"),
+        ({"deflow": "[" * 200_000}, "is damaged: what it says of itself cannot be read"),
         ({"deflow": "[1"}, "is damaged: what it says of itself cannot be read"),
         ({"deflow": SAID.replace('"spec": [3, 2', '"spec": [3, "x"')}, "is damaged: "),
         ({"deflow": SAID.replace('"format": 1', '"format": 2')}, "was written by another version of deflow"),

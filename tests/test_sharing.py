@@ -103,6 +103,18 @@ def test_a_revision_is_a_branch_that_is_made(trained: Path, hub: Hub) -> None:
         deflow.load(f"{TO}@older")
 
 
+def test_no_picture_of_another_policy_stays(trained: Path, hub: Hub, tmp_path: Path) -> None:
+    alone = Path(shutil.copy(trained / CKPT, tmp_path / "alone.ckpt"))
+    for place in (f"to={TO}", f"to={TO}@tuned"):
+        share(trained, place)
+        share(alone, place)
+    repository = hub.repositories["someone/maze"]
+    assert {*repository.files("main")} == {*repository.files("tuned")} == {CARD, POLICY, ".gitattributes"}
+    for run in (trained, alone):
+        share(run, f"to={TO}", "dry=true", f"out={tmp_path / 'out'}", "overwrite=true")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {CARD, POLICY}
+
+
 def test_a_branch_of_somebody_elses_repository_is_refused(trained: Path, hub: Hub) -> None:
     hub.add("someone/maze", {CARD: b"of something else", "model.bin": b""})
     with pytest.raises(UserError, match=r"holds something else, whose README.md would be replaced"):
@@ -278,6 +290,18 @@ def test_shared_in_the_registry_and_loaded_again(trained: Path, uri: str, monkey
     shutil.rmtree(second.source.removeprefix("file://"))
     with pytest.raises(UserError, match=rf"^models:/maze/2 holds no {POLICY} that can be read"):
         deflow.load("models:/maze/2")
+
+
+def test_a_deleted_experiment_can_only_be_brought_back(trained: Path, uri: str) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(registry.EXPERIMENT)
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    bring = f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {experiment.experiment_id}"
+    with pytest.raises(UserError, match=f"^MLflow's experiment 'shared' has been deleted: bring it back, {bring}$"):
+        share(trained, "to=models:/maze", f"tracking_uri={uri}")
 
 
 def test_a_version_that_is_not_made_leaves_no_run(trained: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

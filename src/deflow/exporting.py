@@ -30,7 +30,7 @@ from deflow.evaluation.latency import latency, random_observations
 from deflow.evaluation.parity import parity
 from deflow.exported import ACTIONS, ENTRY, NOISE, OBSERVATIONS, SUFFIX, About
 from deflow.extras import require
-from deflow.files import refuse_to_replace, replacing_all
+from deflow.files import check_folder, refuse_to_replace, replacing_all
 from deflow.flow.ode import ADAPTIVE
 from deflow.loading import ACTING, load
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -63,8 +63,9 @@ def export(config: DictConfig) -> dict[str, Any]:
         to, if there is an environment and episodes are asked for.
 
     Raises:
-        UserError: if the checkpoint is broken or holds several seeds, the file exists or has another suffix, a package
-            is missing, the policy cannot be exported, or what was exported acts otherwise. Nothing is written then.
+        UserError: if the checkpoint is broken or holds several seeds, the file exists, has another suffix or lies in a
+            folder that is read-only, a package is missing, the policy cannot be exported, or what was exported acts
+            otherwise. Nothing is written then.
     """
     trust_only(config.trust)
     path, format = config.ckpt, FORMATS[config.format]
@@ -80,6 +81,7 @@ def export(config: DictConfig) -> dict[str, Any]:
     require(f"format={config.format}", *format.needs)
 
     checkpoint = load_checkpoint(path)
+    check_folder(out.parent, "out")
     chosen = {key: config[key] for key in ACTING if config[key] is not None}
     trained = checkpoint["deflow"]["config"]
     trained["agent"] |= chosen
@@ -262,7 +264,8 @@ def _print(result: dict[str, Any], out: Path) -> None:
     for name in ("checkpoint", "exported"):
         row = result[name]
         success = "{success:.2f} ({success_low:.2f} to {success_high:.2f})" if "success" in row else "-"
-        times = ["{latency_ms_p50:.2f}, {latency_ms_p99:.2f}".format(**row[f"batch_{rows}"]) for rows in ROWS]
+        in_words = "{latency_ms_p50:.2f}, {latency_ms_p99:.2f} ({latency_calls} calls)"
+        times = [in_words.format(**row[f"batch_{rows}"]) for rows in ROWS]
         table.add_row(name, success.format(**row), *times)
     Console().print(table)
     found = result["parity"]

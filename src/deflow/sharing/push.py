@@ -18,7 +18,7 @@ from deflow.policy import Policy
 from deflow.report import EVALUATED
 from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, FINAL, REPORT_FILE, SUMMARY_FILE, parsed_summary
 from deflow.sharing import hub, registry
-from deflow.sharing.address import CARD, POLICY, HubAddress, RegistryAddress, is_address, parse
+from deflow.sharing.address import CARD, POLICY, WHOLE, HubAddress, RegistryAddress, is_address, parse
 from deflow.sharing.card import Shared, write_card
 from deflow.sharing.private import without_places
 from deflow.trust import trust_only
@@ -43,7 +43,7 @@ def push(config: DictConfig) -> str:
     if config.dry:
         folder = Path(config.out).expanduser()
         if not config.overwrite:
-            refuse_to_replace([folder / name for name in (CARD, POLICY, REPORT_FILE)])
+            refuse_to_replace([folder / name for name in WHOLE])
     elif isinstance(address, HubAddress):
         require("hf://", hub.PACKAGE)
     shared, files = _collected(config)
@@ -54,6 +54,8 @@ def push(config: DictConfig) -> str:
         with replacing_all([folder / name for name in files]) as parts:
             for part, content in zip(parts, files.values(), strict=True):
                 part.write_bytes(content)
+        for name in set(WHOLE) - set(files):  # of another policy, which lay there
+            (folder / name).unlink(missing_ok=True)
         print(f"wrote {', '.join(sorted(files))} into {folder}; nothing was uploaded")
         return str(folder)
     if isinstance(address, HubAddress):
