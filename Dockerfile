@@ -2,6 +2,7 @@
 # docker build -t deflow --build-arg PIP_EXTRA_INDEX_URL=URL --build-arg TORCH=torch==2.13.0+cpu .   # smaller, CPU only
 # docker run --rm --gpus all -v $PWD/logs:/home/deflow/logs -v $PWD/data:/home/deflow/data deflow \
 #     train experiment=antmaze trainer=gpu compile=true
+# A policy served from it: docs/serving.md.
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
@@ -26,7 +27,7 @@ RUN pip install --no-cache-dir ${TORCH}
 COPY --chown=deflow pyproject.toml setup.py constraints.txt README.md LICENSE source/
 COPY --chown=deflow configs source/configs
 COPY --chown=deflow src source/src
-RUN pip install --no-cache-dir --constraint source/constraints.txt './source[export,page,serve,tensorboard]'
+RUN pip install --no-cache-dir --constraint source/constraints.txt './source[export,hub,page,serve,tensorboard]'
 
 # A minute of training, from generating data to the report.
 HEALTHCHECK --interval=12h --timeout=10m --start-period=10m --retries=1 CMD rm -rf /tmp/health && \

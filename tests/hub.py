@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,10 +26,11 @@ class Repository:
     commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, branch: str, files: Files) -> str:
-        """Add files to a branch; the number of the commit."""
+    def commit(self, branch: str, files: Files, deleted: Collection[str] = ()) -> str:
+        """Add files to a branch and take others away; the number of the commit."""
         number = f"{len(self.commits) + 1:040x}"
-        self.commits[number] = self.files(branch) | files
+        kept = {name: content for name, content in self.files(branch).items() if name not in deleted}
+        self.commits[number] = kept | files
         self.branches[branch] = number
         return number
 
@@ -156,14 +157,16 @@ class _Answers(BaseHTTPRequestHandler):
 
     def commit(self, body: bytes, name: str, branch: str) -> None:
         if (repository := self._repository(name, to_write=True)) is not None:
-            files = {}
+            files, deleted = {}, []
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.hub.large[value["oid"]]
-            number = repository.commit(branch, files)
+                elif line["key"] == "deletedFile":
+                    deleted.append(value["path"])
+            number = repository.commit(branch, files, deleted)
             self._send(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{number}", "commitOid": number})
 
     def resolve(self, _: bytes, name: str, revision: str, file: str) -> None:

@@ -302,8 +302,6 @@ def job(run_dir: str, *overrides: str) -> DictConfig:
         ("train", [], "FILE", "hydra.run.dir: FILE is not a folder"),
         ("train", ["resume=FILE"], ".", "resume: FILE is not a folder"),
         ("distill", ["ckpt=a", "paths.logs=FILE"], "${run_folder:}", "paths.logs: FILE is not a folder"),
-        ("evaluate", ["ckpt=FILE/final.ckpt"], ".", "ckpt: FILE is not a folder"),
-        ("export", ["ckpt=FILE/final.ckpt"], ".", "ckpt: FILE is not a folder"),
         ("export", ["ckpt=a", "out=FOLDER"], ".", "out: FOLDER is a folder, name a file"),
         ("generate", ["dataset=a", "out=FILE"], ".", "out: FILE is not a folder"),
         ("inspect_data", ["out=FILE"], ".", "out: FILE is not a folder"),

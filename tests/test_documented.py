@@ -52,6 +52,7 @@ NOT_RUN = {
     "it needs a GPU": r".* trainer=gpu",
     "it needs several processes: tests/test_ddp.py": r".* trainer=ddp",
     "it needs a cluster": r"torchrun |srun ",
+    "it needs Docker": r"docker ",
     "its data are downloaded": r".* experiment=minari|.*source\.url=",
     "it needs a hub or a registry: tests/test_sharing.py": r"(?!.* dry=true).*(hf://|models:/)",
     "it serves until it is stopped: tests/test_serving.py": r"python serve.py",

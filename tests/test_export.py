@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -14,16 +15,18 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
+from omegaconf import OmegaConf
 from onnx import TensorProto, helper
 
 import deflow
-from deflow import exporting
+from deflow import evaluating, exporting
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
-from deflow.config import choices, plain
+from deflow.config import check_command, choices, plain
 from deflow.errors import UserError
+from deflow.evaluating import evaluate
 from deflow.evaluation import latency
-from deflow.evaluation.parity import parity
+from deflow.evaluation.parity import Remembering, parity, random_states
 from deflow.exported import About, ExportedPolicy
 from deflow.exporting import IR, OPSET, as_onnx, export
 from deflow.policy import Policy
@@ -71,7 +74,7 @@ def exported_of(policy: Policy, folder: Path) -> ExportedPolicy:
     path.write_bytes(as_onnx(policy, about(policy)))
     exported = ExportedPolicy(path)
     assert (exported.spec, exported.units, exported.noise_shape) == (policy.spec, policy.units, policy.noise_shape)
-    found = parity(policy, exported, 60)  # 50 at once and 10
+    found = parity(policy, exported, random_states(policy, 60))  # 50 at once and 10
     assert found["max_difference"] < ROUNDING
     assert found["beyond_tolerance"] == 0
     return exported
@@ -115,7 +118,8 @@ def test_parity_tells_policies_apart(tmp_path: Path) -> None:
             return torch.where(observations[:, :1] > 0, z.tanh() + 0.5, z.tanh())
 
     units = Units(low=(-10.0,) * 2, high=(10.0,) * 2)
-    found = parity(*(Policy(agent(Spec(3, 2)), units=units) for agent in (Noise, Other)), observations=200)
+    one, other = (Policy(agent(Spec(3, 2)), units=units) for agent in (Noise, Other))
+    found = parity(one, other, random_states(one, 200))
     assert found["max_difference"] == pytest.approx(0.5, abs=ROUNDING)  # of actions in [-1, 1], not of the units' 10
     assert 0.3 < found["beyond_tolerance"] < 0.7
     assert found["observations"] == 200
@@ -158,20 +162,26 @@ def test_a_run_as_onnx(
     result = command(run, out, "best_of_n=2")
     assert {path.name for path in out.parent.iterdir()} == {"policy.onnx", "policy.onnx.json"}
     assert json.loads((out.parent / "policy.onnx.json").read_text()) == json.loads(json.dumps(result))
-    assert result["parity"]["max_difference"] < ROUNDING
+    for name, count in (("parity", 1000), ("parity_in_episodes", result["checkpoint"]["length"] * 2)):
+        assert result[name]["max_difference"] < ROUNDING
+        assert result[name]["observations"] == count  # the second are fewer than would be remembered
     assert (result["agent"], result["best_of_n"], result["opset"]) == ("DeFlow", 2, OPSET)
     for batch in ("batch_1", "batch_64"):
-        assert 0 < result["exported"][batch]["latency_ms_p50"] <= result["exported"][batch]["latency_ms_p99"]
+        measured = result["exported"][batch]
+        assert 0 < measured["latency_ms_p50"] <= measured["latency_ms_p99"]
+        assert measured["latency_calls"] == 5
     assert result["exported"]["success"] == result["checkpoint"]["success"]
-    assert f"wrote {out}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"wrote {out}" in said
+    assert said.count("(5)") == 4
 
     model = onnx.load(out)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert model.ir_version == IR
     assert str(Path(deflow.__file__).parent) not in str(model)  # nothing of the machine that made it
-    said = json.loads(model.metadata_props[0].value)
-    assert said["shapes"] == {"observations": [2], "noise": [2, 2], "actions": [1, 2]}
-    assert (said["settings"]["best_of_n"], said["protocol"]["protocol"]) == (2, "OGBench single-task")
+    about_itself = json.loads(model.metadata_props[0].value)
+    assert about_itself["shapes"] == {"observations": [2], "noise": [2, 2], "actions": [1, 2]}
+    assert (about_itself["settings"]["best_of_n"], about_itself["protocol"]["protocol"]) == (2, "OGBench single-task")
 
     checkpoint, exported = deflow.load(run, seed=3, best_of_n=2), deflow.load(out, seed=3)
     for _ in range(3):
@@ -188,7 +198,7 @@ def test_a_run_as_onnx(
     for settings, says in asked:
         with pytest.raises(UserError, match=re.escape(says)):
             deflow.load(out, **settings)
-    names: dict[str, Any] = {"observation": np.array([1.0, 2.0], np.float32)}
+    names: dict[str, Any] = {"observation": np.array([1.0, 2.0])}  # float64, as OGBench gives them
     monkeypatch.chdir(out.parent)
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL):
         exec(code, names)  # the page's own text
@@ -217,7 +227,7 @@ def test_a_run_as_weights(finished_run: Callable[..., Path], tmp_path: Path) -> 
     assert np.array_equal(deflow.load(out, best_of_n=3, explore=True, seed=1).act([1.0, 2.0]), same.act([1.0, 2.0]))
     assert agent_of(exported).refine_steps == 2
     result = command(finished_run(), out, "format=torch", "overwrite=true", "episodes=0")
-    assert "success" not in result["exported"]
+    assert not {"success", "parity_in_episodes"} & {*result, *result["exported"]}
 
 
 def test_a_run_without_an_environment_whose_data_are_gone(finished_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -266,9 +276,40 @@ def test_what_acts_otherwise_is_not_written(
     finished_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "load", lambda _, trust: deflow.load(finished_run(), refine_steps=5))
-    with pytest.raises(UserError, match=r"the exported policy acts otherwise: .* of 1000 observations differ"):
+    with pytest.raises(UserError, match=r"the exported policy acts otherwise: .* of 1000 random observations differ"):
         command(finished_run(), tmp_path / "policy.safetensors", "format=torch")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_acts_otherwise_in_episodes_alone_is_not_written(
+    finished_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Far(Policy):
+        def plan(self, observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
+            return np.where(np.abs(observations).max(1)[:, None, None] > 10, 0, super().plan(observations, noise))
+
+    def loaded(_: Path, trust: list[str]) -> Policy:
+        policy = deflow.load(finished_run())
+        assert isinstance(policy, Policy)
+        return Far(policy.agent, units=policy.units)
+
+    def played(policy: Remembering, *_: Any) -> dict[str, float]:
+        policy.plan(np.full((3, 2), 50.0), np.zeros((3, *policy.noise_shape), np.float32))
+        return {}
+
+    monkeypatch.setattr(exporting, "load", loaded)
+    monkeypatch.setattr(exporting, "play", played)
+    with pytest.raises(UserError, match=r"acts otherwise: 100.0% of 3 states of the episodes differ by"):
+        command(finished_run(), tmp_path / "policy.safetensors", "format=torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_states_are_remembered_with_equal_chances() -> None:
+    policy = Remembering(policy_of("bc", Spec(1, 2), AS_THEY_ARE), most=100)
+    for state in range(500):
+        policy.plan(np.full((2, 1), state), np.zeros((2, *policy.noise_shape), np.float32))
+    assert policy.met.shape == (100, 1)
+    assert 200 < policy.met.mean() < 300
 
 
 @pytest.mark.parametrize("format", ["torch", "onnx"])
@@ -290,7 +331,7 @@ def test_what_is_nan_in_one_alone_differs() -> None:
             return torch.full_like(z, torch.nan)
 
     spec = Spec(3, 2)
-    found = parity(policy_of("bc", spec, AS_THEY_ARE), Policy(Broken(spec)), 10)
+    found = parity(policy_of("bc", spec, AS_THEY_ARE), Policy(Broken(spec)), np.zeros((10, 3)))
     assert found["beyond_tolerance"] == 1
 
 
@@ -310,6 +351,26 @@ def test_a_package_that_is_missing(
     (tmp_path / "policy.onnx").touch()
     with pytest.raises(UserError, match=says):
         deflow.load(tmp_path / "policy.onnx")
+
+
+@pytest.mark.parametrize(("command", "says"), [(export, "out"), (evaluate, "ckpt")])
+def test_a_runs_folder_whose_checkpoints_are_read_only(
+    command: Callable[..., Any],
+    says: str,
+    finished_run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = edited(finished_run(), tmp_path / "run", lambda config: None)
+    stage = (run / CKPT).parent
+    monkeypatch.setattr(exporting, "play", lambda *_: pytest.fail("plays first"))
+    monkeypatch.setattr(evaluating, "play", lambda *_: pytest.fail("plays first"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != stage)  # who is root may write anywhere
+    with pytest.raises(UserError, match=f"^{says}: nothing can be written into {stage}, choose another folder$"):
+        command(compose_config(f"ckpt={run}", config_name=command.__name__))
+    for name in ("export", "evaluate"):  # the folder of the run's folder need not be written to
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        check_command(compose_config(f"ckpt={run}", config_name=name), OmegaConf.create({}), name)
 
 
 # Files of others.
@@ -332,6 +393,7 @@ SAID = about(policy_of("bc", Spec(3, 2), AS_THEY_ARE)).written()
     [
         ({}, "was not exported by deflow: its metadata lack the entry 'deflow'"),
         ({"deflow": "{}"}, "is damaged: what it says of itself cannot be read"),
+        ({"deflow": "[" * 200_000}, "is damaged: what it says of itself cannot be read"),
         ({"deflow": "[1"}, "is damaged: what it says of itself cannot be read"),
         ({"deflow": SAID.replace('"spec": [3, 2', '"spec": [3, "x"')}, "is damaged: "),
         ({"deflow": SAID.replace('"format": 1', '"format": 2')}, "was written by another version of deflow"),

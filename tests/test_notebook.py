@@ -13,6 +13,19 @@ from nbclient import NotebookClient
 from tests.commands import ROOT, TINY
 
 
+@pytest.mark.parametrize("where", [".", "docs"])
+def test_data_and_runs_lie_beside_those_of_other_commands(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / where)
+    names = {"Path": Path}
+    exec(parameters.source, names)
+    assert (names["DATA"], names["LOGS"]) == (tmp_path / "data/cube-single-play-v0.npz", tmp_path / "logs/notebook")
+
+
 @pytest.mark.slow
 def test_the_notebook_runs(
     tiny_data: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -27,6 +40,9 @@ def test_the_notebook_runs(
         f"DATA, LOGS, DELTAS = Path({str(data)!r}), Path({str(tmp_path)!r}), [0.01]\n"
         f"BEHAVIOR_UPDATES, SETTINGS = 4, {tiny}"
     )
+    again = [cell for cell in notebook.cells if cell.cell_type == "code" and "train(" in cell.source]
+    assert len(again) == 2
+    notebook.cells += [nbformat.v4.new_code_cell(cell.source) for cell in again]  # run twice, each is whole
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,11 @@ def bin_folder(wheel: Path) -> Path:
     (site,) = home.glob("lib/python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))
     return home / "bin"
+
+
+def test_the_image_has_what_a_policy_needs_on_its_way_to_the_robot() -> None:
+    (extras,) = re.findall(r"'\./source\[([\w,]+)\]'", (ROOT / "Dockerfile").read_text())
+    assert {"export", "hub", "page", "serve"} <= {*extras.split(",")}
 
 
 def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:

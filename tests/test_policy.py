@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 import deflow
@@ -92,6 +94,61 @@ def test_a_chunk_is_used_up_and_forgotten_by_reset() -> None:
         policy.act(np.zeros((2, 4)))
     policy.reset()
     assert policy.act(np.zeros((2, 4))).shape == (2, 2)
+
+
+class Counting(gymnasium.Env):
+    """Shows how many steps of an episode of `length` have been made; remembers the actions."""
+
+    observation_space = gymnasium.spaces.Box(0, 100, (4,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, length: int) -> None:
+        self.length, self.episodes = length, []  # type: ignore[var-annotated]
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        self.episodes.append([])
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        taken = self.episodes[-1]
+        taken.append(action)
+        return np.full(4, len(taken), np.float32), 0.0, len(taken) == self.length, False, {}
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_episodes_of_a_vector_environment_do_not_carry_out_each_others_plans(mode: AutoresetMode) -> None:
+    policy = Policy(Noise(Spec(4, 6, horizon=3)), seed=1)
+    players = [Counting(5), Counting(4)]
+    envs = SyncVectorEnv([lambda player=player: player for player in players], autoreset_mode=mode)  # type: ignore[misc]
+    observations, _ = envs.reset()
+    policy.reset()
+    begun = before = np.zeros(2, bool)
+    for _ in range(16):
+        observations, _, terminated, truncated, _ = envs.step(policy.act(observations))
+        over = terminated | truncated
+        begun, before = (over if mode is AutoresetMode.SAME_STEP else before), over
+        policy.reset(rows=begun)
+    for row, player in enumerate(players):
+        rng = np.random.default_rng(fold_seed(1, "act", row))
+        whole = [episode for episode in player.episodes if len(episode) == player.length]
+        assert len(whole) > 1
+        for episode in whole:
+            for start in range(0, player.length, 3):  # what is decided at the episode's own states, with its own noise
+                plan = policy.plan(np.full((1, 4), start), policy.draw_noise(rng)[None])[0]
+                np.testing.assert_allclose(episode[start : start + 3], plan[: player.length - start], atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[True], [0, 1], True, [[True, False]], None])
+def test_rows_to_begin_with(rows: Any) -> None:
+    policy = Policy(Noise(Spec(4, 6, horizon=3)))
+    policy.reset(rows=[True, True])  # nothing to forget yet
+    policy.act(np.zeros((2, 4)))
+    if rows is None:
+        with pytest.raises(UserError, match="give reset\\(\\) a seed or rows, not both"):
+            policy.reset(seed=1, rows=[True, False])
+    else:
+        with pytest.raises(UserError, match="rows= says of each of the 2 observations that act"):
+            policy.reset(rows=rows)
 
 
 @pytest.mark.parametrize(

@@ -234,15 +234,25 @@ def array(data: Any = bytes(16), dtype: Any = "<f4", shape: Any = (4,)) -> dict[
     return {"observation": {b"__ndarray__": True, b"data": data, b"dtype": dtype, b"shape": shape}}
 
 
+LISTS = "an observation has shape (4,), in an array or in lists of numbers"
 WRONG_REQUESTS: Sequence[tuple[Any, str]] = [
     ({"observation": np.zeros(3)}, "an observation has shape (4,), got (3,)"),
     ({"observation": np.zeros((2, 4))}, "an observation has shape (4,), got (2, 4)"),
     ({"observation": [0, 0, 0, np.nan]}, "the observation holds NaN or infinity"),
     ({"observation": [0, 0, 0, 1e300]}, "the observation holds NaN or infinity"),
-    ({"observation": [[0], 0, 0, 0]}, "an observation is an array of shape (4,): "),
-    ({"observation": ["0"] * 4}, "an observation holds numbers, got <U1"),
-    ({"observation": None}, "an observation has shape (4,), got ()"),
-    ({"observation": {"state": [0] * 4}}, "an observation has shape (4,), got ()"),
+    ({"observation": [0] * 3}, f"{LISTS}, got a list of 3 in place of 4"),
+    ({"observation": [[0] * 4] * 2}, f"{LISTS}, got a list of 2 in place of 4"),
+    ({"observation": [[0], 0, 0, 0]}, f"{LISTS}, got list"),
+    ({"observation": ["0"] * 4}, f"{LISTS}, got str"),
+    ({"observation": [b"0"] * 4}, f"{LISTS}, got bytes"),
+    ({"observation": [0, 0, 0, None]}, f"{LISTS}, got NoneType"),
+    ({"observation": None}, f"{LISTS}, got NoneType"),
+    ({"observation": "0"}, f"{LISTS}, got str"),
+    ({"observation": {"state": [0] * 4}}, f"{LISTS}, got dict"),
+    # NumPy makes each text as long as the longest: gigabytes of these.
+    ({"observation": ["x" * 2000] + [""] * 200_000}, f"{LISTS}, got a list of 200001 in place of 4"),
+    ({"observation": [b"x" * 2000] + [b""] * 200_000}, f"{LISTS}, got a list of 200001 in place of 4"),
+    ({"observation": [np.zeros(2), 0, 0, 0]}, "an observation is an array of shape (4,): "),
     ({"observation": [0] * 4, "prompt": "go"}, "unknown key 'prompt': a request holds observation or reset"),
     ({}, "a request is a map with observation or reset, got {}"),
     ([1], "a request is a map with observation or reset, got [1]"),
@@ -285,6 +295,15 @@ def test_a_wrong_request_is_answered_by_a_line_and_changes_nothing() -> None:
             assert len(line) < 520
         assert np.array_equal(client.act(np.zeros(4))[0], Policy(agent).act(np.zeros(4)))
     assert f" {len(WRONG_REQUESTS)} requests refused" in server.server.summary
+
+
+def test_lists_of_the_wrong_sizes_never_become_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Policy, "single", lambda *_: pytest.fail("it becomes one"))
+    with serving(Policy(Noise(Spec(4, 2)))) as (_, [client]):
+        for text in ("x", b"x"):
+            for observation in ([text * 2000] + [text[:0]] * 200_000, [text] * 4, [[text]] * 4):
+                with pytest.raises(RuntimeError, match=re.escape(LISTS)):
+                    client.act(observation)
 
 
 def test_a_message_that_is_too_large_closes_its_connection_alone() -> None:

@@ -93,7 +93,7 @@ def test_a_trusted_package_has_environments_of_its_own() -> None:
     check_environment_spec(json.dumps(spec(entry_point="own_envs.pendulum:Mine")), "metadata.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"additional_wrappers": 3, "entry_point": null}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 200_000, '{"additional_wrappers": 3, "entry_point": null}'])
 def test_what_describes_no_environment(text: str) -> None:
     with pytest.raises(UserError, match=r"metadata.json does not describe an environment"):
         check_environment_spec(text, "metadata.json")

@@ -36,7 +36,6 @@ from deflow.imports import quick_imports
 from deflow.invocation import as_script_and_as_typed
 from deflow.run_folder import leaving_no_empty, new_run_folder, notice_new
 from deflow.settings import as_yaml, check_settings, unknown_setting, unread
-from deflow.sharing.address import is_address
 from deflow.signals import Stopped, end_with_parent, listening
 from deflow.tables import CONFIG_DIR, look_first_in
 
@@ -372,16 +371,13 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
             check_folder(Path(config.paths.logs), "paths.logs")
         else:
             check_folder(Path(job.run.dir), "hydra.run.dir")
-    elif command == "evaluate" or (command == "export" and config.out is None):
-        if not is_address(config.ckpt):
-            check_folder(Path(config.ckpt).parent, "ckpt")  # its result is written beside it
     elif command == "push" and config.dry:
         check_folder(Path(config.out), "out")
     elif command in ("generate", "inspect_data", "reproduce"):
         check_folder(Path(config.out), "out")
         if command == "reproduce":
             check_folder(Path(config.paths.logs), "paths.logs")
-    elif command in ("benchmark", "export", "train_expert"):
+    elif command in ("benchmark", "export", "train_expert") and config.out is not None:
         check_file(Path(config.out), "out")
 
 

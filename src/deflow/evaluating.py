@@ -17,6 +17,7 @@ from deflow.errors import UserError
 from deflow.evaluation.latency import latency
 from deflow.evaluation.rollout import Evaluator
 from deflow.evaluation.statistics import summarise
+from deflow.files import check_folder
 from deflow.loading import ACTING
 from deflow.policy import AnyPolicy, Policy
 from deflow.sharing.address import is_address
@@ -29,12 +30,14 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Of a policy that is shared it goes to the terminal alone.
 
     Raises:
-        UserError: if the checkpoint is broken or of another task than `config.task`.
+        UserError: if the checkpoint is broken or of another task than `config.task`, or its folder is read-only.
     """
     set_threads(config.threads)
     trust_only(config.trust)
     path = str(checkpoint_at(config.ckpt, config.run_seed))
     checkpoint = load_checkpoint(path)
+    if not is_address(path):
+        check_folder(Path(path).parent, "ckpt")  # the result is written beside it
     trained = checkpoint["deflow"]["config"]
     if config.task is not None:
         _check_task(path, plain(config.task), trained["task"])

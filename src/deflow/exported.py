@@ -71,7 +71,7 @@ class About:
                 about = cls(**fields | {"spec": spec, "noise_shape": noise_shape, "units": units})
                 assert min(about.plan_shape) > 0
                 return about
-        except (ValueError, KeyError, TypeError, ArithmeticError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, AssertionError, RecursionError) as error:
             raise UserError(f"{path} is damaged: what it says of itself cannot be read") from error
         raise UserError(f"{path} was written by another version of deflow: update this one, or export it anew")
 

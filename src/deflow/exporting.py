@@ -27,15 +27,16 @@ from deflow.data.sources.source import Source
 from deflow.errors import UserError
 from deflow.evaluating import play
 from deflow.evaluation.latency import latency, random_observations
-from deflow.evaluation.parity import parity
+from deflow.evaluation.parity import Remembering, parity, random_states
 from deflow.exported import ACTIONS, ENTRY, NOISE, OBSERVATIONS, SUFFIX, About
 from deflow.extras import require
-from deflow.files import refuse_to_replace, replacing_all
+from deflow.files import check_folder, refuse_to_replace, replacing_all
 from deflow.flow.ode import ADAPTIVE
 from deflow.loading import ACTING, load
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.policy import Policy
 from deflow.sharing.address import is_address
+from deflow.sharing.private import without_private
 from deflow.trust import trust_only
 from deflow.units import Units
 
@@ -43,6 +44,7 @@ OPSET, IR = 18, 8  # versions of ONNX's operators and of its file: both of 2023,
 COMPARED = 1000  # observations
 ROWS = (1, 64)  # decided at once, when the latency is measured
 MAY_DIFFER = 0.01  # share of the observations in which rounding may choose another candidate
+AT_RANDOM, IN_EPISODES = "random observations", "states of the episodes"  # which are compared
 
 
 class Format(NamedTuple):
@@ -58,12 +60,14 @@ def export(config: DictConfig) -> dict[str, Any]:
     """Write the policy of a checkpoint as one file, and beside it as JSON how it compares with the checkpoint's.
 
     Returns:
-        That comparison: parity, and of the `checkpoint` and the `exported` policy latencies and what the episodes came
-        to, if there is an environment and episodes are asked for.
+        That comparison: `parity` for random observations, and of the `checkpoint` and the `exported` policy latencies.
+        If there is an environment and episodes are asked for, also `parity_in_episodes`, for states that the
+        checkpoint's met, and what both policies' episodes came to.
 
     Raises:
-        UserError: if the checkpoint is broken or holds several seeds, the file exists or has another suffix, a package
-            is missing, the policy cannot be exported, or what was exported acts otherwise. Nothing is written then.
+        UserError: if the checkpoint is broken or holds several seeds, the file exists, has another suffix or lies in a
+            folder that is read-only, a package is missing, the policy cannot be exported, or what was exported acts
+            otherwise. Nothing is written then.
     """
     trust_only(config.trust)
     path, format = config.ckpt, FORMATS[config.format]
@@ -79,6 +83,7 @@ def export(config: DictConfig) -> dict[str, Any]:
     require(f"format={config.format}", *format.needs)
 
     checkpoint = load_checkpoint(path)
+    check_folder(out.parent, "out")
     chosen = {key: config[key] for key in ACTING if config[key] is not None}
     trained = checkpoint["deflow"]["config"]
     trained["agent"] |= chosen
@@ -94,12 +99,16 @@ def export(config: DictConfig) -> dict[str, Any]:
     with replacing_all(files) as (file, report):
         file.write_bytes(content)
         exported = load(file, trust=config.trust)
-        result["parity"] = _checked(parity(policy, exported, COMPARED))
+        result["parity"] = _checked(parity(policy, exported, random_states(policy, COMPARED)), AT_RANDOM)
         num_envs = trained["eval"]["num_envs"] if config.num_envs is None else config.num_envs
         for name, one in (("checkpoint", policy), ("exported", exported)):
             result[name] = {f"batch_{rows}": latency(one, rows) for rows in ROWS}
-            if config.episodes and source.has_env:
-                result[name] |= play(one, source, config.episodes, num_envs, config.seed)
+        if config.episodes and source.has_env:
+            of_episodes = source, config.episodes, num_envs, config.seed
+            remembering = Remembering(policy, COMPARED)
+            result["checkpoint"] |= play(remembering, *of_episodes)
+            result["parity_in_episodes"] = _checked(parity(policy, exported, remembering.met), IN_EPISODES)
+            result["exported"] |= play(exported, *of_episodes)
         report.write_text(json.dumps(result, indent=2) + "\n")
     _print(result, out)
     return result
@@ -130,15 +139,13 @@ def about_of(policy: Policy, trained: dict[str, Any], source: Source) -> About:
     )
 
 
-def _checked(found: dict[str, float]) -> dict[str, float]:
+def _checked(found: dict[str, float], which: str) -> dict[str, float]:
     if not math.isfinite(found["max_difference"]):
-        raise UserError(
-            "actions are NaN or infinite for random observations: the weights are broken; nothing was written"
-        )
+        raise UserError(f"actions are NaN or infinite for {which}: the weights are broken; nothing was written")
     if found["beyond_tolerance"] > MAY_DIFFER:
         raise UserError(
-            f"the exported policy acts otherwise: {found['beyond_tolerance']:.1%} of {COMPARED} observations differ by "
-            f"more than {found['tolerance']:g}, at most by {found['max_difference']:.2g}; nothing was written"
+            f"the exported policy acts otherwise: {found['beyond_tolerance']:.1%} of {found['observations']} {which} "
+            f"differ by more than {found['tolerance']:g}, at most by {found['max_difference']:.2g}; nothing was written"
         )
     return found
 
@@ -236,13 +243,14 @@ def _quiet() -> Iterator[None]:
 
 
 def as_safetensors(checkpoint: dict[str, Any], about: About) -> bytes:
-    """Weights, and the checkpoint's settings as JSON: a checkpoint without what only training needs."""
+    """Weights, and the settings as JSON: a checkpoint without what only training needs, see also `without_private`."""
     # Copies, each with memory of its own: some of a checkpoint's tensors may be views into the same.
     weights = {
         name: weight.clone(memory_format=torch.contiguous_format) for name, weight in checkpoint["state_dict"].items()
     }
-    described = json.dumps(checkpoint["deflow"] | {"exported": json.loads(about.written())})
-    return safetensors.torch.save(weights, {ENTRY_OF_WEIGHTS: described})
+    trained = checkpoint["deflow"]
+    said = {"config": without_private(trained["config"]), "exported": json.loads(about.written())}
+    return safetensors.torch.save(weights, {ENTRY_OF_WEIGHTS: json.dumps(trained | said)})
 
 
 FORMATS = {
@@ -255,17 +263,20 @@ FORMATS = {
 
 def _print(result: dict[str, Any], out: Path) -> None:
     table = Table(title="the exported policy beside the checkpoint's")
-    for column in ("", "success", *(f"ms for {rows} at once, and 99%" for rows in ROWS)):
+    for column in ("", "success", *(f"ms for {rows} at once, 99% (calls)" for rows in ROWS)):
         table.add_column(column)
     for name in ("checkpoint", "exported"):
         row = result[name]
         success = "{success:.2f} ({success_low:.2f} to {success_high:.2f})" if "success" in row else "-"
-        times = ["{latency_ms_p50:.2f}, {latency_ms_p99:.2f}".format(**row[f"batch_{rows}"]) for rows in ROWS]
+        in_words = "{latency_ms_p50:.2f}, {latency_ms_p99:.2f} ({latency_calls})"
+        times = [in_words.format(**row[f"batch_{rows}"]) for rows in ROWS]
         table.add_row(name, success.format(**row), *times)
     Console().print(table)
-    found = result["parity"]
-    print(
-        f"{found['observations']} observations: actions in [-1, 1] differ by at most {found['max_difference']:.2g}, "
-        f"in the median by {found['median_difference']:.2g}"
-    )
+    for name, which in (("parity", AT_RANDOM), ("parity_in_episodes", IN_EPISODES)):
+        if name in result:
+            found = result[name]
+            print(
+                f"{found['observations']} {which}: actions in [-1, 1] differ by at most {found['max_difference']:.2g}, "
+                f"in the median by {found['median_difference']:.2g}"
+            )
     print(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB) and {_report_of(out).name}")

@@ -34,9 +34,10 @@ class Setting(NamedTuple):
 
     name: str
     instead: str  # what to do where no store is to be had
+    experiment: str | None = None  # the setting that chooses an experiment, if there is one
 
 
-OF_LOGGER = Setting("logger.tracking_uri", "use logger=csv")
+OF_LOGGER = Setting("logger.tracking_uri", "use logger=csv", "logger.experiment")
 
 
 def calm_mlflow() -> None:
@@ -57,13 +58,13 @@ def have_experiment(uri: str, experiment: str, setting: Setting = OF_LOGGER) -> 
     """
     if uri.startswith("http"):
         _check_server(uri, setting)
-        _have_experiment(uri, experiment, artifacts=None)
+        _have_experiment(uri, experiment, None, setting)
         return
     path = _database_path(uri, setting)
     with locked(Path(f"{path}.lock"), "MLflow's data base"):  # two processes that make it at once would both fail
         _make_database(path)
         _check_database(path, uri, setting)
-        _have_experiment(uri, experiment, (path.parent / "mlartifacts").as_uri())
+        _have_experiment(uri, experiment, (path.parent / "mlartifacts").as_uri(), setting)
 
 
 def check_store(uri: str, setting: Setting) -> None:
@@ -140,7 +141,7 @@ def _schema_version() -> str | None:
     return ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations")).get_current_head()
 
 
-def _have_experiment(uri: str, name: str, artifacts: str | None) -> None:
+def _have_experiment(uri: str, name: str, artifacts: str | None, setting: Setting) -> None:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
@@ -148,7 +149,8 @@ def _have_experiment(uri: str, name: str, artifacts: str | None) -> None:
     if found is None:
         client.create_experiment(name, artifact_location=artifacts)
     elif found.lifecycle_stage == "deleted":
+        another = f"choose another, {setting.experiment}=NAME, or " if setting.experiment else ""
         raise UserError(
-            f"MLflow's experiment '{name}' has been deleted: choose another, logger.experiment=NAME, or bring it back, "
+            f"MLflow's experiment '{name}' has been deleted: {another}bring it back, "
             f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {found.experiment_id}"
         )

@@ -22,8 +22,9 @@ from deflow.units import AS_THEY_ARE, Units
 class AnyPolicy(ABC):
     """What every policy does, whatever decides: an agent (`Policy`), or what was exported of one (`ExportedPolicy`).
 
-    `act` keeps the noise and, with action chunks, the plan that is being carried out: one episode after the other, with
-    `reset` between them. Whoever brings noise along calls `plan`, which keeps nothing.
+    `act` keeps, for each of the observations side by side, the noise and, with action chunks, the plan that is being
+    carried out: one episode after the other, with `reset` between them. Whoever brings noise along calls `plan`, which
+    keeps nothing.
 
     Args:
         seed: of the noise that `act` draws.
@@ -32,7 +33,7 @@ class AnyPolicy(ABC):
 
     def __init__(self, seed: int, units: Units) -> None:
         self.units = units
-        self._plan: deque[np.ndarray] = deque()  # decided and not yet taken, each (rows, action_dim)
+        self._plans: list[deque[np.ndarray]] = []  # of each row: actions decided and not yet taken
         self._begin_noise(seed)
 
     @property
@@ -62,18 +63,30 @@ class AnyPolicy(ABC):
         """A context for many decisions, in which what each of them would set up is set up once."""
         return nullcontext()
 
-    def reset(self, seed: int | None = None) -> None:
+    def reset(self, seed: int | None = None, rows: Any = None) -> None:
         """Begin an episode: forget what is left of a plan.
 
+        A vector environment begins episodes at different times: `reset(rows=terminated | truncated)` after the step
+        that brought a new episode's first observation. That is the step that ended the old one with gymnasium's
+        `AutoresetMode.SAME_STEP`, and with `NEXT_STEP` the one after it, whose action is not carried out.
+
         Args:
-            seed: if given, at least 0, the noise begins anew, so that the same observations lead to the same actions.
+            seed: if given, at least 0, the noise of all rows begins anew, so that the same observations lead to the
+                same actions.
+            rows: of which observations side by side an episode begins, booleans of shape (batch,); None: of all.
 
         Raises:
-            UserError: if the seed is not a whole number or below 0.
+            UserError: if the seed is not a whole number or below 0, if there are not so many rows, or given both.
         """
-        self._plan.clear()
-        if seed is not None:
-            self._begin_noise(seed)
+        if rows is None:
+            self._plans = []
+            if seed is not None:
+                self._begin_noise(seed)
+        elif seed is not None:
+            raise UserError("a seed begins the noise of all rows: give reset() a seed or rows, not both")
+        elif self._plans:
+            for row in np.flatnonzero(self._mask(rows)):
+                self._plans[row].clear()
 
     def act(self, observation: Any) -> np.ndarray:
         """The next action of the environment.
@@ -91,14 +104,15 @@ class AnyPolicy(ABC):
                 midst of a plan.
         """
         observations, is_single = self._rows(observation)
-        rows = len(observations)
-        if not self._plan:
-            noise = np.stack([self.draw_noise(rng) for rng in self._generators(rows)])
-            self._plan.extend(self.plan(observations, noise).swapaxes(0, 1))
-        if len(self._plan[0]) != rows:
-            raise UserError(f"a plan for {len(self._plan[0])} observations is not at its end, got {rows}: call reset()")
-        actions = self._plan.popleft().copy()
-        return actions[0] if is_single else actions
+        plans = self._plans_for(len(observations))
+        waiting = [row for row, plan in enumerate(plans) if not plan]
+        if waiting:
+            generators = self._generators(len(observations))
+            noise = np.stack([self.draw_noise(generators[row]) for row in waiting])
+            for row, actions in zip(waiting, self.plan(observations[waiting], noise), strict=True):
+                plans[row].extend(actions)
+        taken = np.stack([plan.popleft() for plan in plans])
+        return taken[0] if is_single else taken
 
     def single(self, observation: Any) -> np.ndarray:
         """One observation as an array, checked as `act` does.
@@ -123,6 +137,26 @@ class AnyPolicy(ABC):
     def _begin_noise(self, seed: int) -> None:
         self._seed = checked_seed(seed)
         self._noise: list[np.random.Generator] = []  # of each row
+
+    def _plans_for(self, rows: int) -> list[deque[np.ndarray]]:
+        """What is left of the plan of each of so many rows."""
+        if len(self._plans) != rows:
+            if any(self._plans):
+                raise UserError(
+                    f"a plan for {len(self._plans)} observations is not at its end, got {rows}: call reset()"
+                )
+            self._plans = [deque() for _ in range(rows)]
+        return self._plans
+
+    def _mask(self, rows: Any) -> np.ndarray:
+        """The `rows` of `reset`, checked."""
+        mask = np.asarray(rows)
+        if mask.dtype != bool or mask.shape != (len(self._plans),):
+            raise UserError(
+                f"rows= says of each of the {len(self._plans)} observations that act() was last given whether an "
+                f"episode begins, as terminated | truncated do; got {mask.dtype} of shape {mask.shape}"
+            )
+        return mask
 
     def _rows(self, observation: Any) -> tuple[np.ndarray, bool]:
         """The observations, checked, and whether there is but one."""

@@ -174,7 +174,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
     for key in (key for key in EVALUATED if key in result):
         table.add_row(key, f"{result[key]:.2f}", f"{result[f'{key}_low']:.2f} to {result[f'{key}_high']:.2f}")
     Console().print(table)
-    Console().print(f"one decision: {result['latency_ms_p50']:.2f} ms (99%: {result['latency_ms_p99']:.2f} ms)")
+    p50, p99, calls = (result[f"latency_{name}"] for name in ("ms_p50", "ms_p99", "calls"))
+    Console().print(f"one decision: {p50:.2f} ms (99%: {p99:.2f} ms; of {calls} calls)")
 
 
 def draw(

@@ -71,7 +71,7 @@ def check_environment_spec(text: str, where: str) -> None:
     """
     try:
         entry_points = list(_entry_points(json.loads(text)))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where} does not describe an environment") from error
     for entry_point in entry_points:
         module, _, name = entry_point.partition(":")

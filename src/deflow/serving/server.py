@@ -200,11 +200,17 @@ class Robot:
         Raises:
             UserError: if the observation or the seed cannot be.
         """
-        observation = self._policy.single(request["observation"]) if "observation" in request else None
+        observation = self._observation(request["observation"]) if "observation" in request else None
         noise = self._after(request["reset"]) if "reset" in request else copy.deepcopy(self._noise)
         reply = {} if observation is None else await self._decide(observation, noise)
         self._noise = noise  # not before: what is refused has changed nothing
         return reply
+
+    def _observation(self, sent: Any) -> np.ndarray:
+        """What was sent as an observation; NumPy gets lists of the right sizes alone, others it may blow up."""
+        shape = self._policy.spec.observation_shape
+        _check_lists(sent, shape, f"an observation has shape {shape}, in an array or in lists of numbers")
+        return self._policy.single(sent)
 
     def _after(self, reset: Any) -> np.random.Generator:
         """The noise after a reset, as `Policy.reset` has it; the client has the whole plan, so none is forgotten."""
@@ -234,6 +240,22 @@ def _request(message: bytes | str) -> dict[str, Any]:
         if key not in KEYS:
             raise UserError(f"unknown key {key!r}: a request holds {' or '.join(KEYS)}")
     return request
+
+
+def _check_lists(sent: Any, shape: tuple[int, ...], expected: str) -> None:
+    """Raise `UserError`, which begins with `expected`, for lists of other lengths, or that hold anything but numbers.
+
+    An array in place of them is no concern of this: whatever its shape, it is no larger than the message.
+    """
+    if isinstance(sent, np.ndarray):
+        return
+    if isinstance(sent, list) and shape:
+        if len(sent) != shape[0]:
+            raise UserError(f"{expected}, got a list of {len(sent)} in place of {shape[0]}")
+        for part in sent:
+            _check_lists(part, shape[1:], expected)
+    elif shape or not isinstance(sent, bool | int | float):
+        raise UserError(f"{expected}, got {type(sent).__name__}")
 
 
 def _is_given(token: str, request: Request) -> bool:

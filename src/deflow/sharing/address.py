@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deflow.errors import UserError
+from deflow.run_folder import REPORT_FILE
 
 HUB, REGISTRY = "hf://", "models:/"
 LATEST = "latest"
 POLICY = "policy.safetensors"  # the one file of a shared policy that is read
 CARD = "README.md"  # what people read
+WHOLE = (CARD, POLICY, REPORT_FILE)  # all that a policy's place may hold of it
 
 
 @dataclass(frozen=True)

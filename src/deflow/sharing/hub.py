@@ -10,7 +10,7 @@ from pathlib import Path
 from deflow.errors import UserError
 from deflow.extras import require
 from deflow.imports import quick_imports
-from deflow.sharing.address import CARD, POLICY, HubAddress
+from deflow.sharing.address import CARD, POLICY, WHOLE, HubAddress
 
 PACKAGE = "huggingface_hub"
 LOG_IN = "log in by 'hf auth login', or set HF_TOKEN"
@@ -56,6 +56,8 @@ def check_place(address: HubAddress) -> None:
 def upload(address: HubAddress, files: Mapping[str, bytes], message: str, private: bool | None) -> str:
     """Put `files` into a repository as one commit; the repository, and a revision that is named, are made if missing.
 
+    Of `WHOLE`, what is there and not in `files` is of another policy, and deleted.
+
     Args:
         address: of the repository; its revision is a branch.
         files: name -> content.
@@ -68,16 +70,20 @@ def upload(address: HubAddress, files: Mapping[str, bytes], message: str, privat
     Raises:
         UserError: if one may not write there, or the hub cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     with _errors_in_one_line(address):
         api = HfApi()
         api.create_repo(address.repository, private=private, exist_ok=True)
         if address.revision is not None:
             api.create_branch(address.repository, branch=address.revision, exist_ok=True)
-        added = [CommitOperationAdd(name, content) for name, content in files.items()]
+        there = api.list_repo_files(address.repository, revision=address.revision)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(name, content) for name, content in files.items()),
+            *(CommitOperationDelete(name) for name in WHOLE if name in there and name not in files),
+        ]
         commit = api.create_commit(
-            address.repository, operations=added, commit_message=message, revision=address.revision
+            address.repository, operations=operations, commit_message=message, revision=address.revision
         )
     return str(HubAddress(address.repository, commit.oid))
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -20,17 +18,10 @@ from deflow.policy import Policy
 from deflow.report import EVALUATED
 from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, FINAL, REPORT_FILE, SUMMARY_FILE, parsed_summary
 from deflow.sharing import hub, registry
-from deflow.sharing.address import CARD, POLICY, HubAddress, RegistryAddress, is_address, parse
+from deflow.sharing.address import CARD, POLICY, WHOLE, HubAddress, RegistryAddress, is_address, parse
 from deflow.sharing.card import Shared, write_card
+from deflow.sharing.private import without_places
 from deflow.trust import trust_only
-
-Plain = TypeVar("Plain")
-
-# A setting whose value is a place on a machine, and what stands before a path in a text.
-PLACE = re.compile(
-    r"^(\+*(?:data\.source\.(?:path|dir)|paths\.\w+|hydra\.[\w.]+|ckpt|[\w.]*tracking_uri))=.*$", re.DOTALL
-)
-BEFORE_A_PATH = r"(?:(?<![^\s=:'\"\[,])|(?<=:///))"
 
 
 def push(config: DictConfig) -> str:
@@ -52,7 +43,7 @@ def push(config: DictConfig) -> str:
     if config.dry:
         folder = Path(config.out).expanduser()
         if not config.overwrite:
-            refuse_to_replace([folder / name for name in (CARD, POLICY, REPORT_FILE)])
+            refuse_to_replace([folder / name for name in WHOLE])
     elif isinstance(address, HubAddress):
         require("hf://", hub.PACKAGE)
     shared, files = _collected(config)
@@ -63,6 +54,8 @@ def push(config: DictConfig) -> str:
         with replacing_all([folder / name for name in files]) as parts:
             for part, content in zip(parts, files.values(), strict=True):
                 part.write_bytes(content)
+        for name in set(WHOLE) - set(files):  # of another policy, which lay there
+            (folder / name).unlink(missing_ok=True)
         print(f"wrote {', '.join(sorted(files))} into {folder}; nothing was uploaded")
         return str(folder)
     if isinstance(address, HubAddress):
@@ -87,7 +80,6 @@ def _collected(config: DictConfig) -> tuple[Shared, dict[str, bytes]]:
     is_run = (run / CONFIG_FILE).is_file()
     summary = _summary(run / SUMMARY_FILE) if is_run else None
     picture = run / REPORT_FILE
-    checkpoint["deflow"]["config"] = without_private(trained)
     files = {POLICY: as_safetensors(checkpoint, about)}
     if summary is not None and picture.is_file():
         files[REPORT_FILE] = picture.read_bytes()
@@ -96,7 +88,7 @@ def _collected(config: DictConfig) -> tuple[Shared, dict[str, bytes]]:
         trained=trained,
         summary=summary,
         is_result=_is_result(file, trained, summary or {}),
-        command=without_private(_without_places(_command(run / CONFIG_FILE))) if is_run else "",
+        command=without_places(_command(run / CONFIG_FILE)) if is_run else "",
         picture=REPORT_FILE if REPORT_FILE in files else None,
         trust=config.trust,
     )
@@ -125,21 +117,3 @@ def _command(config: Path) -> str:
     """The command that began a run, which its configuration begins with; empty if it does not."""
     first = config.read_text().partition("\n")[0]
     return first.removeprefix(COMMAND_MARK) if first.startswith(COMMAND_MARK) else ""
-
-
-def _without_places(command: str) -> str:
-    """A command that does not tell where on somebody's machine things lie."""
-    return shlex.join(PLACE.sub(r"\1=...", word) for word in shlex.split(command))
-
-
-def without_private(value: Plain) -> Plain:
-    """A plain value in which nobody is named: ~ for the home folder, and addresses without user and password."""
-    if isinstance(value, str):
-        home, anonymous = Path.home().as_posix(), re.sub(r"(?<=://)[^/@\s]+@", "", value)
-        its_place = rf"{BEFORE_A_PATH}{re.escape(home)}(?=$|[/\s'\",\]])"
-        return anonymous if home == "/" else re.sub(its_place, "~", anonymous)  # type: ignore[return-value]
-    if isinstance(value, dict):
-        return {key: without_private(item) for key, item in value.items()}  # type: ignore[return-value]
-    if isinstance(value, list):
-        return [without_private(item) for item in value]  # type: ignore[return-value]
-    return value
