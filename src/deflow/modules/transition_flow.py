@@ -48,7 +48,7 @@ class TransitionModel(LightningModule, ABC):
             arXiv 1803.00101).
         within: error that the model may have in open loop at the last imagined step, as a share of that of a model in
             which nothing changes, > 0: a stage in which the model rests begins by finding out how many steps that
-            allows. None: as many as are asked for.
+            allows, see `steps_within`. None: as many as are asked for.
 
     Raises:
         UserError: for images, action chunks, or statistics of another number of dimensions.
