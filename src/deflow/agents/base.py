@@ -69,6 +69,7 @@ class Agent(LightningModule, ABC):
     traits = Traits()
     # Whether the optimizer's momentum moves a part that is not due in an update, as if its gradient were 0.
     drifts = False
+    valuing_part: str | None = None  # the one that `action_values` come from
     # What the progress bar shows: name -> metric of a part, as "actor/q"; the losses unless an algorithm knows better.
     headline: Mapping[str, str] = MappingProxyType({})
 
