@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from deflow.build import build_agent
@@ -27,6 +28,7 @@ from deflow.modules.transition_flow import Outcome, TransitionFlow, TransitionMo
 from deflow.pipeline import train
 from deflow.types import Batch, Metrics, Spec
 from tests.agents.tester import check_agent, random_batch
+from tests.commands import ROOT
 from tests.conftest import compose_config, tiny_config
 
 UNIT: StepStatistics = {
@@ -41,6 +43,8 @@ UNROLLED = (
     ("agent=fql", "agent.actor.objective=unrolled"),
     ("agent=deflow", "agent.refiner.objective=unrolled"),
 )
+
+COLUMNS = yaml.safe_load((ROOT / "configs" / "tables" / "models.yaml").read_text())["columns"]
 
 
 def make(*overrides: str) -> Any:
@@ -376,6 +380,14 @@ def test_the_trust_region_is_of_the_rollouts_that_go_on() -> None:
 
 
 # Settings and stages.
+
+
+@pytest.mark.parametrize("column", [name for name, settings in COLUMNS.items() if "stages=model_first" in settings])
+def test_the_table_of_models_is_of_agents_that_there_are(column: str) -> None:
+    config = compose_config("experiment=pointmaze", *COLUMNS[column])
+    check(config)
+    with torch.device("meta"):
+        build_agent(config.agent, Spec(5, 3))
 
 
 @pytest.mark.usefixtures("short_episodes")

@@ -100,6 +100,23 @@ def test_short_trajectories_are_left_out_and_said(caplog: pytest.LogCaptureFixtu
     assert list(found["error"]["sample"]) == ["1", "5", "25"]
 
 
+def test_errors_grow_with_the_distance_from_the_data() -> None:
+    class Near(Walk):
+        """Knows nothing of states far from 0."""
+
+        def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+            outcome = super().forward(observations, actions, z)
+            return torch.cat([outcome[:, :1] + 0.1 * observations.abs(), outcome[:, 1:]], dim=-1)
+
+    training, held_out = walks([50], noise=0.0, move=0.0), walks([40] * 8, noise=0.0, move=1.0)
+    found = measure_transitions(Near(0.0), training, held_out, seed=0)["error_by_distance"]
+    assert found["distance"] == sorted(found["distance"])
+    # All data are at 0 and did nothing: the distance is of s / 2 and of an action of 1.
+    far = [np.sqrt(2 * distance**2 - 1) * 2 for distance in found["distance"]]
+    assert found["sample"] == pytest.approx([0.1 * each / 2 for each in far], rel=0.35, abs=0.05)
+    assert found["sample"][3] > found["sample"][0] + 0.1
+
+
 @pytest.mark.usefixtures("rendered")
 def test_the_picture_with_and_without_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = walks([60], noise=0.4)

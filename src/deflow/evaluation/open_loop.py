@@ -24,6 +24,7 @@ LENGTHS = (1, 5, 25, 50)  # steps without looking at the data again
 STARTS, DRAWS = 128, 8  # trajectories followed, and how often each
 STEPS, SAMPLES = 256, 64  # single steps at which the spread is measured, and outcomes drawn of each
 CENTRAL = (0.5, 0.9)  # shares of the samples, around their median
+TRAINING_PAIRS, AT_ONCE = 100_000, 10_000  # of which the nearest is looked for, and so many in one go
 MOVES = (0.0, 0.1, 0.3, 1.0)  # root mean square over the dimensions by which actions are moved
 ALMOST_0 = 1e-9
 UNCHANGED = "nothing changes"
@@ -51,16 +52,17 @@ def measure_transitions(
         the model `error`, by the number of steps, of a drawn trajectory and, as `mean`, of the mean of several;
         `error` also of nothing changing; `ends`, by the number of steps, the share of trajectories that the model has
         ended while the task goes on (`false`) and of those that it has not where the task has ended (`missed`; None
-        where there are no such steps), and `ends_of_one_step` from states of the data; `reward_error` of one step, in
-        units of reward; `coverage`, the share of true next states inside the central 50% and 90% of the samples;
-        `spread` of the samples, by how far actions are moved in random directions.
+        where there are no such steps), and `ends_of_one_step` from states of the data; `error_by_distance` of one step,
+        of four quarters of the steps in the order of their `distance` from the training data; `reward_error` of one
+        step, in units of reward; `coverage`, the share of true next states inside the central 50% and 90% of the
+        samples; `spread` of the samples, by how far actions are moved in random directions.
     """
     generator = torch_generator(model.device, seed, "transitions")
     found: dict[str, Any] = {}
     if held_out is None:
         log.warning("no validation data: the errors of the transition model are not measured, only its spread")
     else:
-        found = _open_loop(model, held_out, generator) | _single_steps(model, held_out, generator)
+        found = _open_loop(model, held_out, generator) | _single_steps(model, training, held_out, generator)
     return found | {"spread": _spread(model, training if held_out is None else held_out, generator)}
 
 
@@ -193,11 +195,16 @@ def _wrong_ends(goes_on: Tensor, truly_goes_on: Tensor) -> dict[str, float | Non
     return {kind: of.mean().item() if len(of) else None for kind, of in (("false", false), ("missed", missed))}
 
 
-def _single_steps(model: TransitionModel, held_out: Transitions, generator: torch.Generator) -> dict[str, Any]:
+def _single_steps(
+    model: TransitionModel, training: Transitions, held_out: Transitions, generator: torch.Generator
+) -> dict[str, Any]:
     rows = _choose(held_out.starts, STEPS, generator)
     truth, rewards = _states(model, held_out, rows + 1), held_out.learned_rewards(rows).to(model.device)
     states, actions = _states(model, held_out, rows), held_out.decisions(rows).to(model.device)
     varies = (_states(model, held_out, rows + 1) - states).std(0) > 0  # a constant has no spread to be checked
+    distances = _distances(model, training, states, actions)
+    quarters = distances.argsort().chunk(4)
+    by_distance = {"distance": [distances[quarter].mean().item() for quarter in quarters]}
     coverage, reward_error, ends = {}, {}, {}
     for name, sampler in model.samplers().items():
         outcome = _several(model, sampler, states, actions, generator)
@@ -205,10 +212,30 @@ def _single_steps(model: TransitionModel, held_out: Transitions, generator: torc
         coverage[name] = {
             f"{share:.0%}": _inside(next_states, truth, share)[:, varies].float().mean().item() for share in CENTRAL
         }
+        by_distance[name] = [_error(model, (next_states - truth[:, None])[quarter]) for quarter in quarters]
         errors = outcome.rewards.unflatten(0, (-1, SAMPLES)) - rewards[:, None]
         reward_error[name] = errors.square().mean().sqrt().item()
         ends[name] = _ends_of_one_step(model, sampler, held_out, generator)
-    return {"coverage": coverage, "reward_error": reward_error, "ends_of_one_step": ends}
+    of_one_step = {"ends_of_one_step": ends, "error_by_distance": by_distance}
+    return {"coverage": coverage, "reward_error": reward_error} | of_one_step
+
+
+def _distances(model: TransitionModel, training: Transitions, states: Tensor, actions: Tensor) -> Tensor:
+    """Of pairs from the nearest ones of the training data, shape (steps,).
+
+    Root mean squares over the dimensions, in standard deviations of the states and units of actions.
+    """
+
+    def pairs(states: Tensor, actions: Tensor) -> Tensor:
+        return torch.cat([states / model.observation_std, actions], dim=-1)
+
+    here = pairs(states, actions)
+    rows = training.starts[:: -(-len(training.starts) // TRAINING_PAIRS)]
+    nearest = [
+        torch.cdist(here, pairs(_states(model, training, some), training.decisions(some).to(model.device))).amin(1)
+        for some in rows.split(AT_ONCE)
+    ]
+    return torch.stack(nearest).amin(0) / here.shape[1] ** 0.5
 
 
 def _ends_of_one_step(
