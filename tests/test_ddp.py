@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deflow.agents.deflow import DeFlow
 from deflow.build import build_agent
 from deflow.checkpoints import load_checkpoint
+from deflow.distributed import max_over_ranks
 from deflow.loggers import read_metrics
 from deflow.types import Spec
 from tests.agents.tester import random_batch
@@ -64,6 +65,7 @@ def one_rank(rank: int, folder: str, backend: str) -> None:
     batch = batch._replace(**{k: v[mine].to(device) for k, v in batch._asdict().items() if v is not None})
     noise = type(noise)(*(None if draw is None else draw[mine].to(device) for draw in noise))
     found = update(agent, DistributedDataParallel(SummedLoss(agent)), batch, noise)
+    found["largest rank"] = max_over_ranks(torch.tensor(float(rank), device=device))
     torch.save({name: value.cpu() for name, value in found.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -77,6 +79,7 @@ def test_two_halves_make_the_whole(backend: str, tmp_path: Path) -> None:
     multiprocessing.set_forkserver_preload([__name__])  # or each rank imports everything for itself
     multiprocessing.start_processes(one_rank, args=(str(tmp_path), backend), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [found["largest rank"].item() for found in ranks] == [1, 1]
     agent = make_agent()
     batch = random_batch(agent, BATCH)
     whole = update(agent, SummedLoss(agent), batch, agent.draw_noise(batch, torch.Generator().manual_seed(0)))

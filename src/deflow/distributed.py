@@ -33,6 +33,15 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value / world_size()
 
 
+def max_over_ranks(value: Tensor) -> Tensor:
+    """Largest of a detached statistic over all ranks; the value itself outside DDP."""
+    if world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in order of rank; `[value]` outside DDP."""
     if world_size() == 1:

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+from omegaconf import DictConfig
 
 from deflow import report
 from deflow.config import plain
@@ -78,11 +79,21 @@ def _measure_diversity(run: Run) -> dict[str, Any]:
 
 
 def _measure_values(run: Run) -> dict[str, float | None] | None:
-    """How the values of held-out actions go with what was earned after them, if there are both."""
-    if run.data.validation is None:
+    """How the values of held-out actions go with what was earned after them; None for want of either."""
+    agent = run.agents[0]
+    if run.data.validation is None or agent.valuing_part is None or not _has_learned(run, agent.valuing_part):
         return None
-    with evaluation_mode(run.agents[0]):
-        return measure_values(run.agents[0], run.data.validation, run.data.span, run.config.seed)
+    with evaluation_mode(agent):
+        return measure_values(agent, run.data.validation, run.data.span, run.config.seed)
+
+
+def _has_learned(run: Run, part: str) -> bool:
+    """Whether a stage trained the part, or may have done so in the run whose weights this one began with."""
+
+    def trains(stage: DictConfig) -> bool:
+        return (stage.train == "all" or part in stage.train) and part not in stage.get("freeze", ())
+
+    return run.config.ckpt is not None or any(trains(stage) for stage in run.config.stages.values())
 
 
 def _measure_dynamics(run: Run, model: TransitionModel) -> dict[str, Any]:

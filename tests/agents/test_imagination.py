@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from deflow import pipeline, training
@@ -20,7 +21,8 @@ from deflow.config import check
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.modules.imagination import Decision, Imagination
+from deflow.modules.constraints import Constraint, Refinement
+from deflow.modules.imagination import Decision, Imagination, mean_that_counts
 from deflow.modules.one_step import OneStepActor
 from deflow.modules.refiner import Refiner
 from deflow.modules.statistics import StepStatistics
@@ -28,6 +30,7 @@ from deflow.modules.transition_flow import Outcome, TransitionFlow, TransitionMo
 from deflow.pipeline import train
 from deflow.types import Batch, Metrics, Spec
 from tests.agents.tester import check_agent, random_batch
+from tests.commands import ROOT
 from tests.conftest import compose_config, tiny_config
 
 UNIT: StepStatistics = {
@@ -43,6 +46,8 @@ UNROLLED = (
     ("agent=fql", "agent.actor.objective=unrolled"),
     ("agent=deflow", "agent.refiner.objective=unrolled"),
 )
+
+COLUMNS = yaml.safe_load((ROOT / "configs" / "tables" / "models.yaml").read_text())["columns"]
 
 
 def make(*overrides: str) -> Any:
@@ -254,6 +259,7 @@ def test_the_target_with_imagined_steps() -> None:
     model, batch = agent.dynamics, random_batch(agent)
     noise = agent.noise(batch, "test")
     assert noise.imagined.shape == (16, 2, 3 + model.outcome_dim)
+    losses = {part: loss for part, loss, _ in agent.losses(batch, noise)}  # from here on the model knows these rewards
     with torch.no_grad():
         next_actions = agent.actor.act(batch.next_observations, noise.z_next)
         longer, last_actions = agent.expanded(batch, next_actions, noise, agent.actor.act)
@@ -271,7 +277,6 @@ def test_the_target_with_imagined_steps() -> None:
     assert longer.observations is batch.observations
     assert (longer.discounts[batch.discounts == 0] == 0).all()
     expected = agent.critic.loss(longer, last_actions, noise.levels)[0]
-    losses = {part: loss for part, loss, _ in agent.losses(batch, noise)}
     assert torch.equal(losses["critic"], expected)
 
 
@@ -322,21 +327,70 @@ def test_the_refiners_proposals_have_a_gradient_into_imagined_states() -> None:
     assert seen == [(True, True)] * 2
 
 
-def test_what_would_come_after_the_end_counts_for_nothing() -> None:
-    class Ending(Linear):
-        def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
-            outcome = super().forward(observations, actions, z)
-            return torch.cat([outcome[:, :-1], -outcome[:, -1:]], dim=-1)
+class Ending(Linear):
+    """Ends the task with the first step from a state whose first number is above 0."""
 
-    for model, counted in ((Linear(), 1.0), (Ending(), 0.0)):
-        imagined = imagination(model, 4, 3).unroll(
-            torch.randn(4, 2), torch.zeros(4, 1), lambda s, z: Decision(torch.zeros_like(z), torch.ones_like(z))
-        )
-        assert torch.equal(imagined.deviations, torch.full((3, 4, 1), counted))
-        assert bool((imagined.discounts > 0).all()) == (counted == 1)
+    def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+        outcome = super().forward(observations, actions, z)
+        return torch.cat([outcome[:, :-1], torch.where(observations[:, :1] > 0, -1.0, 1.0)], dim=-1)
+
+
+def far_left_and_right(right: int) -> Tensor:
+    """Eight states that stay where they are within a few steps, so many of which are on the right."""
+    return torch.tensor([[-10.0, 0.0]] * (8 - right) + [[10.0, 0.0]] * right)
+
+
+@pytest.mark.parametrize("ending", [0, 6, 8])
+def test_what_would_come_after_the_end_does_not_count(ending: int) -> None:
+    imagined = imagination(Ending(), 8, 3).unroll(
+        far_left_and_right(ending), torch.zeros(8, 1), lambda s, z: Decision(torch.zeros_like(z), torch.ones_like(z))
+    )
+    goes_on = torch.arange(8) < 8 - ending
+    assert torch.equal(imagined.counts, goes_on.float().expand(3, 8))
+    assert torch.equal(imagined.discounts > 0, goes_on)
+    squares = mean_that_counts(imagined.deviations.square(), imagined.counts)
+    assert torch.equal(squares, torch.full((3, 1), float(ending < 8)))
+
+
+@pytest.mark.parametrize("ending", [0, 6, 8])
+def test_means_over_what_counts(ending: int) -> None:
+    states, still = far_left_and_right(ending), torch.zeros(8, 1)
+    ahead = nothing, imagination(Ending(), 8, 3), lambda s, z: torch.zeros_like(z)
+
+    # Every action of the one-step policy is 1 away from what the flow proposes.
+    actor = OneStepActor(Spec(2, 1), (4,), "silu", objective="unrolled")
+    refiner = Refiner(Spec(2, 1), (4,), "silu", objective="unrolled")
+    for net in (actor.net, refiner.net):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+            net.layers[-1].bias.fill_(1.0)  # type: ignore[union-attr, operator]
+    _, metrics = actor.loss(states, still, still, *ahead)
+    assert metrics["distillation"].item() == pytest.approx(1.0)
+
+    # And so is every action of the refiner.
+    batch = Batch(states, still, still[:, 0], still[:, 0], states, still)
+    _, metrics = refiner.loss(batch, still, still, *ahead)
+    assert metrics["trust_region/cost"].item() == pytest.approx(1.0)
+
+
+def test_the_trust_region_is_of_the_rollouts_that_go_on() -> None:
+    residual = torch.tensor([0.1, 0.1, 0.3, 9.0])[:, None].expand(2, 4, 1)
+    counts = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    still = torch.zeros(4, 1)
+    _, _, metrics = Constraint("trust_region", 0.01).loss(Refinement(residual, still, still, still, counts))
+    assert metrics["cost"].item() == pytest.approx(0.09)  # of the last step, in which one is left
 
 
 # Settings and stages.
+
+
+@pytest.mark.parametrize("column", [name for name, settings in COLUMNS.items() if "stages=model_first" in settings])
+def test_the_table_of_models_is_of_agents_that_there_are(column: str) -> None:
+    config = compose_config("experiment=pointmaze", *COLUMNS[column])
+    check(config)
+    with torch.device("meta"):
+        build_agent(config.agent, Spec(5, 3))
 
 
 @pytest.mark.usefixtures("short_episodes")

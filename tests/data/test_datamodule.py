@@ -104,6 +104,27 @@ def test_returns_of_what_earned_rewards_are_what_the_data_hold(caplog: pytest.Lo
     assert "returns of trajectories that were cut count what the data hold" in caplog.text
 
 
+@pytest.mark.parametrize("highest", [0.0, 1.0])
+def test_returns_from_some_rows_are_those_of_all(highest: float, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    lengths = [1, 30, 2, 7, 100, 1, 12]
+    arrays = {
+        "observations": np.zeros((sum(lengths), 1)),
+        "actions": np.zeros((sum(lengths), 1)),
+        "rewards": highest - rng.integers(3, size=sum(lengths)),
+        "masks": rng.random(sum(lengths)) > 0.05,
+        "valids": np.concatenate([np.arange(length) < length - 1 for length in lengths]),
+    }
+    data = Transitions.from_compact(arrays, "test")
+    rows = data.starts[torch.as_tensor(rng.permutation(len(data.starts))[:40])]
+    found = data.returns_from(rows, 0.9)
+    assert not caplog.records  # what is said of cut trajectories is said to those who learn from returns
+    of_all = data.with_returns(0.9).returns
+    assert of_all is not None
+    assert torch.equal(found, of_all[rows])
+    assert torch.equal(data.returns_from(rows[:1], 0.9), of_all[rows[:1]])
+
+
 def test_chunks_stay_inside_their_trajectory() -> None:
     # Trajectories of 7 transitions in 8 rows; the task ends at row 11.
     rows, length, discount, horizon = 40, 8, 0.9, 3

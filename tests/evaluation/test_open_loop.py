@@ -27,29 +27,35 @@ STATISTICS: StepStatistics = {
 
 
 class Walk(TransitionModel):
-    """Knows that each step adds the action, with noise of a given deviation, and gives no reward."""
+    """Knows that each step adds the action, with noise of a given deviation, and gives no reward.
 
-    def __init__(self, noise: float, within: float | None = None) -> None:
+    It ends the task when noise is above `ends_above`.
+    """
+
+    def __init__(self, noise: float, within: float | None = None, ends_above: float = np.inf) -> None:
         super().__init__(Spec(1, 1), STATISTICS, within=within)
-        self.noise = noise
+        self.noise, self.ends_above = noise, ends_above
 
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
         raise NotImplementedError
 
     def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
-        nothing = torch.zeros(len(z), 1)
-        return torch.cat([actions + self.noise * z[:, :1], nothing, nothing + 1], dim=-1)
+        goes_on = torch.where(z[:, 2:] > self.ends_above, -1.0, 1.0)
+        return torch.cat([actions + self.noise * z[:, :1], torch.zeros_like(goes_on), goes_on], dim=-1)
 
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
         return self._outcome(observations, self(observations, actions, z))
 
 
-def walks(lengths: list[int], noise: float) -> Transitions:
-    """Random walks of so many steps, each of half a unit or of minus that and noise; rewards are -1."""
+def walks(lengths: list[int], noise: float, move: float = 0.5, goal: bool = False) -> Transitions:
+    """Random walks of so many steps, each of half a unit or of minus that and noise; rewards are -1.
+
+    With a goal the last step of each ends its task.
+    """
     rng = np.random.default_rng(0)
     states, actions, valids = [], [], []
     for length in lengths:
-        moves = rng.choice([-0.5, 0.5], length)
+        moves = rng.choice([-move, move], length)
         states.append(np.cumsum([0, *(moves + noise * rng.standard_normal(length))]))
         actions.append(np.append(moves, 0))
         valids.append(np.arange(length + 1) < length)
@@ -57,6 +63,8 @@ def walks(lengths: list[int], noise: float) -> Transitions:
     columns = {"observations": states, "actions": actions}
     arrays = {name: np.concatenate(of_all)[:, None] for name, of_all in columns.items()}
     arrays |= {"rewards": np.full(rows, -1.0), "masks": np.ones(rows), "valids": np.concatenate(valids)}
+    if goal:
+        arrays["masks"][np.cumsum([length + 1 for length in lengths]) - 2] = 0
     return Transitions.from_compact(arrays, "walks")
 
 
@@ -92,6 +100,23 @@ def test_short_trajectories_are_left_out_and_said(caplog: pytest.LogCaptureFixtu
     assert list(found["error"]["sample"]) == ["1", "5", "25"]
 
 
+def test_errors_grow_with_the_distance_from_the_data() -> None:
+    class Near(Walk):
+        """Knows nothing of states far from 0."""
+
+        def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
+            outcome = super().forward(observations, actions, z)
+            return torch.cat([outcome[:, :1] + 0.1 * observations.abs(), outcome[:, 1:]], dim=-1)
+
+    training, held_out = walks([50], noise=0.0, move=0.0), walks([40] * 8, noise=0.0, move=1.0)
+    found = measure_transitions(Near(0.0), training, held_out, seed=0)["error_by_distance"]
+    assert found["distance"] == sorted(found["distance"])
+    # All data are at 0 and did nothing: the distance is of s / 2 and of an action of 1.
+    far = [np.sqrt(2 * distance**2 - 1) * 2 for distance in found["distance"]]
+    assert found["sample"] == pytest.approx([0.1 * each / 2 for each in far], rel=0.35, abs=0.05)
+    assert found["sample"][3] > found["sample"][0] + 0.1
+
+
 @pytest.mark.usefixtures("rendered")
 def test_the_picture_with_and_without_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = walks([60], noise=0.4)
@@ -103,12 +128,50 @@ def test_the_picture_with_and_without_validation(tmp_path: Path, caplog: pytest.
     assert "no validation data" in caplog.text
 
 
-@pytest.mark.parametrize("within,allowed", [(0.5, 0), (9.0, 5)])
+@pytest.mark.parametrize("within,allowed", [(0.2, 0), (0.8, 5)])
 def test_steps_within_a_limit(within: float, allowed: int) -> None:
-    # The model's errors are of two independent walks, and half a unit a step is what nothing changing misses as well.
+    # Half of the distance of two independent walks, and half a unit a step is what nothing changing misses as well.
     steps, errors = steps_within(Walk(0.4, within), walks([200] * 4, noise=0.4), most=5, seed=0)
     assert steps == allowed
-    assert errors == pytest.approx([0.4 * np.sqrt(2 * n) / np.sqrt(n * (0.25 + 0.16)) for n in range(1, 6)], rel=0.35)
+    assert errors == pytest.approx([0.4 * np.sqrt(2) / 2 / np.sqrt(0.25 + 0.16)] * 5, rel=0.2)
+
+
+def test_the_true_model_of_a_random_walk_is_better_than_any_other() -> None:
+    data = walks([200] * 4, noise=0.4, move=0.0)
+    found = {noise: steps_within(Walk(noise, within=1.0), data, most=5, seed=0) for noise in (0.0, 0.4, 1.6)}
+    assert found[0.4] == (5, pytest.approx([np.sqrt(1 / 2)] * 5, rel=0.1))
+    assert found[0.0][1] == pytest.approx([1.0] * 5)  # it is the one in which nothing changes
+    for of_true, of_wild in zip(found[0.4][1], found[1.6][1], strict=True):
+        assert of_true + 0.1 < of_wild
+
+
+@pytest.mark.parametrize("ends_above,errors", [(np.inf, [0, 0, 0]), (-np.inf, [1, 1, 1])])
+def test_a_trajectory_that_ends_too_early_stays_where_it_was(ends_above: float, errors: list[float]) -> None:
+    model, data = Walk(0.0, within=0.9, ends_above=ends_above), walks([60] * 4, noise=0.0)
+    allowed = 3 if errors[0] == 0 else 0
+    assert steps_within(model, data, most=3, seed=0) == (allowed, pytest.approx(errors, abs=1e-5))
+    # Where the task has ended there is no state to compare with.
+    to_the_end = steps_within(model, walks([3] * 4, noise=0.0, goal=True), most=3, seed=0)
+    assert to_the_end == (min(allowed, 2), pytest.approx(errors[:2], abs=1e-5))
+
+
+@pytest.mark.parametrize("goal", [False, True])
+def test_wrong_ends(goal: bool) -> None:
+    data = walks([5] * 200, noise=0.0, goal=goal)
+    for chance, ends_above in ((0.0, np.inf), (1.0, -np.inf), (0.0228, 2.0)):
+        found = measure_transitions(Walk(0.0, ends_above=ends_above), data, data, seed=0)
+        ends, one_step = found["ends"]["sample"], found["ends_of_one_step"]["sample"]
+        assert ends["false"]["1"] == pytest.approx(chance, abs=0.015)
+        assert one_step["false"] == pytest.approx(chance, abs=0.005)
+        by_then = 1 - (1 - chance) ** 5
+        if goal:
+            assert ends["false"]["5"] is None
+            assert one_step["missed"] == pytest.approx(1 - chance, abs=0.005)
+            assert ends["missed"] == {"1": None, "5": pytest.approx(1 - by_then, abs=0.03)}
+        else:
+            assert ends["false"]["5"] == pytest.approx(by_then, abs=0.03)
+            assert one_step["missed"] is None
+            assert ends["missed"] == {"1": None, "5": None}
 
 
 def test_a_model_that_is_right_may_take_all_steps_and_one_that_knows_nothing_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 
 from deflow.data.memory.transitions import Transitions
 from deflow.evaluation.values import measure_values
+from deflow.pipeline import train as run
 from deflow.types import Lookahead, Spec
 from tests.agents.tester import Acting
+from tests.conftest import CKPT, tiny_config
 
 DISCOUNT = 0.9
 
@@ -58,3 +61,26 @@ def test_an_agent_without_values_has_none() -> None:
             raise NotImplementedError
 
     assert measure_values(Unknowing(Spec(1, 1)), countdown(), Lookahead(DISCOUNT), seed=0) is None
+
+
+def test_returns_are_of_the_rows_that_are_asked_about_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(data: Transitions, discount: float) -> None:
+        raise AssertionError("the returns of all of the data were computed")
+
+    monkeypatch.setattr(Transitions, "with_returns", refuse)
+    found = measure_values(Knowing(Spec(1, 1)), countdown(), Lookahead(DISCOUNT), seed=0)
+    assert found is not None
+    assert found["correlation"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.usefixtures("short_episodes")
+@pytest.mark.parametrize("train,told", [("[dynamics]", False), ("all", True)])
+def test_only_values_that_were_learned_are_measured(train: str, told: bool, point_data: Path, tmp_path: Path) -> None:
+    overrides = ("agent=fql", "agent/dynamics=gaussian", f"stages.joint.train={train}", "diversity.states=0")
+    config = tiny_config(point_data, "experiment=pointmaze", *overrides, "+stages.joint.evaluate=false")
+    summary = run(config, tmp_path)
+    assert ("values" in summary) == told
+    if not told:
+        frozen = ("stages.joint.train=all", "+stages.joint.freeze=[critic]")
+        again = tiny_config(point_data, "experiment=pointmaze", *overrides, *frozen, f"ckpt={tmp_path / CKPT}")
+        assert "values" in run(again, tmp_path / "again")  # the first run's might have been

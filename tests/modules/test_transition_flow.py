@@ -78,7 +78,7 @@ def test_a_linear_system_with_gaussian_noise(kind: str) -> None:
     torch.testing.assert_close(deviation.mean(0), NOISE, rtol=0.25, atol=0)
     if isinstance(model, TransitionGaussian):
         batch = linear_batch(torch.Generator().manual_seed(3))
-        mean = model.mean(batch.observations, batch.actions).observations
+        mean = model.sample(batch.observations, batch.actions, torch.zeros(256, model.outcome_dim)).observations
         assert (mean - batch.observations @ A.T - batch.actions @ B.T).abs().mean() < 0.05
 
 

@@ -45,6 +45,7 @@ class ActorCritic(Agent):
 
     critic: Critic
     dynamics: TransitionModel
+    valuing_part = "critic"
     climber: str | None = None  # the part whose objective may take steps in the model
     expands = True  # whether the critic's target, of a policy at s', may take steps in the model
 

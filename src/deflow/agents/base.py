@@ -70,6 +70,7 @@ class Agent(LightningModule, ABC):
     traits = Traits()
     # Whether the optimizer's momentum moves a part that is not due in an update, as if its gradient were 0.
     drifts = False
+    valuing_part: str | None = None  # the one that `action_values` come from
     # What the progress bar shows: name -> metric of a part, as "actor/q"; the losses unless an algorithm knows better.
     headline: Mapping[str, str] = MappingProxyType({})
     # Steps that may be taken in its model of the environment, as a stage found; None: as many as are asked for.

@@ -24,6 +24,8 @@ LENGTHS = (1, 5, 25, 50)  # steps without looking at the data again
 STARTS, DRAWS = 128, 8  # trajectories followed, and how often each
 STEPS, SAMPLES = 256, 64  # single steps at which the spread is measured, and outcomes drawn of each
 CENTRAL = (0.5, 0.9)  # shares of the samples, around their median
+TRAINING_PAIRS, AT_ONCE = 100_000, 10_000  # of which the nearest is looked for, and so many in one go
+EXACT = "donot_use_mm_for_euclid_dist"  # products of matrices lose small distances
 MOVES = (0.0, 0.1, 0.3, 1.0)  # root mean square over the dimensions by which actions are moved
 ALMOST_0 = 1e-9
 UNCHANGED = "nothing changes"
@@ -49,22 +51,29 @@ def measure_transitions(
     Returns:
         `trajectories` that are long enough and those `left_out` because they are shorter; for each way to draw from
         the model `error`, by the number of steps, of a drawn trajectory and, as `mean`, of the mean of several;
-        `error` also of nothing changing; `reward_error` of one step, in units of reward; `coverage`, the share of true
-        next states inside the central 50% and 90% of the samples; `spread` of the samples, by how far actions are moved
-        in random directions.
+        `error` also of nothing changing; `ends`, by the number of steps, the share of trajectories that the model has
+        ended while the task goes on (`false`) and of those that it has not where the task has ended (`missed`; None
+        where there are no such steps), and `ends_of_one_step` from states of the data; `error_by_distance` of one step,
+        of four quarters of the steps in the order of their `distance` from the training data; `reward_error` of one
+        step, in units of reward; `coverage`, the share of true next states inside the central 50% and 90% of the
+        samples; `spread` of the samples, by how far actions are moved in random directions.
     """
     generator = torch_generator(model.device, seed, "transitions")
     found: dict[str, Any] = {}
     if held_out is None:
         log.warning("no validation data: the errors of the transition model are not measured, only its spread")
     else:
-        found = _open_loop(model, held_out, generator) | _single_steps(model, held_out, generator)
+        found = _open_loop(model, held_out, generator) | _single_steps(model, training, held_out, generator)
     return found | {"spread": _spread(model, training if held_out is None else held_out, generator)}
 
 
 @torch.no_grad()
 def steps_within(model: TransitionModel, held_out: Transitions, most: int, seed: int) -> tuple[int, list[float]]:
     """How many imagined steps stay within what `model.within` allows, and the errors after each.
+
+    The error is the energy score of several drawn trajectories: their mean distance from the truth less half of that
+    from each other, so that a model that spreads as the truth does is not punished for it. A trajectory that the model
+    ends while the task goes on stays where it was.
 
     Args:
         model: with such a limit.
@@ -74,22 +83,46 @@ def steps_within(model: TransitionModel, held_out: Transitions, most: int, seed:
 
     Returns:
         The most steps of which none has an error above the limit, from 0 to `most`, and the errors of 1, 2, ... steps
-        as shares of those of a model in which nothing changes, as far as the longest trajectory reaches.
+        as shares of those of a model in which nothing changes, as far as the longest trajectory and its task go.
     """
     assert model.within is not None
     ends = held_out.last_rows[held_out.starts]
     most = min(most, int((ends - held_out.starts).max()))
     generator = torch_generator(model.device, seed, "imagined steps")
     rows = _choose(held_out.starts[ends - held_out.starts >= most], STARTS, generator)
-    first = states = _states(model, held_out, rows)
-    errors = []
+    first = _states(model, held_out, rows)
+    states = first.repeat_interleave(DRAWS, 0)
+    goes_on, truly_goes_on = torch.ones_like(states[:, 0]), torch.ones_like(first[:, 0])
+    errors: list[float] = []
     for step in range(most):
-        actions = held_out.decisions(rows + step).to(model.device)
-        states = model.imagine(states, actions, _noise(model, len(states), generator)).observations
-        truth = _states(model, held_out, rows + step + 1)
-        errors.append(_error(model, states - truth) / max(_error(model, first - truth), ALMOST_0))
-    allowed = next((step for step, error in enumerate(errors) if not error <= model.within), most)
+        actions = held_out.decisions(rows + step).to(model.device).repeat_interleave(DRAWS, 0)
+        outcome = model.imagine(states, actions, _noise(model, len(states), generator))
+        goes_on = goes_on * outcome.continues
+        states = torch.where(goes_on[:, None] > 0, outcome.observations, states)
+        truly_goes_on = truly_goes_on * _goes_on(model, held_out, rows + step)
+        there = truly_goes_on > 0  # an end that is true leads nowhere
+        if not there.any():
+            break
+        truth, drawn = _states(model, held_out, rows + step + 1)[there], states.unflatten(0, (-1, DRAWS))[there]
+        of_nothing = _energy_score(model, first[there, None], truth)
+        errors.append(_energy_score(model, drawn, truth) / max(of_nothing, ALMOST_0))
+    allowed = next((step for step, error in enumerate(errors) if not error <= model.within), len(errors))
     return allowed, errors
+
+
+def _energy_score(model: TransitionModel, drawn: Tensor, truth: Tensor) -> float:
+    """Mean distance of draws from the truth less half of that between two of them, in standard deviations.
+
+    Args:
+        model: whose deviations count.
+        drawn: shape (starts, draws, observation_dim).
+        truth: shape (starts, observation_dim).
+    """
+    unit = model.observation_std * drawn.shape[-1] ** 0.5
+    drawn, truth = drawn / unit, truth / unit
+    draws = drawn.shape[1]
+    apart = torch.cdist(drawn, drawn).sum((1, 2)) / max(draws * (draws - 1), 1)
+    return ((drawn - truth[:, None]).norm(dim=-1).mean(1) - apart / 2).mean().item()
 
 
 def _open_loop(model: TransitionModel, held_out: Transitions, generator: torch.Generator) -> dict[str, Any]:
@@ -106,10 +139,13 @@ def _open_loop(model: TransitionModel, held_out: Transitions, generator: torch.G
             len(trajectory_lengths),
         )
     rows = _choose(held_out.starts[ends - held_out.starts >= longest], STARTS, generator)
-    errors = {UNCHANGED: _unchanged_errors(model, held_out, rows, lengths)}
+    errors, ends_found = {UNCHANGED: _unchanged_errors(model, held_out, rows, lengths)}, {}
     for name, sampler in model.samplers().items():
-        errors |= _followed_errors(model, sampler, name, held_out, rows, lengths, generator)
-    return {"trajectories": len(trajectory_lengths) - left_out, "left_out": left_out, "error": errors}
+        errors[name], errors[f"{name}, mean"], ends_found[name] = _followed(
+            model, sampler, held_out, rows, lengths, generator
+        )
+    counted = {"trajectories": len(trajectory_lengths) - left_out, "left_out": left_out}
+    return counted | {"error": errors, "ends": ends_found}
 
 
 def _unchanged_errors(
@@ -119,42 +155,99 @@ def _unchanged_errors(
     return {str(n): _error(model, here - _states(model, held_out, rows + n)) for n in lengths}
 
 
-def _followed_errors(
+def _followed(
     model: TransitionModel,
     sampler: Sampler,
-    name: str,
     held_out: Transitions,
     rows: Tensor,
     lengths: list[int],
     generator: torch.Generator,
-) -> dict[str, dict[str, float]]:
-    """Of trajectories that follow the data's actions from the data's states, several of each."""
+) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float | None]]]:
+    """Of trajectories that follow the data's actions from the data's states, several of each.
+
+    Returns:
+        By the number of steps: errors of a drawn trajectory, of the mean of several, and the `false` and `missed` ends.
+    """
     states = _states(model, held_out, rows).repeat_interleave(DRAWS, 0)
+    goes_on, truly_goes_on = torch.ones_like(states[:, 0]), torch.ones_like(states[::DRAWS, 0])
     drawn, mean = {}, {}
+    ends: dict[str, dict[str, float | None]] = {"false": {}, "missed": {}}
     for step in range(lengths[-1]):
         actions = held_out.decisions(rows + step).to(model.device).repeat_interleave(DRAWS, 0)
-        states = sampler(states, actions, _noise(model, len(states), generator)).observations
+        outcome = sampler(states, actions, _noise(model, len(states), generator))
+        states, goes_on = outcome.observations, goes_on * outcome.continues
+        truly_goes_on = truly_goes_on * _goes_on(model, held_out, rows + step)
         if (n := step + 1) in lengths:
             errors = states.unflatten(0, (-1, DRAWS)) - _states(model, held_out, rows + n)[:, None]
             drawn[str(n)], mean[str(n)] = _error(model, errors), _error(model, errors.mean(1))
-    return {name: drawn, f"{name}, mean": mean}
+            for kind, share in _wrong_ends(goes_on.unflatten(0, (-1, DRAWS)), truly_goes_on).items():
+                ends[kind][str(n)] = share
+    return drawn, mean, ends
 
 
-def _single_steps(model: TransitionModel, held_out: Transitions, generator: torch.Generator) -> dict[str, Any]:
+def _wrong_ends(goes_on: Tensor, truly_goes_on: Tensor) -> dict[str, float | None]:
+    """`false`: share of ends where the task goes on; `missed`: of none where it has ended; None: of no steps.
+
+    Args:
+        goes_on: of several draws, 0 or 1, shape (steps, draws).
+        truly_goes_on: 0 or 1, shape (steps,).
+    """
+    false, missed = 1 - goes_on[truly_goes_on > 0], goes_on[truly_goes_on == 0]
+    return {kind: of.mean().item() if len(of) else None for kind, of in (("false", false), ("missed", missed))}
+
+
+def _single_steps(
+    model: TransitionModel, training: Transitions, held_out: Transitions, generator: torch.Generator
+) -> dict[str, Any]:
     rows = _choose(held_out.starts, STEPS, generator)
     truth, rewards = _states(model, held_out, rows + 1), held_out.learned_rewards(rows).to(model.device)
     states, actions = _states(model, held_out, rows), held_out.decisions(rows).to(model.device)
     varies = (_states(model, held_out, rows + 1) - states).std(0) > 0  # a constant has no spread to be checked
-    coverage, reward_error = {}, {}
+    distances = _distances(model, training, states, actions)
+    quarters = distances.argsort().chunk(4)
+    by_distance = {"distance": [distances[quarter].mean().item() for quarter in quarters]}
+    coverage, reward_error, ends = {}, {}, {}
     for name, sampler in model.samplers().items():
         outcome = _several(model, sampler, states, actions, generator)
         next_states = outcome.observations.unflatten(0, (-1, SAMPLES))
         coverage[name] = {
             f"{share:.0%}": _inside(next_states, truth, share)[:, varies].float().mean().item() for share in CENTRAL
         }
+        by_distance[name] = [_error(model, (next_states - truth[:, None])[quarter]) for quarter in quarters]
         errors = outcome.rewards.unflatten(0, (-1, SAMPLES)) - rewards[:, None]
         reward_error[name] = errors.square().mean().sqrt().item()
-    return {"coverage": coverage, "reward_error": reward_error}
+        ends[name] = _ends_of_one_step(model, sampler, held_out, generator)
+    of_one_step = {"ends_of_one_step": ends, "error_by_distance": by_distance}
+    return {"coverage": coverage, "reward_error": reward_error} | of_one_step
+
+
+def _distances(model: TransitionModel, training: Transitions, states: Tensor, actions: Tensor) -> Tensor:
+    """Of pairs from the nearest ones of the training data, shape (steps,).
+
+    Root mean squares over the dimensions, in standard deviations of the states and units of actions.
+    """
+
+    def pairs(states: Tensor, actions: Tensor) -> Tensor:
+        return torch.cat([states / model.observation_std, actions], dim=-1)
+
+    here = pairs(states, actions)
+    rows = training.starts[:: -(-len(training.starts) // TRAINING_PAIRS)]
+    nearest = []
+    for some in rows.split(AT_ONCE):
+        there = pairs(_states(model, training, some), training.decisions(some).to(model.device))
+        nearest.append(torch.cdist(here, there, compute_mode=EXACT).amin(1))
+    return torch.stack(nearest).amin(0) / here.shape[1] ** 0.5
+
+
+def _ends_of_one_step(
+    model: TransitionModel, sampler: Sampler, held_out: Transitions, generator: torch.Generator
+) -> dict[str, float | None]:
+    """`false` and `missed` ends, of steps with which the task goes on and of such with which it ends."""
+    goes_on = _goes_on(model, held_out, held_out.starts).to(held_out.device) > 0
+    rows = torch.cat([_choose(held_out.starts[kind], STEPS, generator) for kind in (goes_on, ~goes_on)])
+    states, actions = _states(model, held_out, rows), held_out.decisions(rows).to(model.device)
+    outcome = _several(model, sampler, states, actions, generator)
+    return _wrong_ends(outcome.continues.unflatten(0, (-1, SAMPLES)), _goes_on(model, held_out, rows))
 
 
 def _inside(samples: Tensor, truth: Tensor, share: float) -> Tensor:
@@ -204,6 +297,11 @@ def _choose(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def _states(model: TransitionModel, data: Transitions, rows: Tensor) -> Tensor:
     return data.observations(rows).to(model.device)
+
+
+def _goes_on(model: TransitionModel, data: Transitions, rows: Tensor) -> Tensor:
+    """Whether the task goes on after the steps from these rows, 0 or 1, shape (rows,)."""
+    return (data.masks.index_select(0, rows) > 0).to(model.device, model.observation_std.dtype)
 
 
 def _error(model: TransitionModel, differences: Tensor) -> float:

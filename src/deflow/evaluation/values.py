@@ -40,9 +40,7 @@ def measure_values(agent: Agent, held_out: Transitions, span: Lookahead, seed: i
         if of_some is None:
             return None
         found.append(of_some.cpu())
-    of_all = held_out.returns if held_out.returns is not None else held_out.with_returns(span.discount).returns
-    assert of_all is not None
-    values, returns = torch.cat(found).double(), of_all[rows].double()
+    values, returns = torch.cat(found).double(), held_out.returns_from(rows, span.discount).double()
     varies = values.std() > 0 and returns.std() > 0
     correlation = torch.corrcoef(torch.stack([values, returns]))[0, 1].item() if varies else None
     return {"correlation": correlation, "bias": (values - returns).mean().item(), "transitions": len(rows)}

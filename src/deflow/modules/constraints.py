@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deflow.errors import UserError
+from deflow.modules.imagination import mean_that_counts
 from deflow.ranges import Limit, Positive
 from deflow.types import Metrics
 
@@ -20,6 +21,7 @@ class Refinement(NamedTuple):
     actions: Tensor  # the refined actions, clipped
     data_actions: Tensor  # the data's actions at the same states
     next_actions: Tensor  # the policy's actions at s', without gradient
+    counts: Tensor | None = None  # (steps, batch), of the residual of several steps: 0 where the task had ended, else 1
 
 
 # What a limit holds down: the mean square of one of these, over the batch and the action dimensions.
@@ -46,7 +48,8 @@ class Constraint(nn.Module):
 
     The second loss raises :math:`\lambda` while the constraint is violated and lowers it otherwise. With one limit a
     dimension, each dimension has a multiplier of its own and the first loss is the mean of their penalties. Over
-    several steps the constraint is one of the step in which `C` is largest, and so of all of them.
+    several steps the constraint is one of the step in which `C` is largest, and so of all of them; `C` is the mean over
+    the rollouts in which the task still goes on.
     Source: DeFlow (arXiv 2601.10471) for the trust region.
 
     Args:
@@ -76,7 +79,7 @@ class Constraint(nn.Module):
 
     def loss(self, refinement: Refinement) -> tuple[Tensor, Tensor, Metrics]:
         """The penalty, the multiplier's loss (0 if it is fixed) and the metrics, all scalar."""
-        squares = self.quantity(refinement).square().mean(-2)
+        squares = self._squares(refinement)
         cost = squares.mean(-1) if self.limit.ndim == 0 else squares
         if squares.ndim > 1:
             cost = cost.amax(0)
@@ -93,3 +96,11 @@ class Constraint(nn.Module):
         if self.limit.ndim:
             metrics |= {f"multiplier_{i}": value for i, value in enumerate(multiplier)}
         return penalty, multiplier_loss if self.learned else torch.zeros_like(penalty), metrics
+
+    def _squares(self, refinement: Refinement) -> Tensor:
+        """Mean squares over the batch, shape (action_dim,), or of several steps (steps, action_dim)."""
+        squares = self.quantity(refinement).square()
+        if squares.ndim == 2:
+            return squares.mean(0)
+        assert refinement.counts is not None
+        return mean_that_counts(squares, refinement.counts)

@@ -125,7 +125,7 @@ class Critic(LightningModule):
         return self._values(self.target, observations, actions)
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """As `values`, with a gradient into the actions but none into the critic's own parameters."""
+        """As `values`, with a gradient into states and actions but none into the critic's own parameters."""
         return frozen_call(self.online, observations, actions).squeeze(-1)
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:

@@ -212,7 +212,7 @@ class FlowCritic(LightningModule):
         return self._flow(self.target, observations, actions, middle).squeeze(-1)
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """As `values`, with a gradient into the actions but none into the critic's own parameters."""
+        """As `values`, with a gradient into states and actions but none into the critic's own parameters."""
         return self._values_of(frozen_call(self.distilled, observations, actions).squeeze(-1))
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:

@@ -26,11 +26,21 @@ class Imagined(NamedTuple):
     discounts: Tensor  # (batch,), of the value of where they end: 0 where the task ended on the way
     observations: Tensor  # (batch, observation_dim), where they end
     actions: Tensor  # (batch, action_dim), the policy's there
-    deviations: Tensor  # (steps, batch, action_dim), of the decisions after each step; 0 after the task's end
+    deviations: Tensor  # (steps, batch, action_dim), of the decisions after each step
+    counts: Tensor  # (steps, batch), whether they do: 1, or 0 where the task had ended by then
 
     def value(self, last: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Rewards of the steps and the value `last` of where they end, shape (batch,)."""
         return self.rewards + self.discounts * last(self.observations, self.actions)
+
+    def from_first(self, deviations: Tensor) -> tuple[Tensor, Tensor]:
+        """`deviations` and `counts` with those of the first actions before them, of which all count.
+
+        Args:
+            deviations: of the first actions, shape (batch, action_dim).
+        """
+        all_count = torch.ones_like(self.counts[:1])
+        return torch.cat([deviations[None], self.deviations]), torch.cat([all_count, self.counts])
 
 
 class Imagination(NamedTuple):
@@ -65,7 +75,7 @@ class Imagination(NamedTuple):
             return (*outcome, *decide(outcome.observations, z))
 
         rewards, discounts = torch.zeros_like(actions[:, 0]), torch.ones_like(actions[:, 0])
-        deviations: list[Tensor] = []
+        deviations, counts = [], [torch.ones_like(rewards)]
         for z, noise in zip(self.z.unbind(1), self.outcomes.unbind(1), strict=True):
             arguments = observations, actions, z, noise
             if self.forgetful and torch.is_grad_enabled():
@@ -75,5 +85,16 @@ class Imagination(NamedTuple):
             observations, earned, goes_on, actions, deviation = taken
             rewards = rewards + discounts * earned
             discounts = self.model.discount * discounts * goes_on
-            deviations.append(deviation * (discounts > 0)[:, None])
-        return Imagined(rewards, discounts, observations, actions, torch.stack(deviations))
+            deviations.append(deviation)
+            counts.append(counts[-1] * goes_on)
+        return Imagined(rewards, discounts, observations, actions, torch.stack(deviations), torch.stack(counts[1:]))
+
+
+def mean_that_counts(values: Tensor, counts: Tensor) -> Tensor:
+    """The mean over the batch of those values that count, shape (..., batch, n) -> (..., n); 0 where none does.
+
+    Args:
+        values: of any kind.
+        counts: 1 or 0, shape (..., batch).
+    """
+    return (counts[..., None] * values).sum(-2) / counts.sum(-1, keepdim=True).clamp(min=1.0)

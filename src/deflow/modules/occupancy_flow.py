@@ -14,6 +14,7 @@ from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.flow.path import straight_path
 from deflow.modules.critic import Aggregate
+from deflow.modules.reward_range import RewardRange
 from deflow.modules.statistics import StateStatistics, register_statistics
 from deflow.nets.average import polyak_pairs
 from deflow.nets.encoder import make_encoder
@@ -80,9 +81,10 @@ class OccupancyFlow(LightningModule):
 
     each moved by :math:`t \, (s' - s) / \sigma_s`, as points are seen from `s`. The reward :math:`\rho` is that of a
     step into a state: what else it depends on is averaged over the data's steps (`reward_loss` is what stays
-    unexplained, in squares of half the range of the rewards), but for that of the transition itself. The networks `q`
-    give the policy what it climbs and chooses by. A batch must hold single steps, and discounts above 0 where the task
-    goes on.
+    unexplained, in squares of half the range of the rewards), but for that of the transition itself. In `V` it is kept
+    between the lowest and the highest reward of the statistics and of the batches so far, as :math:`s_+` may be where
+    no data are. The networks `q` give the policy what it climbs and chooses by. A batch must hold single steps, and
+    discounts above 0 where the task goes on.
 
     Sources: TD-CFM, its coupled form and TD2-CFM of Temporal Difference Flows (arXiv 2503.09817); gamma-models
     (arXiv 2010.14496) for the idea. Differences from the papers: tasks end, and a point's last number says whether one
@@ -136,6 +138,7 @@ class OccupancyFlow(LightningModule):
             )
         self.point_dim = spec.observation_dim + 1
         register_statistics(self, spec, statistics, "agent.critic.statistics")
+        self.reward_range = RewardRange(statistics["reward_centre"], statistics["reward_scale"])
         of_state = make_encoder(spec, activation, None)
         beside_state = spec.action_dim + self.point_dim + 1
         self.online = EnsembleMLP(members, of_state, beside_state, hidden, self.point_dim, activation, norm="none")
@@ -159,6 +162,7 @@ class OccupancyFlow(LightningModule):
             next_actions: the policy's actions at `s'`, shape (batch, action_dim); no gradient flows into them.
             levels: uniform in [0, 1), shape (batch, levels).
         """
+        self.reward_range.widen(batch.rewards)
         draws = self._draws(levels)
         goes_on = (batch.discounts > 0).to(draws.times.dtype)
         discounts = self.discount * goes_on
@@ -185,7 +189,7 @@ class OccupancyFlow(LightningModule):
         rewards = (batch.rewards - self.reward_centre) / self.reward_scale
         reward_loss = (self.reward(there.state, goes_on[:, None]).squeeze(-1) - rewards).square().mean()
 
-        # Distillation, in units of the largest value that is possible.
+        # Distillation, in units of the largest value that the statistics allow.
         values = self.distilled(*here).squeeze(-1)
         distillation = (values - target / self._largest_value).square().mean()
 
@@ -209,7 +213,7 @@ class OccupancyFlow(LightningModule):
         return self.values(observations, actions)
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """As `values`, with a gradient into the actions but none into the critic's own parameters."""
+        """As `values`, with a gradient into states and actions but none into the critic's own parameters."""
         return self._in_rewards(frozen_call(self.distilled, self._standard(observations), actions).squeeze(-1))
 
     @torch.no_grad()
@@ -267,10 +271,11 @@ class OccupancyFlow(LightningModule):
         """What each of the states ahead says of the pair's value, shape (members, batch, samples)."""
         changes, sign = ahead.split([self.point_dim - 1, 1], dim=-1)
         goes_on = sign > 0
-        rewards = self.reward(pair.state[:, None] + changes, goes_on.to(sign.dtype)).squeeze(-1).clamp(-1.0, 1.0)
+        standard = self.reward(pair.state[:, None] + changes, goes_on.to(sign.dtype)).squeeze(-1)
+        rewards = self.reward_range.kept(self.reward_centre + self.reward_scale * standard)
         # Of the steps that go on all count, of the end just the one that brings it.
         steps = torch.where(goes_on.squeeze(-1), 1 / (1 - self.discount), 1.0)
-        return steps * (self.reward_centre + self.reward_scale * rewards)
+        return steps * rewards
 
     def _aggregated(self, values: Tensor) -> Tensor:
         """What the target takes of the members' values, shape (members, batch) -> (batch,)."""

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from deflow.modules.critic import value_scale
-from deflow.modules.imagination import Decision, Imagination
+from deflow.modules.imagination import Decision, Imagination, mean_that_counts
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
 from deflow.ranges import Activation, Count, Positive, ReadIf, Widths
@@ -34,8 +33,8 @@ class OneStepActor(LightningModule):
         alpha: weight of the distillation, > 0; the papers tune it for each task.
         normalize_q: divide the value term by the batch mean of its absolute value.
         objective: `value` (the paper's), or `unrolled`, which climbs the rewards of steps that the policy takes in a
-            model of the environment and the value of where they end, and is distilled in every state on the way
-            (on average over them, and without a gradient into the states):
+            model of the environment and the value of where they end, and is distilled in every state on the way in
+            which the task goes on (on average over them, and without a gradient into the states):
             :math:`E[\sum_{h < H} \gamma^h \hat r_h + \gamma^H \bar Q(\hat s_H, a_H)]`, with a gradient through the
             model and all of the policy's actions (SVG, arXiv 1510.09142).
         steps: `H` of `unrolled`.
@@ -84,17 +83,18 @@ class OneStepActor(LightningModule):
         # Value, of the actions at hand or of where they lead.
         if imagination is None:
             q = values(observations, actions).mean(0)
-            deviations = plans - proposals
+            squares = (plans - proposals).square()
         else:
             assert propose is not None
             imagined = imagination.unroll(observations, actions, partial(self._decide, propose))
             q = imagined.value(lambda s, a: values(s, a).mean(0))
-            deviations = torch.cat([(plans - proposals)[None], imagined.deviations])
+            deviations, counts = imagined.from_first(plans - proposals)
+            squares = mean_that_counts(deviations.square().flatten(0, 1), counts.flatten())
 
         # Distillation, of the actions and of what is generated beside them.
-        distillation = deviations[..., : self.action_dim].square().mean()
-        if deviations.shape[-1] > self.action_dim:
-            distillation = distillation + deviations[..., self.action_dim :].square().mean()
+        distillation = squares[..., : self.action_dim].mean()
+        if squares.shape[-1] > self.action_dim:
+            distillation = distillation + squares[..., self.action_dim :].mean()
         value_loss = -q.mean()
         if self.normalize_q:
             value_loss = value_loss / value_scale(q)

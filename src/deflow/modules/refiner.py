@@ -131,16 +131,17 @@ class Refiner(LightningModule):
         def value(observations: Tensor, actions: Tensor) -> Tensor:
             return values(observations, actions).mean(0)
 
+        counts = None
         if imagination is None:
             loss, metrics = self._objective(batch, base_actions, actions, value)
         else:
             assert propose is not None
             imagined = imagination.unroll(batch.observations, actions, partial(self._decide, propose))
             loss, metrics = self._climbed(imagined.value(value))
-            residual = torch.cat([residual[None], imagined.deviations])
+            residual, counts = imagined.from_first(residual)
 
         # Trust region and whatever else is constrained.
-        refinement = Refinement(residual, actions, batch.actions, next_actions)
+        refinement = Refinement(residual, actions, batch.actions, next_actions, counts)
         for kind, constraint in self.constraints.items():
             penalty, multiplier_loss, values_of_it = cast(Constraint, constraint).loss(refinement)
             loss = loss + penalty + multiplier_loss

@@ -15,6 +15,7 @@ from torch import Tensor
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.flow.path import straight_path
+from deflow.modules.reward_range import RewardRange
 from deflow.modules.statistics import StepStatistics, register_statistics
 from deflow.nets.encoder import make_encoder
 from deflow.nets.frozen import frozen_call
@@ -47,7 +48,7 @@ class TransitionModel(LightningModule, ABC):
             arXiv 1803.00101).
         within: error that the model may have in open loop at the last imagined step, as a share of that of a model in
             which nothing changes, > 0: a stage in which the model rests begins by finding out how many steps that
-            allows. None: as many as are asked for.
+            allows, see `steps_within`. None: as many as are asked for.
 
     Raises:
         UserError: for images, action chunks, or statistics of another number of dimensions.
@@ -75,6 +76,7 @@ class TransitionModel(LightningModule, ABC):
             raise UserError(f"agent.dynamics models single steps, not chunks of agent.horizon={spec.horizon} actions")
         self.spec, self.outcome_dim = spec, spec.observation_dim + 2
         register_statistics(self, spec, statistics, "agent.dynamics.statistics")
+        self.reward_range = RewardRange(statistics["reward_centre"], statistics["reward_scale"])
         self.discount, self.expansion, self.within = discount, expansion, within
 
     @abstractmethod
@@ -94,11 +96,11 @@ class TransitionModel(LightningModule, ABC):
     def imagine(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
         """Outcomes with a gradient into states and actions, but none into the model's own parameters.
 
-        Rewards are kept in the range of the data's. The arguments are those of `sample`.
+        Rewards are kept in the range of the statistics' and of those that the model was trained on. The arguments are
+        those of `sample`.
         """
         outcome = self._outcome(observations, frozen_call(self, observations, actions, z))
-        low, high = self.reward_centre - self.reward_scale, self.reward_centre + self.reward_scale
-        return outcome._replace(rewards=outcome.rewards.clamp(low, high))
+        return outcome._replace(rewards=self.reward_range.kept(outcome.rewards))
 
     @abstractmethod
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
@@ -178,6 +180,7 @@ class TransitionFlow(TransitionModel):
         self.solver = solver
 
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
+        self.reward_range.widen(batch.rewards)
         x_t, velocity = straight_path(x_0, self.outcomes_of(batch), times)
         inputs = self._inputs(batch.observations, batch.actions)
         matching = (self.field(inputs, x_t, times) - velocity).square().mean()
@@ -255,6 +258,7 @@ class TransitionGaussian(TransitionModel):
         self.log_std_range = tuple(log_std_range)
 
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
+        self.reward_range.widen(batch.rewards)
         loss = -self.log_prob(batch).mean() / self.outcome_dim
         return loss, {"loss": loss.detach()}
 
@@ -263,11 +267,6 @@ class TransitionGaussian(TransitionModel):
         mean, log_std = self._moments(batch.observations, batch.actions)
         deviations = (self.outcomes_of(batch) - mean) * (-log_std).exp()
         return -(0.5 * deviations.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    @torch.no_grad()
-    def mean(self, observations: Tensor, actions: Tensor) -> Outcome:
-        """The mean outcome; the arguments are those of `sample`."""
-        return self._outcome(observations, self._moments(observations, actions)[0])
 
     def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
         mean, log_std = self._moments(observations, actions)

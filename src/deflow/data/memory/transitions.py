@@ -165,6 +165,28 @@ class Transitions:
         returns = returns_to_go(rewards.tolist(), self.masks.tolist(), ends.tolist(), discount)
         return replace(self, returns=torch.tensor(returns))
 
+    def returns_from(self, rows: Tensor, discount: float) -> Tensor:
+        """The returns from some rows on, as `with_returns` has them, without a look at other trajectories.
+
+        Args:
+            rows: at which transitions start, int64 of shape (batch,).
+            discount: gamma.
+
+        Returns:
+            Float32 of shape (batch,).
+        """
+        lasts = (~self.has_successor).nonzero().squeeze(1)  # of every trajectory
+        of_trajectory = torch.searchsorted(lasts, rows)
+        returns = torch.empty(len(rows), device=self.device)
+        for number in of_trajectory.unique().tolist():
+            first, last = int(lasts[number - 1]) + 1 if number else 0, int(lasts[number])
+            span = torch.arange(first, last, device=self.device)
+            rewards, masks = self.learned_rewards(span).tolist(), self.masks.index_select(0, span).tolist()
+            of_all = returns_to_go(rewards, masks, [False] * (last - first - 1) + [True], discount)
+            here = of_trajectory == number
+            returns[here] = torch.tensor(of_all, device=self.device)[rows[here] - first]
+        return returns
+
     def chunk_starts(self, horizon: int) -> Tensor:
         """The rows from which the data go on for `horizon` transitions, int64 of shape (chunks,).
 
