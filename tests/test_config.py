@@ -10,7 +10,9 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from deflow.config import SettingsCheck, check_command, entry_point, readable
+from deflow.checks import check_command
+from deflow.command_line import readable
+from deflow.entry import SettingsCheck, entry_point
 from deflow.errors import UserError
 from tests.conftest import compose_config
 
@@ -232,7 +234,7 @@ def test_a_bug_in_the_check_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deflow.config.check_settings", lambda *_: 1 / 0)
+    monkeypatch.setattr("deflow.checks.check_settings", lambda *_: 1 / 0)
     assert command("train", ["experiment=pointmaze"], monkeypatch, lambda *_: pytest.fail("went on")) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 

@@ -82,7 +82,7 @@ def test_threads_spin_briefly_unless_the_user_chose(monkeypatch: pytest.MonkeyPa
 def test_a_command_sees_to_it_before_torch_is_there() -> None:
     code = (
         "import sys\n"
-        "from deflow.config import entry_point\n"
+        "from deflow.entry import entry_point\n"
         "sys.argv = ['x', '+nonsense=1']\n"
         "assert 'torch' not in sys.modules\n"
         "try:\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deflow.config import choices
+from deflow.command_line import choices
 from tests.commands import HANGS, ROOT
 
 FETCHED = re.compile(r"<(?:script|link|img|iframe|source|video)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^\"'\s>]+")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deflow.config import choices
+from deflow.command_line import choices
 from deflow.data.sources.d4rl import REFERENCE_RETURNS
 from deflow.pipeline import train
 from tests.conftest import compose_config, tiny_config, write_d4rl

@@ -22,7 +22,9 @@ import deflow
 from deflow import evaluating, exporting
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
-from deflow.config import check_command, choices, plain
+from deflow.checks import check_command
+from deflow.command_line import choices
+from deflow.config import plain
 from deflow.errors import UserError
 from deflow.evaluating import evaluate
 from deflow.evaluation import latency

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from deflow.agents.base import Agent
-from deflow.config import choices
+from deflow.command_line import choices
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.types import Spec
 from tests.agents.tester import check_agent

@@ -11,7 +11,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from deflow.config import check, choices
+from deflow.checks import check
+from deflow.command_line import choices
 from deflow.errors import UserError
 from deflow.sections import COMMANDS, OPTIMIZERS
 from deflow.settings import HYDRA_KEYS, check_component, check_settings, described

@@ -13,7 +13,8 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from deflow.config import choices, plain
+from deflow.command_line import choices
+from deflow.config import plain
 from deflow.errors import UserError
 from deflow.run_folder import CONFIG_FILE
 from deflow.stored import checked, load_config

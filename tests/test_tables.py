@@ -9,7 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from deflow.config import CONFIG_DIR, check, choices, look_in_own_folder
+from deflow.checks import check
+from deflow.command_line import choices, look_in_own_folder
+from deflow.config import CONFIG_DIR
 from deflow.errors import UserError
 from deflow.tables import read_table
 from tests.conftest import compose_config

@@ -10,7 +10,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from deflow.config import entry_point, refuse_other_overrides
+from deflow.command_line import refuse_other_overrides
+from deflow.entry import entry_point
 from deflow.imports import quick_imports
 from deflow.invocation import started_by_console, typed_command
 

@@ -11,15 +11,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from deflow.config import (
-    CONFIG_DIR,
-    OF_THE_USER,
-    check_command,
-    look_in_own_folder,
-    one_line,
-    readable,
-    refuse_other_overrides,
-)
+from deflow.checks import check_command
+from deflow.command_line import OF_THE_USER, look_in_own_folder, one_line, readable, refuse_other_overrides
+from deflow.config import CONFIG_DIR
 from deflow.errors import UserError
 from deflow.imports import quick_imports
 from deflow.run_folder import leaving_no_empty

@@ -16,7 +16,8 @@ from deflow.agents.base import MODEL, WHOLE_STAGES, Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent, decide
 from deflow.checkpoints import load_weights
-from deflow.config import check, plain
+from deflow.checks import check
+from deflow.config import plain
 from deflow.cores import set_threads
 from deflow.data.datamodule import OfflineDataModule
 from deflow.data.measures import card

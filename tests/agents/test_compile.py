@@ -7,7 +7,7 @@ import torch
 
 from deflow.agents.base import Agent
 from deflow.build import build_agent
-from deflow.config import check
+from deflow.checks import check
 from deflow.errors import UserError
 from deflow.types import Spec
 from tests.agents.tester import random_batch

@@ -10,7 +10,8 @@ import torch
 
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
-from deflow.config import check, choices
+from deflow.checks import check
+from deflow.command_line import choices
 from deflow.errors import UserError
 from deflow.pipeline import train
 from deflow.types import Spec

@@ -17,7 +17,7 @@ from torch import Tensor
 from deflow import pipeline, training
 from deflow.agents.base import Agent
 from deflow.build import build_agent
-from deflow.config import check
+from deflow.checks import check
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.modules.behavior_flow import BehaviorFlow

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deflow.build import build_agent
-from deflow.config import check
+from deflow.checks import check
 from deflow.errors import UserError
 from deflow.flow.ode import Solver
 from deflow.modules.critic import Aggregate

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 
-from deflow.config import choices
+from deflow.command_line import choices
 from deflow.errors import UserError
 from deflow.reproduction.published import AVERAGE, Published, find, overrides, published, tables
 from tests.conftest import compose_config

@@ -22,7 +22,8 @@ from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 
 from deflow.agents.base import Agent
-from deflow.config import plain, quoted
+from deflow.command_line import quoted
+from deflow.config import plain
 from deflow.data.datamodule import BatchStream
 from deflow.errors import UserError
 from deflow.reproduction import runs

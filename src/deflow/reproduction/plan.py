@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from deflow.config import quoted
+from deflow.command_line import quoted
 from deflow.data.generate.runner import generated_path
 from deflow.errors import UserError
 from deflow.reproduction.layout import Generated, Layout, Value, place_of

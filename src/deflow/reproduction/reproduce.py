@@ -20,7 +20,8 @@ from rich.table import Table
 
 from deflow.benchmark import random_stream
 from deflow.build import build_agent
-from deflow.config import CONFIG_DIR, OF_THE_USER, one_line, plain
+from deflow.command_line import OF_THE_USER, one_line
+from deflow.config import CONFIG_DIR, plain
 from deflow.cores import usable_cores
 from deflow.errors import UserError
 from deflow.files import locked, replacing

@@ -10,11 +10,12 @@ from typing import Any
 from deflow.errors import UserError
 from deflow.imports import quick_imports
 from deflow.mlflow_run import PARENT_TAG
-from deflow.mlflow_store import calm_mlflow, have_experiment
+from deflow.mlflow_store import Setting, calm_mlflow, have_experiment
 from deflow.reproduction.results import Result
 from deflow.reproduction.table import Cell, task_name
 
 EXPERIMENT = "reproduce"
+SETTING = Setting("mlflow", "leave it out by mlflow=null")
 
 
 def track(uri: str, table: str, cells: Sequence[Cell], results: Sequence[Result], files: Iterable[Path]) -> str:
@@ -38,7 +39,7 @@ def track(uri: str, table: str, cells: Sequence[Cell], results: Sequence[Result]
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
         from sqlalchemy.exc import SQLAlchemyError
-    have_experiment(uri, EXPERIMENT)
+    have_experiment(uri, EXPERIMENT, SETTING)
     try:
         return _track(MlflowClient(uri), table, cells, results, list(files))
     except (MlflowException, SQLAlchemyError) as error:

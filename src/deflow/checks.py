@@ -1,0 +1,188 @@
+"""Checks of a whole configuration: what is said of a command before it makes anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from deflow.command_line import choices
+from deflow.cores import usable_cores
+from deflow.errors import UserError
+from deflow.files import check_file, check_folder
+from deflow.settings import as_yaml, check_settings, unread
+
+log = logging.getLogger(__name__)
+
+OCCUPANCY = "deflow.modules.occupancy_flow.OccupancyFlow"
+
+
+def check_command(config: DictConfig, job: Any, command: str) -> None:
+    """Whatever can be said of a command before it begins; nothing is made.
+
+    Args:
+        config: what the command gets.
+        job: Hydra's own configuration.
+        command: name of its script.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    if command == "train":
+        check(config)
+        _refuse_nothing_to_train_on(job.overrides.task)
+        if config.resume is None:
+            _warn_of_unread(config, job.overrides.task)
+            _warn_of_untrained(config)
+            _warn_of_untuned(job.runtime.choices)
+    else:
+        check_settings(config, command)
+    _check_places(config, job, command)
+
+
+def _check_places(config: DictConfig, job: Any, command: str) -> None:
+    """Refuse a folder or file that the command could not write."""
+    if command in ("train", "distill"):
+        folder = OmegaConf.to_container(job.run, resolve=False)["dir"]  # type: ignore[index, call-overload]
+        if config.resume is not None:
+            check_folder(Path(config.resume), "resume")
+        elif job.mode == RunMode.MULTIRUN or str(folder).startswith("${run_folder"):  # which would make it
+            check_folder(Path(config.paths.logs), "paths.logs")
+        else:
+            check_folder(Path(job.run.dir), "hydra.run.dir")
+    elif command == "push" and config.dry:
+        check_folder(Path(config.out), "out")
+    elif command in ("generate", "inspect_data", "reproduce"):
+        check_folder(Path(config.out), "out")
+        if command == "reproduce":
+            check_folder(Path(config.paths.logs), "paths.logs")
+    elif command in ("benchmark", "export", "train_expert") and config.out is not None:
+        check_file(Path(config.out), "out")
+
+
+def _refuse_nothing_to_train_on(overrides: Iterable[str]) -> None:
+    """The task that train.yaml names only stands there until another is chosen."""
+    if not {"task", "experiment", "resume"} & {override.lstrip("+").partition("=")[0] for override in overrides}:
+        raise UserError(
+            "nothing to train on: choose task=NAME or experiment=NAME (--help shows them); "
+            "experiment=quickstart is the one that takes minutes"
+        )
+
+
+def _warn_of_unread(config: DictConfig, overrides: Iterable[str]) -> None:
+    """Say which settings were given for nothing."""
+    given = {name: value for name, _, value in (override.lstrip("+").partition("=") for override in overrides)}
+    for name, condition in unread(config, "train", given):
+        needed = f"{condition.key}={as_yaml(condition.value)}"
+        log.warning("%s=%s changes nothing: it is read if %s", name, given[name], needed)
+
+    # What several agents or stages share is a setting of the run's, also where those at hand do not refer to it.
+    of_agents, of_stages = {"tau", *(f"networks.{name}" for name in config.networks)}, {"updates", "online_updates"}
+    agent, stages = (OmegaConf.to_yaml(part, resolve=False) for part in (config.agent, config.stages))
+    for names, readers, read in ((of_agents, config.agent._target_, agent), (of_stages, "the stages", stages)):
+        for name in given:
+            if name in names and f"${{{name}}}" not in read:
+                log.warning("%s=%s changes nothing: not read by %s", name, given[name], readers)
+
+
+def _warn_of_untuned(chosen: Mapping[str, str | None]) -> None:
+    """Say that an agent's table has no row for one of the papers' tasks; own data have none to miss."""
+    agent, _, task = (chosen.get("tuned") or "").partition("/")  # ~tuned leaves it out
+    rows = choices(f"tuned/{agent}") if agent else []
+    # Every task of the papers has a row in DeFlow's table.
+    if rows and task not in rows and chosen["data"] == task in choices("tuned/deflow"):
+        log.warning("nothing is tuned for agent=%s on %s: its defaults hold", agent, task)
+
+
+def _warn_of_untrained(config: DictConfig) -> None:
+    """Say which parts are frozen before anything has trained them."""
+    if config.ckpt is not None:
+        return
+    stages = list(config.stages.items())
+
+    def trained(part: str, stage: DictConfig) -> bool:
+        return (stage.train == "all" or part in stage.train) and part not in stage.get("freeze", ())
+
+    for number, (name, stage) in enumerate(stages):
+        for part in stage.get("freeze", ()):
+            if not any(trained(part, before) for _, before in stages[:number]):
+                log.warning(
+                    "stage '%s' freezes '%s', which nothing before it trains: it stays as it was drawn at random "
+                    "(a stage before it, or ckpt=, brings a trained one)",
+                    name,
+                    part,
+                )
+
+
+def check(config: DictConfig) -> None:
+    """Check the configuration of a training run: each setting, then what relates several of them.
+
+    Raises:
+        UserError: for a setting as `check_settings` says, no stages, several seeds where they cannot be stacked,
+            a device or precision that this machine does not have, or nothing to compile with.
+    """
+    check_settings(config, "train")
+    if not config.stages:
+        raise UserError("no stages: choose stages=joint or stages=staged")
+    if config.seed + config.seeds > 2**32:
+        raise UserError(f"seed={config.seed} with seeds={config.seeds} goes beyond {2**32 - 1}")
+    _check_device(config.trainer)
+    processes = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
+    if config.data.batch_size % (processes * config.trainer.get("num_nodes", 1)):
+        raise UserError(f"data.batch_size={config.data.batch_size} does not divide by the {processes} processes")
+    _check_single_steps(config)
+    online = any(stage.get("environment") is not None for stage in config.stages.values())
+    if config.seeds > 1 and (online or config.trainer.devices != 1):
+        raise UserError("seeds > 1 trains on data alone and in one process: train the seeds one by one")
+    if config.trainer.precision == "auto" and (config.trainer.accelerator, config.trainer.devices) != ("cpu", 1):
+        raise UserError("trainer.precision=auto compares on trainer=cpu alone: choose 32-true or bf16-mixed")
+    if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("compile=true needs a C++ compiler: install g++, or name another in CXX")
+
+
+def _check_single_steps(config: DictConfig) -> None:
+    """Refuse what would teach a model of single steps something else, or that every step is the last."""
+    critic, dynamics = (config.agent.get(part) or {} for part in ("critic", "dynamics"))
+    models = {
+        "agent.dynamics": dynamics,
+        "agent/critic=occupancy": critic if critic.get("_target_") == OCCUPANCY else {},
+    }
+    for name, model in models.items():
+        if not model:
+            continue
+        if config.data.get("n_step", 1) > 1:
+            raise UserError(f"{name} learns single steps: leave data.n_step at 1")
+        if config.data.discount == 0:
+            raise UserError(f"{name} learns from the discount where tasks end: leave task.discount above 0")
+        if model.get("discount", config.data.discount) != config.data.discount:
+            raise UserError(
+                f"{name} has the discount {model['discount']} and data.discount={config.data.discount}: "
+                "set task.discount, which both follow"
+            )
+
+
+def _check_device(trainer: DictConfig) -> None:
+    accelerator, devices = trainer.accelerator, trainer.devices
+    if accelerator == "cpu":
+        if trainer.precision == "16-mixed":
+            raise UserError("trainer.precision=16-mixed needs a GPU: choose 32-true or bf16-mixed")
+        if (devices != "auto" and not isinstance(devices, int)) or devices == -1:
+            raise UserError(f"trainer.devices={devices} names GPUs: on trainer=cpu it is a number of processes")
+        if devices != "auto" and devices > max(2, usable_cores()):
+            raise UserError(f"trainer.devices={devices} processes would share {usable_cores()} cores: choose fewer")
+    if accelerator in ("cpu", "auto"):
+        return
+    import torch  # seconds, which a mistake in the settings need not wait for
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}[accelerator]:
+        raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU here: choose trainer=cpu")
+    found = max(1, torch.cuda.device_count())
+    if isinstance(devices, int) and devices > found:
+        raise UserError(f"trainer.devices={devices}, but this machine has {found}")
