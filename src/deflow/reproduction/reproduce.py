@@ -99,22 +99,30 @@ def reproduce(config: DictConfig) -> list[Result]:
     refuse_mixture(_done(jobs)[0])
     run = _runner(config.engine, logs, at_once, threads)
     generate_missing(jobs)
+    return _make(table.name, jobs, run, config)
+
+
+def _make(
+    table: str, jobs: Sequence[Job], run: Callable[[Sequence[Job]], list[str]], config: DictConfig
+) -> list[Result]:
+    """Do the runs and write the table of what is done then; whatever went wrong is said after that."""
     said, stopped = [], None
     try:
         said = run(jobs)
     except Stopped as signal:
-        signal.advice, stopped = "go on by the same command", signal
+        stopped = signal
     results, damaged = _done(jobs)
     said += damaged
     try:
         if results:
             refuse_mixture(results)
-            cells, files = _write(table.name, results, Path(config.out))
+            cells, files = _write(table, results, Path(config.out))
             if config.mlflow is not None:
-                track(config.mlflow, table.name, cells, results, files)
+                track(config.mlflow, table, cells, results, files)
     except (UserError, OSError) as error:
         said.append(str(error))
     if stopped is not None:
+        stopped.advice = "; ".join([*said, "go on by the same command"])
         raise stopped
     if said:
         lacking = len(jobs) - len(results)
