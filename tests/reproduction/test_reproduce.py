@@ -183,6 +183,13 @@ def test_an_estimate_is_of_what_each_stage_trains(monkeypatch: pytest.MonkeyPatc
     assert [_seconds_left(config, done, speeds) for done in (0, 400, 1000, 1500, 2000)] == [3000, 2600, 2000, 1000, 0]
 
 
+def test_stages_whose_rate_falls_are_timed_too() -> None:
+    config = compose_config("agent=srpo", "stages=srpo", "networks.hidden=[8]", "data.batch_size=8")
+    speeds = _seconds(config, threads=1)
+    assert list(speeds) == ["behavior", "values", "policy"]
+    assert min(speeds.values()) > 0
+
+
 def test_a_mean_of_three_evaluations_needs_three(tmp_path: Path) -> None:
     (job, *_) = jobs_of(tmp_path, "quick", seeds=1, settings=["updates=1000", "eval.every=500"])
     with pytest.raises(

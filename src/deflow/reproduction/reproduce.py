@@ -298,7 +298,8 @@ def _seconds(config: DictConfig, threads: int) -> dict[str, float]:
     try:
         agent, found = build_agent(config.agent, TYPICAL), {}
         for name, stage in config.stages.items():
-            agent.begin_stage(name, first_step=0, **of_learning(stage))
+            learning = of_learning(stage) | {"cosine_decay_steps": None}  # which takes no time, and a Trainer
+            agent.begin_stage(name, first_step=0, **learning)
             proposals = stage.get("proposals") if agent.cached_flow is not None else None
             stream = random_stream(agent, config.data.batch_size, TIMED, (0, "timed"), proposals)
             found[name] = [seconds_of_updates(agent, stream) for _ in range(2)][-1] / TIMED
