@@ -184,6 +184,13 @@ def test_an_estimate_is_of_what_each_stage_trains(monkeypatch: pytest.MonkeyPatc
     assert [_seconds_left(config, done, speeds) for done in (0, 400, 1000, 1500, 2000)] == [3000, 2600, 2000, 1000, 0]
 
 
+def test_stages_whose_rate_falls_are_timed_too() -> None:
+    config = compose_config("agent=srpo", "stages=srpo", "networks.hidden=[8]", "data.batch_size=8")
+    speeds = _seconds(config, threads=1)
+    assert list(speeds) == ["behavior", "values", "policy"]
+    assert min(speeds.values()) > 0
+
+
 def test_a_mean_of_three_evaluations_needs_three(tmp_path: Path) -> None:
     (job, *_) = jobs_of(tmp_path, "quick", seeds=1, settings=["updates=1000", "eval.every=500"])
     with pytest.raises(
@@ -322,7 +329,7 @@ def test_a_killed_reproduction_goes_on(tiny_data: Callable[[str, str], Path], tm
     assert {file.path for file in client.list_artifacts(whole.info.run_id)} >= {"quick.html", "quick.jsonl", "quick.md"}
     (inside,) = inside
     assert inside.data.tags["commit"] == str(result.commit)
-    assert [point.step for point in client.get_metric_history(inside.info.run_id, "evaluation")] == [1500]
+    assert [point.step for point in client.get_metric_history(inside.info.run_id, "evaluation")] == [500, 1000, 1500]
 
 
 def _tables_in(client: MlflowClient) -> list[tuple[Run, list[Run]]]:

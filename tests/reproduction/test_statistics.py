@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, mannwhitneyu, t, trim_mean
+from scipy.stats import binomtest, mannwhitneyu, t, trim_mean, ttest_ind
 
 from deflow.reproduction.statistics import (
     Estimate,
@@ -167,7 +167,9 @@ def test_the_interval_of_a_difference_is_welchs() -> None:
     generator = np.random.default_rng(0)
     covered = []
     for _ in range(300):
-        found = difference_interval(generator.normal(3, 2, size=3), generator.normal(1, 1, size=4))
+        x, y = generator.normal(3, 2, size=3), generator.normal(1, 1, size=4)
+        found = difference_interval(x, y)
+        assert found == pytest.approx(tuple(ttest_ind(x, y, equal_var=False).confidence_interval(0.95)))
         assert found is not None
         covered.append(found[0] <= 2 <= found[1])
     assert np.mean(covered) == pytest.approx(0.95, abs=0.03)

@@ -100,22 +100,30 @@ def reproduce(config: DictConfig) -> list[Result]:
     refuse_mixture(_done(jobs)[0])
     run = _runner(config.engine, logs, at_once, threads)
     generate_missing(jobs)
+    return _make(table.name, jobs, run, config)
+
+
+def _make(
+    table: str, jobs: Sequence[Job], run: Callable[[Sequence[Job]], list[str]], config: DictConfig
+) -> list[Result]:
+    """Do the runs and write the table of what is done then; whatever went wrong is said after that."""
     said, stopped = [], None
     try:
         said = run(jobs)
     except Stopped as signal:
-        signal.advice, stopped = "go on by the same command", signal
+        stopped = signal
     results, damaged = _done(jobs)
     said += damaged
     try:
         if results:
             refuse_mixture(results)
-            cells, files = _write(table.name, results, Path(config.out))
+            cells, files = _write(table, results, Path(config.out))
             if config.mlflow is not None:
-                track(config.mlflow, table.name, cells, results, files)
+                track(config.mlflow, table, cells, results, files)
     except (UserError, OSError) as error:
         said.append(str(error))
     if stopped is not None:
+        stopped.advice = "; ".join([*said, "go on by the same command"])
         raise stopped
     if said:
         lacking = len(jobs) - len(results)
@@ -291,7 +299,8 @@ def _seconds(config: DictConfig, threads: int) -> dict[str, float]:
     try:
         agent, found = build_agent(config.agent, TYPICAL), {}
         for name, stage in config.stages.items():
-            agent.begin_stage(name, first_step=0, **of_learning(stage))
+            learning = of_learning(stage) | {"cosine_decay_steps": None}  # which takes no time, and a Trainer
+            agent.begin_stage(name, first_step=0, **learning)
             proposals = stage.get("proposals") if agent.cached_flow is not None else None
             stream = random_stream(agent, config.data.batch_size, TIMED, (0, "timed"), proposals)
             found[name] = [seconds_of_updates(agent, stream) for _ in range(2)][-1] / TIMED
