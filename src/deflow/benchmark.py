@@ -372,7 +372,7 @@ def random_proposals(agent: Agent, count: int) -> ProposalCache:
 
 
 def span_of(agent: Agent) -> Lookahead:
-    """Of the agent's transitions: single decisions."""
+    """What a transition of the agent spans: single decisions."""
     horizon = agent.spec.horizon
     return Lookahead(DISCOUNT, horizon, horizon, agent.traits.reads_path)
 

@@ -171,7 +171,7 @@ def _listing() -> str:
 
 @contextmanager
 def _as_typed() -> Iterator[None]:
-    """With the name of the command again: by `sys.argv` Lightning starts the other processes of a run."""
+    """Give `sys.argv` the name of the command again: by it Lightning starts the other processes of a run."""
     arguments = sys.argv[1:]
     sys.argv[1:1] = [typed_command()] if typed_command() else []
     try:

@@ -57,7 +57,7 @@ def quotas(process: Path = PROCESS, root: Path = CGROUPS) -> Iterator[float]:
 
 
 def _quota(group: Path) -> Iterator[float]:
-    """Of one group, in the files of version 2 or 1; nothing if it has no limit."""
+    """The limit of one group, in the files of version 2 or 1; nothing if it has none."""
     try:
         if (group / "cpu.max").is_file():
             quota, period = (group / "cpu.max").read_text().split()

@@ -23,7 +23,7 @@ NOT_VARIED = ("data.source", "data.validation_batches")  # of these, what does n
 
 @dataclass(frozen=True)
 class Description:
-    """Of one run.
+    """What is told of one run.
 
     Args:
         name: agent, seed and task, as in "deflow seed 0 cube-single-play". The task comes last because columns and

@@ -151,7 +151,7 @@ def _errors_in_one_line(command: str = "", sweep: Sweep | None = None) -> Iterat
 
 @contextmanager
 def _bugs_end_it() -> Iterator[None]:
-    """Of an error in a callback Hydra makes a warning, and goes on."""
+    """End the command by an error in a callback, of which Hydra would make a warning and go on."""
     try:
         yield
     except OF_THE_USER:

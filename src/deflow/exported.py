@@ -49,11 +49,11 @@ class About:
 
     @property
     def plan_shape(self) -> tuple[int, int]:
-        """Of what is decided in one state: actions of the chunk, numbers of an action."""
+        """Shape of what is decided in one state: actions of the chunk, numbers of an action."""
         return self.spec.horizon, self.spec.action_dim // self.spec.horizon
 
     def written(self) -> str:
-        """As JSON; whoever reads the file without deflow finds the shapes in it."""
+        """All of it in JSON; whoever reads the file without deflow finds the shapes in it."""
         shapes = {OBSERVATIONS: self.spec.observation_shape, NOISE: self.noise_shape, ACTIONS: self.plan_shape}
         sizes = {"spec": self.spec, "units": self.units._asdict(), "shapes": shapes}
         return json.dumps({"format": FORMAT} | vars(self) | sizes)

@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """As `replacing` for files that belong together: the first is renamed when the last is whole and on the disk.
+    """Replace files that belong together: the first is renamed when the last is whole and on the disk.
 
     The last of `paths` is the one whose presence says that all are there: an older one is removed before the others
     are renamed, so that a kill never leaves it beside files of another time.

@@ -72,7 +72,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
 
 
 def _units(source: Source, arrays: Arrays) -> Units:
-    """Those that a training would take, of the rows that it would not refuse."""
+    """The units that a training would take, of the rows that it would not refuse."""
     finite = np.isfinite(arrays["observations"]).all(1) & np.isfinite(arrays["actions"]).all(1)
     finite &= np.isfinite(arrays["rewards"])
     try:
@@ -89,7 +89,7 @@ def _task_ends(arrays: Arrays) -> int:
 def _policy_variances(
     policy: Policy, units: Units, config: DictConfig, observations: np.ndarray
 ) -> dict[str, ActionVariance]:
-    """In the data's units, whatever the policy was trained in."""
+    """The variance of the policy's actions and of its proposals, in the data's units."""
     states = torch.from_numpy(policy.units.observed(observations)).float()
     picks = torch.randperm(len(states), generator=torch.Generator().manual_seed(config.seed))
     drawn = policy_samples(policy, states[picks[: config.iav.sample]], config.samples, config.seed)

@@ -66,7 +66,7 @@ class MLflow(MLFlowLogger):
         return self._runs_of_seeds[seed]
 
     def _make_run(self, seed: int) -> MLFlowLogger:
-        """As the whole run, but for its seed."""
+        """A new run for one seed, described as the whole run is."""
         whole = self.experiment.get_run(self._id)
         name = re.sub(r"seeds \d+ to \d+", f"seed {seed}", whole.info.run_name)
         tags = {key: value for key, value in whole.data.tags.items() if not key.startswith("mlflow.")}

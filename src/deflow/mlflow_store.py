@@ -134,7 +134,7 @@ def _check_database(path: Path, uri: str, setting: Setting) -> None:
 
 
 def _schema_version() -> str | None:
-    """Of data bases that the installed MLflow makes."""
+    """The schema's version in data bases that the installed MLflow makes."""
     import mlflow
     from alembic.script import ScriptDirectory
 

@@ -31,7 +31,7 @@ Limit = Positive | Annotated[Sequence[Positive], Field(min_length=1)]  # one for
 
 
 class ReadIf(NamedTuple):
-    """Of a setting that only matters while another one has a certain value.
+    """Marks a setting that only matters while another one has a certain value.
 
     Its key is that of a neighbour, or a whole one with dots.
     """

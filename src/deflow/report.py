@@ -83,7 +83,7 @@ def summarise_run(
 
 
 def _measure(found: Container[str]) -> str:
-    """By what evaluations are compared: success, or the return where success is not measured."""
+    """The measure by which evaluations are compared: success, or the return where success is not measured."""
     return "eval/success" if "eval/success" in found else "eval/return"
 
 

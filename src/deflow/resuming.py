@@ -12,7 +12,7 @@ from deflow.run_folder import CHECKPOINTS, FINAL, LAST
 
 
 class Progress(NamedTuple):
-    """Of a run, up to its newest checkpoint."""
+    """How far a run has come, up to its newest checkpoint."""
 
     updates: int = 0  # over all stages
     seconds: float = 0.0  # that they took

@@ -64,7 +64,7 @@ class Run:
 
     @property
     def units(self) -> Units:
-        """Of the environment."""
+        """What lies between the environment's numbers and the networks'."""
         assert self.data.transitions is not None
         return self.data.transitions.units
 
@@ -74,7 +74,7 @@ class Run:
 
 
 def of_learning(stage: DictConfig) -> dict[str, Any]:
-    """What of a stage's settings is `Agent.begin_stage`'s."""
+    """The keyword arguments of `Agent.begin_stage` in a stage's settings."""
     decay = stage.get("cosine_decay", False)  # of all parts, or of those in a list
     return {
         "train": stage.train,

@@ -361,7 +361,7 @@ class TrainerArguments(TypedDict, total=False):
 
 
 class OptimizerArguments(TypedDict, total=False):
-    """Those of which the optimizers' own signatures say too little."""
+    """Arguments of which the optimizers' own signatures say too little."""
 
     lr: Positive
     betas: Sequence[Discount]

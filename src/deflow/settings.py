@@ -67,13 +67,13 @@ def check_settings(config: DictConfig | Mapping[str, Any], command: str) -> None
 
 
 def check_component(settings: DictConfig | Mapping[str, Any], key: str) -> None:
-    """As `check_settings`, for a single component: `settings` hold a `_target_`, and `key` is where they belong."""
+    """Check a component as `check_settings` does: `settings` hold its `_target_`, and `key` is where they belong."""
     for setting in described(_plain(settings), Component, key):
         check_value(*setting)
 
 
 def unread(config: DictConfig, command: str, names: Iterable[str]) -> Iterator[tuple[str, ReadIf]]:
-    """Those of the settings `names` that do nothing because of another one's value, and what it would have to be."""
+    """The settings among `names` that do nothing because of another one's value, and what it would have to be."""
     settings = {key: (value, type_) for key, value, type_ in described(_plain(config), COMMANDS[command])}
     for name in names:
         _, type_ = settings.get(name, (None, None))

@@ -124,7 +124,7 @@ def _check(value: Any, key: str, file: str | Path, depth: int = 0) -> None:
 
 
 def _check_names(node: dict[Any, Any], key: str, file: str | Path) -> None:
-    """Of a dictionary: strings, and of those that mean something to Hydra only the harmless."""
+    """Check a dictionary's keys: strings, and of those that mean something to Hydra only the harmless."""
     for name in node:
         if not isinstance(name, str) or "${" in name:
             raise UserError(f"{file}: {key} holds the name {name!r}, which no configuration does")

@@ -35,7 +35,7 @@ def trust_only(packages: Sequence[str]) -> None:
 
 
 def as_arguments() -> list[str]:
-    """Of a command that is to trust the same packages, which is not written into any file."""
+    """The arguments by which another command trusts the same packages; no file ever holds them."""
     return [f"trust=[{','.join(_trusted)}]"] if _trusted else []
 
 

@@ -88,7 +88,7 @@ class Spec(NamedTuple):
 
     @property
     def observation_shape(self) -> tuple[int, ...]:
-        """Of one observation."""
+        """Shape of one observation."""
         return (self.observation_dim,) if self.image is None else tuple(self.image)
 
     @classmethod

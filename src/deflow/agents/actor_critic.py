@@ -21,7 +21,7 @@ from deflow.modules.transition_flow import TransitionModel
 from deflow.types import Batch, Spec
 
 MakeDynamics = Callable[[Spec], TransitionModel]
-Policy = Callable[[Tensor, Tensor], Tensor]  # of states and noise
+ActionsOf = Callable[[Tensor, Tensor], Tensor]  # states and noise
 
 
 class ActorCritic(Agent):
@@ -82,7 +82,7 @@ class ActorCritic(Agent):
 
     @property
     def outcome_dim(self) -> int:
-        """Of `FlowNoise`: width of what a step leads to; 0 without a model of it."""
+        """Width of the noise, `FlowNoise.outcomes`, from which the model draws a step's outcome; 0 without a model."""
         return 0 if self.transition_model is None else self.transition_model.outcome_dim
 
     def dynamics_loss(self, batch: Batch, noise: FlowNoise) -> Iterator[Loss]:
@@ -113,11 +113,11 @@ class ActorCritic(Agent):
         return expansion if self.trains("critic") else 0, policy_steps if climbs else 0
 
     def _steps(self) -> tuple[int, ...]:
-        """As `asked_steps`, of those that are allowed."""
+        """The steps that are asked for and allowed, as in `asked_steps`."""
         allowed = max(self.asked_steps) if self.allowed_steps is None else self.allowed_steps
         return tuple(min(steps, allowed) for steps in self.asked_steps)
 
-    def expanded(self, batch: Batch, next_actions: Tensor, noise: FlowNoise, policy: Policy) -> tuple[Batch, Tensor]:
+    def expanded(self, batch: Batch, next_actions: Tensor, noise: FlowNoise, policy: ActionsOf) -> tuple[Batch, Tensor]:
         r"""The batch with what is imagined after it, and the policy's actions where that ends.
 
         With `H` steps in the model, :math:`y = r + d \sum_{h < H} d_h \hat r_h + d \, d_H \bar Q(\hat s_H, a_H)`: the
@@ -144,7 +144,7 @@ class ActorCritic(Agent):
         return longer, imagined.actions
 
     def imagination(self, noise: FlowNoise) -> Imagination | None:
-        """Of the policy's objective; None if it takes no steps in the model."""
+        """What the policy's objective takes its steps in; None if it takes none."""
         expansion, steps = self._steps()
         return self._imagination(noise, slice(expansion, expansion + steps)) if steps else None
 

@@ -95,7 +95,7 @@ class Agent(LightningModule, ABC):
         self._moments: dict[str, list[dict[str, Any] | None]] = {}
         self._seed = seed
         self._generator: torch.Generator | None = None
-        self.compiled = False  # whether the losses are
+        self.compiled = False  # True once `compile_losses` was called
         self.stacked = False  # whether they are computed together with other seeds', see `SeedStack`
         # If given, does all of an update by itself, and Lightning only keeps count.
         self.whole_update: Callable[..., list[Loss]] | None = None
@@ -126,7 +126,7 @@ class Agent(LightningModule, ABC):
         """
 
     def explore(self, observations: Tensor, z: Tensor) -> Tensor:
-        """As `act`, but the actions from which to learn in the environment; the same ones, unless it needs others."""
+        """The actions from which to learn in the environment: those of `act`, unless it needs others."""
         return self.act(observations, z)
 
     @property
@@ -171,7 +171,7 @@ class Agent(LightningModule, ABC):
 
     @property
     def steps_of_stage(self) -> tuple[int, int]:
-        """As `asked_steps`, of the parts that train in this stage."""
+        """The steps that parts ask for which train in this stage, as in `asked_steps`."""
         return 0, 0
 
     @property
@@ -460,7 +460,7 @@ class Agent(LightningModule, ABC):
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """Those of the noise, on the agent's device."""
+        """The generators of the noise, on the agent's device."""
         if self._generator is None or self._generator.device != self.device:
             self._generator = torch.Generator(self.device)
         return [self._generator]

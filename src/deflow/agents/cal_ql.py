@@ -153,7 +153,7 @@ class CalQL(ActorCritic):
         return [*panels, multiplier] if "multiplier" in self.parts else panels
 
     def _weight(self) -> Tensor | float:
-        """Of the gap, without gradient."""
+        """The multiplier of the gap, without gradient."""
         return self.conservatism * (self.multiplier().detach() if "multiplier" in self.parts else 1.0)
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ class GraphedUpdate:
 
 
 def _update(agent: Agent, optimizer: Optimizer, batch: Batch) -> list[Loss]:
-    """As `Agent.update`, with the parts' losses and gradients side by side, as none of them fills a GPU."""
+    """An update as `Agent.update` makes it, the parts' losses and gradients side by side: none of them fills a GPU."""
     optimizer.zero_grad()
     found = _side_by_side(iter(agent.losses(batch, agent.next_noise(batch))))
     with torch.autocast(agent.device.type, enabled=False):

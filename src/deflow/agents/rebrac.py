@@ -16,6 +16,7 @@ from deflow.agents.actor_critic import ActorCritic
 from deflow.agents.base import Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.critic import Critic, value_scale
+from deflow.nets.average import polyak_pairs
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
 from deflow.ranges import Activation, Count, NonNegative, Positive, Seed, Share, Widths
@@ -60,13 +61,12 @@ class TanhActor(LightningModule):
         return self.online(observations).tanh()
 
     def target_actions(self, observations: Tensor) -> Tensor:
-        """As `forward`, by the target network."""
+        """The target network's actions; otherwise as `forward`."""
         return self.target(observations).tanh()
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Pairs `(online, target, tau)` for the agent's Polyak step."""
-        for online, target in zip(self.online.parameters(), self.target.parameters(), strict=True):
-            yield online, target, self.tau
+        return polyak_pairs(self.online, self.target, self.tau)
 
 
 class ReBRAC(ActorCritic):

@@ -80,7 +80,7 @@ class SeedStack(Agent):
         return [p for name, p in self._stacked.items() if p.requires_grad and name.startswith(f"{part}.")]
 
     def clip(self, gradients: Sequence[Tensor], limit: float) -> None:
-        """As of one agent, for each seed by itself."""
+        """Shorten each seed's gradient by itself, as its agent would."""
         squares = [gradient.square().reshape(len(gradient), -1).sum(1) for gradient in gradients]
         factors = (limit / (torch.stack(squares).sum(0).sqrt() + ALMOST_0)).clamp(max=1.0)
         for gradient in gradients:

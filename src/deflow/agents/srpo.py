@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.func import grad
 from torch.optim import Optimizer
 
 from deflow.agents.base import ALMOST_0, UNNAMED, Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.panels import Panel, loss_panel
-from deflow.modules.critic import Critic
+from deflow.modules.critic import Critic, value_gradient
 from deflow.modules.diffusion import ScoreModel
 from deflow.modules.value import Value
 from deflow.nets.encoder import make_encoder
@@ -103,7 +102,7 @@ class ScoreActor(LightningModule):
         score_loss = (sigma.square() * noise * actions).sum(-1).mean()
 
         # Value: uphill from the policy's action.
-        uphill, q = _uphill(values, observations, fixed)
+        uphill, q = value_gradient(lambda states, actions: values(states, actions).mean(0), observations, fixed)
         if self.normalise:
             uphill = uphill / (uphill.square().mean(-1, keepdim=True).sqrt() + ALMOST_0)  # where the value is flat
         loss = score_loss - self.beta * (uphill * actions).sum(-1).mean()
@@ -188,14 +187,3 @@ class SRPO(ImplicitQ):
     def panels(self) -> list[Panel]:
         terms = {"train/actor/score_loss": "score", "train/actor/q": "Q(s, policy)"}
         return [loss_panel("behavior"), loss_panel("actor"), Panel("terms", terms), *self.value_panels()]
-
-
-def _uphill(values: Callable[[Tensor, Tensor], Tensor], observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the members' mean value by the actions, and that value, both without gradient."""
-
-    def total(actions: Tensor) -> tuple[Tensor, Tensor]:
-        q = values(observations, actions).mean(0)
-        return q.sum(), q
-
-    uphill, q = grad(total, has_aux=True)(actions)
-    return uphill.detach(), q.detach()

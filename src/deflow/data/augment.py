@@ -11,7 +11,7 @@ PADDING = 3  # pixels by which an image is extended on every side, its border re
 
 
 def draw_shifts(rows: int, probability: float, generator: torch.Generator) -> Tensor:
-    """By how many pixels `crop` shifts the images of a batch, all at random or all by none; int64 of shape (2, rows).
+    """Draw the pixels by which `crop` shifts a batch's images, all at random or all by none; int64, shape (2, rows).
 
     Source: OGBench's and FQL's reference code.
 
@@ -36,7 +36,7 @@ def crop(batch: Batch, shifts: Tensor) -> Batch:
 
 
 def shift_on_device(images: Tensor, shifts: Tensor) -> Tensor:
-    """As `shift`, pixel by pixel, which is the slower way on a CPU, but waits for nothing."""
+    """Shift pixel by pixel, which is slower than `shift` on a CPU, but waits for nothing."""
     batch, frames, height, width, _ = images.shape
     device = images.device
     rows = (torch.arange(height, device=device) + shifts[0, :, None]).clamp(0, height - 1)

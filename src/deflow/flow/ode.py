@@ -73,11 +73,11 @@ class Solver:
 
     @torch.no_grad()
     def sample(self, velocity: Callable[[Tensor, Tensor], Tensor], x_0: Tensor) -> Tensor:
-        """As `walk`, without gradient."""
+        """The solution without gradient; otherwise as `walk`."""
         return self.walk(velocity, x_0)
 
     def walk(self, velocity: Callable[[Tensor, Tensor], Tensor], x_0: Tensor) -> Tensor:
-        """As `integrate`, by backprop.
+        """The solution with a gradient by back-propagation; otherwise as `integrate`.
 
         A fixed grid is walked here: torchdiffeq compares times at every step, for which a GPU must be waited for.
         """

@@ -92,7 +92,7 @@ class BehaviorFlow(LightningModule):
             return bounded(self.solver.sample(self._velocity(cast, features), z), self.action_dim)
 
     def follow(self, observations: Tensor, z: Tensor) -> Tensor:
-        """As `propose` of states, with a gradient into them and `z`, but none into the flow's own parameters."""
+        """Proposals as by `propose`, with a gradient into states and `z`, but none into the flow's own parameters."""
         field = self.average.of(self.field)
 
         def velocity(t: Tensor, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class BehaviorFlow(LightningModule):
         yield from self.average.pairs(self.field)
 
     def sample(self, observations: Tensor, z: Tensor, gradient: Gradient = "backprop") -> Tensor:
-        """As `propose`, but not clipped and with a gradient into the flow's parameters through the solution.
+        """Proposals as by `propose`, not clipped, with a gradient into the flow's parameters through the solution.
 
         Args:
             observations: shape (batch, observation_dim).

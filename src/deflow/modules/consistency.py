@@ -115,7 +115,7 @@ class ConsistencyPolicy(LightningModule):
 
     @torch.no_grad()
     def teacher_sample(self, observations: Tensor, z: Tensor) -> Tensor:
-        """As `sample`, by the teacher and without gradient."""
+        """The teacher's actions, without gradient; otherwise as `sample`."""
         return self._sample(self.teacher, observations, z)
 
     def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.func import grad
 
 from deflow.distributed import mean_over_ranks
 from deflow.errors import UserError
@@ -28,6 +29,22 @@ MAX_WEIGHT = 100.0
 def value_scale(q: Tensor) -> Tensor:
     """Mean absolute value over the whole batch (of all ranks), without gradient: what normalised losses divide by."""
     return mean_over_ranks(q.detach().abs().mean())
+
+
+def value_gradient(
+    value: Callable[[Tensor, Tensor], Tensor], observations: Tensor, actions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `value(s, a)`, shape (batch,), by the actions, shape (batch, action_dim); and the value.
+
+    Both are without gradient.
+    """
+
+    def total(actions: Tensor) -> tuple[Tensor, Tensor]:
+        q = value(observations, actions)
+        return q.sum(), q
+
+    uphill, q = grad(total, has_aux=True)(actions)
+    return uphill.detach(), q.detach()
 
 
 def advantage_weights(advantages: Tensor, beta: float) -> Tensor:
@@ -121,7 +138,7 @@ class Critic(LightningModule):
         return self._values(self.online, observations, actions)
 
     def target_values(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """As `values`, by the target networks."""
+        """The target networks' values; otherwise as `values`."""
         return self._values(self.target, observations, actions)
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:

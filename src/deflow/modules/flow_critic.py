@@ -179,7 +179,7 @@ class FlowCritic(LightningModule):
         return loss + distillation, metrics
 
     def loss_from(self, batch: Batch, next_value: Tensor, levels: Tensor) -> tuple[Tensor, Metrics]:
-        """As `loss`, toward a value of `s'` from elsewhere, without gradient, shape (batch,)."""
+        """The loss toward a value of `s'` from elsewhere, without gradient, shape (batch,); otherwise as `loss`."""
         times, starts, distillation_starts, _ = levels.chunk(DRAWS, dim=1)
         starts = self._starts(starts)
         path = self._unit(batch.rewards + batch.discounts * next_value)[:, None] - starts

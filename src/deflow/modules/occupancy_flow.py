@@ -209,7 +209,7 @@ class OccupancyFlow(LightningModule):
         return self._in_rewards(self.distilled(self._standard(observations), actions).squeeze(-1))
 
     def target_values(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """As `values`: what is distilled are the target field's."""
+        """The same as `values`: what is distilled are the target field's."""
         return self.values(observations, actions)
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:

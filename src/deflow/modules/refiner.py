@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.func import grad
 
 from deflow.errors import UserError
 from deflow.modules.constraints import Constraint, ConstraintSettings, Refinement
-from deflow.modules.critic import advantage_weights, value_scale
+from deflow.modules.critic import advantage_weights, value_gradient, value_scale
 from deflow.modules.imagination import Decision, Imagination
 from deflow.nets.encoder import make_encoder
 from deflow.nets.mlp import MLP
@@ -21,7 +20,7 @@ from deflow.ranges import Activation, Count, Limit, Positive, ReadIf, Widths
 from deflow.types import Batch, Metrics, Spec
 
 Objective = Literal["value", "gradient_step", "demonstration", "unrolled"]
-Value = Callable[[Tensor, Tensor], Tensor]  # mean over the ensemble, shape (batch,)
+ValueOf = Callable[[Tensor, Tensor], Tensor]  # states and actions: mean over the ensemble, shape (batch,)
 
 
 class Refiner(LightningModule):
@@ -148,7 +147,9 @@ class Refiner(LightningModule):
             metrics |= {f"{kind}/{name}": value for name, value in values_of_it.items()}
         return loss, metrics | {"loss": loss.detach()}
 
-    def _value_loss(self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value) -> tuple[Tensor, Metrics]:
+    def _value_loss(
+        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: ValueOf
+    ) -> tuple[Tensor, Metrics]:
         return self._climbed(value(batch.observations, actions))
 
     @staticmethod
@@ -157,19 +158,15 @@ class Refiner(LightningModule):
         return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
 
     def _gradient_step_loss(
-        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value
+        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: ValueOf
     ) -> tuple[Tensor, Metrics]:
-        def total(actions: Tensor) -> tuple[Tensor, Tensor]:
-            q = value(batch.observations, actions)
-            return q.sum(), q
-
-        uphill, q = grad(total, has_aux=True)(base_actions)
+        uphill, q = value_gradient(value, batch.observations, base_actions)
         step = self.eta * uphill / value_scale(q)
         loss = (actions - (base_actions + step).clamp(-1.0, 1.0)).square().sum(-1).mean() / (2 * self.eta)
-        return loss, {"regression": loss.detach(), "step": step.square().mean(), "q": q.detach().mean()}
+        return loss, {"regression": loss.detach(), "step": step.square().mean(), "q": q.mean()}
 
     def _demonstration_loss(
-        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: Value
+        self, batch: Batch, base_actions: Tensor, actions: Tensor, value: ValueOf
     ) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
             q = value(batch.observations, base_actions)

@@ -14,7 +14,7 @@ from deflow.types import Spec
 
 
 class StateStatistics(TypedDict):
-    """In the units that the agent learns from: means and standard deviations, one number a dimension or one for all.
+    """Means and standard deviations in the units that the agent learns from, one number a dimension or one for all.
 
     Rewards have the centre of their range and half its width instead: where nearly all of them are the same, the few
     others would be many standard deviations away, and their errors all that a batch is about.
@@ -27,14 +27,14 @@ class StateStatistics(TypedDict):
 
 
 class StepStatistics(StateStatistics):
-    """Those of states, and of what a step changes, `s' - s`."""
+    """Statistics of states, and of what a step changes, `s' - s`."""
 
     change_mean: Sequence[float]
     change_std: Sequence[Positive]
 
 
 class PathStatistics(TypedDict):
-    """Of what so many steps change, `s_{t + h} - s_t`, h = 1 to the horizon: (horizon * observation_dim) numbers each.
+    """Statistics of what h steps change, `s_{t + h} - s_t`, h = 1 to the horizon: horizon * observation_dim numbers.
 
     They come one step after the other; a single number stands for all.
     """

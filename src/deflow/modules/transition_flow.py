@@ -206,7 +206,7 @@ class TransitionFlow(TransitionModel):
 
     @torch.no_grad()
     def sample_at_once(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
-        """As `sample`, by the one-step copy.
+        """Samples of the one-step copy; otherwise as `sample`.
 
         Raises:
             UserError: if there is none.

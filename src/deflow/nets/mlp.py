@@ -74,7 +74,7 @@ class MLP(nn.Module):
         return self.head(beside(self.encoder(observations), *more), keep)
 
     def head(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """As `forward`, from features and what is beside them, already put together."""
+        """The output for features and what is beside them, already put together; otherwise as `forward`."""
         kept = [None] * len(self.hidden) if keep is None else keep.split(self.hidden, dim=-1)
         for layer, of_layer in zip(self.layers[:-1], kept, strict=True):
             x = self.dropout(activate(layer(x), self.activation), of_layer)

@@ -99,7 +99,7 @@ class OwnTable(TypedDict):
 
 
 def names() -> list[str]:
-    """Of the tables that come with the project."""
+    """Names of the tables that come with the project."""
     again = "optiflow"  # a third party's runs of the published ones
     return [*(table for table in published.tables() if not table.startswith(again)), *sorted(_own())]
 

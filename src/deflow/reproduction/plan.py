@@ -55,13 +55,13 @@ class Dataset(NamedTuple):
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """Of `generate.py`."""
+        """Arguments of `generate.py` that make it."""
         out = argument("out", self.path.parent)
         return f"dataset={self.name}", out, f"episodes={self.episodes}", f"seed={self.seed}"
 
     @property
     def setting(self) -> str:
-        """Of `train.py`, by which a run takes these data."""
+        """The argument of `train.py` by which a run takes these data."""
         return argument(DATA_FILE, self.path)
 
     def is_named_by(self, setting: str) -> bool:
@@ -104,7 +104,7 @@ class Job:
         return "begun" if (self.folder / CONFIG_FILE).exists() else "missing"
 
     def arguments(self, threads: int) -> tuple[str, ...]:
-        """Of `train.py`: those that begin the run, with so many threads of torch, or that go on with it."""
+        """Arguments of `train.py` that begin the run, with so many threads of torch, or that go on with it."""
         if self.state == "begun":
             return (argument("resume", self.folder),)
         return (*self.settings, argument("hydra.run.dir", self.folder), f"threads={threads}")
@@ -126,7 +126,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As messages call it."""
+        """What messages call it."""
         task = "" if self.task is None else f" task {self.task}"
         return f"{self.agent} on {self.row}{task}, seed {self.seed}"
 

@@ -172,7 +172,7 @@ def _done(jobs: Sequence[Job]) -> tuple[list[Result], list[str]]:
 
 
 def _arguments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Of `train.py`, from what the command line says under `settings`."""
+    """Arguments of `train.py` from what the command line says under `settings`."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from _arguments(value, f"{prefix}{key}.")

@@ -200,7 +200,7 @@ def markdown(title: str, cells: Sequence[Cell]) -> str:
 
 
 def _line(texts: Iterable[str]) -> str:
-    """Of a table in Markdown."""
+    """Lines of a table in Markdown."""
     return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
 
 
@@ -215,7 +215,7 @@ def reasons(cells: Sequence[Cell]) -> list[str]:
 
 
 def task_name(row: str, task: int | None) -> str:
-    """As tables and pictures call it."""
+    """What tables and pictures call it."""
     return row if task is None else f"{row} task {task}"
 
 
@@ -245,7 +245,7 @@ def _before(cell: Cell, unknown: str) -> str:
 
 
 def _from_to(interval: Interval) -> str:
-    """With as many decimals as keep the two ends apart."""
+    """The interval with as many decimals as keep its ends apart."""
     low, high = next(
         (ends for decimals in range(4) if len(set(ends := [f"{end:.{decimals}f}" for end in interval])) > 1),
         interval,

@@ -90,5 +90,5 @@ def _log(client: Any, run: str, metrics: dict[str, dict[int, float]]) -> None:
 
 
 def _metric_name(name: str) -> str:
-    """With what MLflow takes."""
+    """A metric's name with the characters that MLflow takes."""
     return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)

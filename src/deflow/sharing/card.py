@@ -40,7 +40,7 @@ class Shared:
 
     @property
     def title(self) -> str:
-        """In a line."""
+        """The heading: agent and task."""
         return f"{self.about.agent} on {self.about.task}"
 
     @property

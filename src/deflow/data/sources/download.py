@@ -67,7 +67,7 @@ def set_aside(path: Path, why: object) -> None:
 
 
 def identities(paths: Iterable[Path]) -> list[tuple[int, int, int] | None]:
-    """By which one notices that another process has put another file in a file's place; None for one that is gone."""
+    """What tells that another process has put another file in a file's place; None for one that is gone."""
     return [_identity(path) for path in paths]
 
 

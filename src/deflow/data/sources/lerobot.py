@@ -64,7 +64,7 @@ class LeRobotSource(OwnDataSource):
             raise UserError(f"cannot read {file}: {error}") from error
 
     def _features(self) -> dict[str, dict[str, Any]]:
-        """Those that are read: what each is called, and its `dtype` and `shape`."""
+        """The features that are read: what each is called, and its `dtype` and `shape`."""
         features = self._info().get("features", {})
         wanted = [*self.observation_keys, ACTION, EPISODE, FRAME]
         missing = [name for name in wanted if name not in features]

@@ -105,7 +105,7 @@ class OGBenchSource(Source):
         return self._arrays_of(_shards(self._found())[0])
 
     def load(self) -> tuple[Transitions, Transitions | None]:
-        """Of a folder of files the validation split is the first file's."""
+        """Both splits; of a folder of files the validation split is the first file's."""
         path = self._found()
         if path.is_file():
             return super().load()
@@ -267,7 +267,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _shape(path: Path, key: str) -> tuple[int, ...]:
-    """Of a column, without reading it: images may take most of the memory."""
+    """The shape of a column, without reading it: images may take most of the memory."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
         np.lib.format.read_magic(member)
         shape, _, _ = np.lib.format.read_array_header_1_0(member)

@@ -202,7 +202,7 @@ def _jumps(next_observations: np.ndarray, rows_after: np.ndarray) -> np.ndarray:
 
 
 def _precision(column: np.ndarray) -> float:
-    """By what share a number may differ from what was measured: float64 may hold what was float32 before."""
+    """The share by which a number may differ from what was measured: float64 may hold what was float32 before."""
     return float(np.finfo(np.float16 if column.dtype == np.float16 else np.float32).eps)
 
 
