@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,11 @@ def test_the_study_of_gpus_runs_without_one(tmp_path: Path) -> None:
     assert {(row["stage"], row["kind"]) for row in rows} == {
         (s, k) for s in ("joint", "seeds") for k in ("eager", "recorded")
     }
+
+
+@pytest.mark.usefixtures("rendered")
+def test_futures_are_drawn(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "studies" / "futures.py"))["main"]
+    data = tiny_data("pointmaze-medium", "navigate") / "pointmaze-medium-navigate-v0.npz"
+    main(tmp_path / "futures.png", data, updates=2, hidden=(8,))
+    assert (tmp_path / "futures.png").stat().st_size > 10_000

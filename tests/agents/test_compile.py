@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import _dynamo as dynamo
 
 from deflow.agents.base import Agent
 from deflow.build import build_agent
@@ -34,6 +35,18 @@ def test_compiled_losses_and_gradients_are_the_same() -> None:
         eager = values_and_gradients(agent)
         agent.compile_losses()
         torch.testing.assert_close(values_and_gradients(agent), eager)
+
+
+def test_each_agent_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch lets a function have 8, and runs it eagerly from then on: a sweep in one process has more agents.
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda losses, options=None: compile_(losses, backend="eager"))
+    dynamo.utils.counters.clear()
+    for _ in range(10):
+        agent = build_agent(compose_config("agent=flow_bc", "networks.hidden=[4]").agent, Spec(5, 3))
+        agent.compile_losses()
+        values_and_gradients(agent)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 10
 
 
 @pytest.mark.slow  # a compilation each

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -145,6 +146,21 @@ def test_shapes_and_the_inverse(kind: str) -> None:
     torch.testing.assert_close(back.observations, batch.next_observations)
     torch.testing.assert_close(back.rewards, batch.rewards)
     assert torch.equal(back.continues, (batch.discounts > 0).float())
+
+
+def test_an_average_stands_in_for_a_flow_at_rest() -> None:
+    model = cast(TransitionFlow, make("flow", ema=0.9))
+    drawn = linear_batch(torch.Generator().manual_seed(0), size=4)
+    sample = partial(model.sample, drawn.observations, drawn.actions, torch.zeros(4, 4))
+    before = sample()
+    with torch.no_grad():
+        for online, average, share in model.target_pairs():
+            online.add_(1.0)
+            assert share == pytest.approx(0.1)
+            assert not average.requires_grad
+    assert not torch.equal(sample().observations, before.observations)
+    model.eval()
+    assert torch.equal(sample().observations, before.observations)
 
 
 def test_statistics_are_buffers() -> None:

@@ -314,6 +314,8 @@ class Agent(LightningModule, ABC):
         def listed(batch: Batch, noise: Any) -> list[Loss]:
             return list(eager(batch, noise))
 
+        # Code of its own: torch makes a few graphs of each, and all agents of a process would share them.
+        listed.__code__ = listed.__code__.replace()
         on_cpu, elsewhere = torch.compile(listed, options=COMPILED_FOR_CPU), torch.compile(listed)
 
         def losses(batch: Batch, noise: Any) -> list[Loss]:

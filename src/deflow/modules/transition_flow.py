@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,12 @@ from deflow.flow.ode import Solver
 from deflow.flow.path import straight_path
 from deflow.modules.reward_range import RewardRange
 from deflow.modules.statistics import StepStatistics, register_statistics
+from deflow.nets.average import Average
 from deflow.nets.encoder import make_encoder
 from deflow.nets.frozen import frozen_call
 from deflow.nets.mlp import MLP
 from deflow.nets.vector_field import VectorField
-from deflow.ranges import Activation, Discount, Interval, Natural, Positive, Widths
+from deflow.ranges import Activation, Discount, Interval, Natural, Positive, Rate, Widths
 from deflow.types import Batch, Metrics, Spec
 
 
@@ -155,6 +156,8 @@ class TransitionFlow(TransitionModel):
         solver: of the ODE.
         one_step: train the one-step copy beside the flow, for which each update solves the ODE; what is imagined
             comes from it.
+        ema: if given, an average of the flow's weights that keeps this share of itself at every update, in [0, 1),
+            stands in for it in evaluation mode, in which a frozen model is too.
         discount, expansion, within: of imagined steps, see `TransitionModel`.
 
     Raises:
@@ -169,6 +172,7 @@ class TransitionFlow(TransitionModel):
         activation: Activation = "gelu",
         solver: Solver = Solver(),  # noqa: B008 (frozen)
         one_step: bool = False,
+        ema: Rate | None = None,
         discount: Discount = 0.99,
         expansion: Natural = 0,
         within: Positive | None = None,
@@ -176,6 +180,7 @@ class TransitionFlow(TransitionModel):
         super().__init__(spec, statistics, discount, expansion, within)
         encoder = make_encoder(_of_inputs(spec), activation, None)
         self.field = VectorField(encoder, self.outcome_dim, hidden, activation)
+        self.average = Average(self.field, ema)
         self.one_step = MLP(encoder, self.outcome_dim, hidden, self.outcome_dim, activation) if one_step else None
         self.solver = solver
 
@@ -215,12 +220,17 @@ class TransitionFlow(TransitionModel):
             raise UserError("there is no one-step copy of the transition flow: train with agent.dynamics.one_step=true")
         return self._outcome(observations, self.one_step(self._inputs(observations, actions), z))
 
+    def target_pairs(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Pairs `(online, average, share)` for the agent's Polyak step."""
+        yield from self.average.pairs(self.field)
+
     def samplers(self) -> dict[str, Callable[[Tensor, Tensor, Tensor], Outcome]]:
         return super().samplers() | ({} if self.one_step is None else {"one_step": self.sample_at_once})
 
     def _walk(self, inputs: Tensor, z: Tensor) -> Tensor:
         r"""The flow's outcome :math:`\mu_\xi(s, a, z)`."""
-        return self.solver.walk(lambda t, x: self.field(inputs, x, t.expand(len(x), 1)), z)
+        field = self.average.of(self.field)
+        return self.solver.walk(lambda t, x: field(inputs, x, t.expand(len(x), 1)), z)
 
 
 class TransitionGaussian(TransitionModel):
