@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from deflow.config import CONFIG_DIR
 from deflow.help import WIDTH, help_text
-from deflow.sections import COMMANDS
+from deflow.sections import SETTINGS_OF
 from tests.test_config import command
 
 CONFIGS = Path(CONFIG_DIR)
@@ -23,7 +23,7 @@ def shown(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, caps
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", SETTINGS_OF)
 def test_every_command_has_a_screen_with_examples_that_compose(name: str) -> None:
     lines = help_text(CONFIGS, name, []).splitlines()
     assert len(lines) <= SCREEN

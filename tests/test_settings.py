@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from deflow.checks import check
 from deflow.command_line import choices
 from deflow.errors import UserError
-from deflow.sections import COMMANDS, OPTIMIZERS
+from deflow.sections import OPTIMIZERS, SETTINGS_OF
 from deflow.settings import HYDRA_KEYS, check_component, check_settings, described
 from tests.conftest import compose_config
 
@@ -54,7 +54,7 @@ def test_every_setting_is_described(command: str, overrides: tuple[str, ...]) ->
     config = compose_config(*overrides, config_name=command)
     check_settings(config, command)
     plain = OmegaConf.to_container(config, resolve=True)
-    settings = {key: type_ for key, _, type_ in described(plain, COMMANDS[command])}
+    settings = {key: type_ for key, _, type_ in described(plain, SETTINGS_OF[command])}
     assert None not in settings.values(), [key for key, type_ in settings.items() if type_ is None]
     assert {
         key for key in leaves(plain) if key not in settings and not any(key.startswith(f"{s}.") for s in settings)

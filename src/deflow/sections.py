@@ -322,7 +322,7 @@ class TrainExpert(TypedDict):
     threads: Count | None
 
 
-COMMANDS: dict[str, Any] = {
+SETTINGS_OF: dict[str, Any] = {
     "train": Train,
     "distill": Distill,
     "evaluate": Evaluate,

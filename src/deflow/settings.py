@@ -36,8 +36,8 @@ from deflow.ranges import (
 )
 from deflow.sections import (
     AUTO,
-    COMMANDS,
     OPTIMIZERS,
+    SETTINGS_OF,
     STAND_IN,
     TRAINER,
     Component,
@@ -57,12 +57,12 @@ def check_settings(config: DictConfig | Mapping[str, Any], command: str) -> None
 
     Args:
         config: as Hydra composed it.
-        command: one of `COMMANDS`.
+        command: one of `SETTINGS_OF`.
 
     Raises:
         UserError: for the first setting that is missing, not known, or has a value that it may not have.
     """
-    for setting in described(_plain(config), COMMANDS[command]):
+    for setting in described(_plain(config), SETTINGS_OF[command]):
         check_value(*setting)
 
 
@@ -74,7 +74,7 @@ def check_component(settings: DictConfig | Mapping[str, Any], key: str) -> None:
 
 def unread(config: DictConfig, command: str, names: Iterable[str]) -> Iterator[tuple[str, ReadIf]]:
     """The settings among `names` that do nothing because of another one's value, and what it would have to be."""
-    settings = {key: (value, type_) for key, value, type_ in described(_plain(config), COMMANDS[command])}
+    settings = {key: (value, type_) for key, value, type_ in described(_plain(config), SETTINGS_OF[command])}
     for name in names:
         _, type_ = settings.get(name, (None, None))
         for condition in getattr(type_, "__metadata__", ()):
