@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
 
-from deflow.reproduction.plots import Curve, curves, measure, profiles
-from deflow.reproduction.results import Result
+from deflow.reproduction.plots import Curve, curves, measure, profile_title, profiles
+from deflow.reproduction.results import Result, commits_of
 from deflow.reproduction.table import Cell, legend, reasons, task_name, texts
 
 OF_A_RUN = ("report.png", "actions.png", "transitions.png", "video.mp4", "train.log", "summary.json")
@@ -45,7 +45,7 @@ def page(title: str, cells: Sequence[Cell], results: Sequence[Result], folder: P
         reasons=reasons(cells),
         cells=[(cell, texts(cell)) for cell in cells],
         runs=[(result, list(_links(Path(result.folder), folder))) for result in results],
-        commits=sorted({name for result in results for name in result.commits or [result.commit or "unknown"]}),
+        commits=commits_of(results),
         versions=sorted({f"{name} {number}" for result in results for name, number in result.versions.items()}),
         plots=list(_plots(results)),
         plotly=get_plotlyjs(),
@@ -67,7 +67,7 @@ def _plots(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         yield {"title": task_name(row, task), "traces": drawn, "x": "updates", "y": measure(results, row)}
     drawn = [trace for curve in profiles(results) for trace in _band(curve, colours[curve.agent])]
     if drawn:
-        yield {"title": "Performance profile", "traces": drawn, "x": "score", "y": "share of runs above it"}
+        yield {"title": profile_title(results), "traces": drawn, "x": "score", "y": "share of runs above it"}
 
 
 def _band(curve: Curve, colour: str) -> Iterator[dict[str, Any]]:

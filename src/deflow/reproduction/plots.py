@@ -49,8 +49,13 @@ def profiles(results: Sequence[Result]) -> Iterator[Curve]:
         share = performance_profile(own, levels)
         band = profile_band(own, levels) if enough_seeds(own) else None
         low, high = band or (share, share)
-        label = agent if band else f"{agent} (too few seeds for a band)"
-        yield Curve(agent, label, levels.tolist(), share.tolist(), low.tolist(), high.tolist())
+        yield Curve(agent, agent, levels.tolist(), share.tolist(), low.tolist(), high.tolist())
+
+
+def profile_title(results: Sequence[Result]) -> str:
+    """What stands above the profiles; whether they have bands."""
+    banded = all(enough_seeds(own) for own in common_scores(results).values())
+    return "Performance profile" if banded else "Performance profile (too few seeds for a band)"
 
 
 def measure(results: Sequence[Result], row: str) -> str:
@@ -76,7 +81,7 @@ def draw_profile(results: Sequence[Result], path: Path) -> None:
 
     def draw(panels: Sequence[Axes]) -> None:
         _lines(panels[0], profiles(results), marker="")
-        panels[0].set(xlabel="score", ylabel="share of runs above it")
+        panels[0].set(title=profile_title(results), xlabel="score", ylabel="share of runs above it")
 
     _draw(path, 1, draw)
 

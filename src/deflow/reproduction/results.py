@@ -141,11 +141,17 @@ def _identity(summary: dict[str, Any]) -> dict[str, Any]:
 
 def versions_of_code(results: Iterable[Result]) -> str:
     """Of which commits the runs are, if of several."""
-    counts = Counter(commit for result in results for commit in result.commits or [result.commit or "unknown"])
-    if len(counts) < 2:
+    found = commits_of(results)
+    if len(found) < 2:
         return ""
-    shown = ", ".join(f"{_short(commit)} ({runs})" for commit, runs in counts.items())
+    shown = ", ".join(found)
     return f"The runs are of several versions of the code; commits, and how many runs each has had a part in: {shown}."
+
+
+def commits_of(results: Iterable[Result]) -> list[str]:
+    """The commits under which the runs were made, short, each with the number of runs that it has had a part in."""
+    counts = Counter(commit for result in results for commit in result.commits or [result.commit or "unknown"])
+    return [f"{_short(commit)} ({runs})" for commit, runs in counts.items()]
 
 
 def _short(commit: str) -> str:
