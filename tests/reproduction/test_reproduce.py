@@ -377,7 +377,8 @@ def test_the_page_has_everything_and_needs_nothing_else(tmp_path: Path) -> None:
     (link,) = re.findall(r'href="([^"]+report.png)"', own)
     assert (tmp_path / "out" / link).resolve() == jobs[0].folder / "report.png"
     plots = json.loads(text.rpartition("const plots = ")[2].partition(";\n")[0])
-    assert [plot["title"] for plot in plots] == ["cube-single task 1", "cube-single task 2", "Performance profile"]
+    profile = "Performance profile (too few seeds for a band)"
+    assert [plot["title"] for plot in plots] == ["cube-single task 1", "cube-single task 2", profile]
     assert plots[0]["traces"][1]["y"] == pytest.approx([20, 92.5])
 
 
