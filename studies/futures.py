@@ -1,10 +1,11 @@
-"""Where a data set's own policy leads from a state and an action: as occupancy flows draw it, and as it was.
+"""Where a data set's own policy leads from a state and an action: as occupancy flows draw it, and as it is.
 
-    python studies/futures.py PICTURE.png DATA.npz [updates]      # 20000 for each flow, unless said otherwise
+    python studies/futures.py PICTURE.png DATA.npz [updates]      # 10000 for each flow, unless said otherwise
 
 DATA.npz is a pointmaze in OGBench's layout. Above: states ahead that an occupancy flow draws, which learned from single
-transitions with the data's next action in the place of a policy's. Below: what followed in the data within `NEAR` of
-the same state and action, after numbers of steps that are geometric as the discount says. The star is the state.
+transitions with the data's next action in the place of a policy's. Below: what those transitions know of the future,
+by chains of them (which is not what followed in the data, whose trajectories have goals that no state shows). The star
+is the state.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.spatial import KDTree
 
 from deflow.data.memory.transitions import Transitions
 from deflow.modules.occupancy_flow import OccupancyFlow
@@ -23,9 +25,9 @@ from deflow.types import Lookahead, Spec
 
 DISCOUNTS = (0.95, 0.98, 0.995)
 START = (8.0, 8.0)  # in the maze's units; the data's state nearest to it is taken
-NEAR = 1.5  # the same units, for positions; actions may differ by a third of their range
-FUTURES = 1000
-BATCH, RATE, TAU = 256, 1e-3, 0.05
+FUTURES, NEIGHBOURS = 1000, 10
+STATES_COUNT = 20  # times as much as actions, among neighbours
+BATCH, RATE, TAU = 256, 1e-3, 0.02
 
 
 def trained(data: Transitions, discount: float, updates: int, hidden: tuple[int, ...]) -> OccupancyFlow:
@@ -57,16 +59,24 @@ def trained(data: Transitions, discount: float, updates: int, hidden: tuple[int,
     return flow
 
 
-def followed(data: Transitions, row: int, discount: float) -> torch.Tensor:
-    """States that the data reached from near the state and action of `row`, shape (futures, 2)."""
+def chained(data: Transitions, row: int, discount: float) -> torch.Tensor:
+    """States ahead of the state and action of `row`, shape (futures, 2), by chains of the data's own transitions.
+
+    A chain goes on with one of the `NEIGHBOURS` transitions that begin nearest to the state and the action with which
+    the one before ends, and is as long as the discount says: what single transitions know of the future.
+    """
     rng = np.random.default_rng(0)
-    near = (data.states[:, :2] - data.states[row, :2]).norm(dim=1) < NEAR
-    near &= (data.actions - data.actions[row]).abs().amax(1) < 2 / 3
-    rows = np.flatnonzero((near & data.has_successor).numpy())
-    ends = np.flatnonzero(~data.has_successor.numpy())  # last states of trajectories, where they stay
-    chosen = rng.choice(rows, FUTURES)
-    ahead = np.minimum(chosen + rng.geometric(1 - discount, FUTURES), ends[np.searchsorted(ends, chosen)])
-    return data.states[torch.from_numpy(ahead), :2]
+    states = data.states[:, :2] * (STATES_COUNT / data.states[:, :2].std(0))
+    pairs = torch.cat([states, data.decisions(torch.arange(len(data.states)))], dim=1).numpy()
+    starts = data.starts.numpy()
+    tree = KDTree(pairs[starts])
+    at, left = np.full(FUTURES, row), rng.geometric(1 - discount, FUTURES)
+    while (under_way := np.flatnonzero(left)).size:
+        _, near = tree.query(pairs[at[under_way]], k=NEIGHBOURS)
+        chosen = np.take_along_axis(near, rng.integers(NEIGHBOURS, size=(len(near), 1)), 1)[:, 0]
+        at[under_way] = starts[chosen] + 1
+        left[under_way] -= 1
+    return data.states[torch.from_numpy(at), :2]
 
 
 def draw(axis: Axes, title: str, futures: torch.Tensor, data: Transitions, row: int) -> None:
@@ -78,7 +88,7 @@ def draw(axis: Axes, title: str, futures: torch.Tensor, data: Transitions, row: 
     axis.set_title(title, fontsize="medium")
 
 
-def main(picture: Path, path: Path, updates: int = 20_000, hidden: tuple[int, ...] = (128, 128, 128)) -> None:
+def main(picture: Path, path: Path, updates: int = 10_000, hidden: tuple[int, ...] = (128, 128, 128)) -> None:
     with np.load(path) as file:
         columns = {name: file[name] for name in ("observations", "actions")}
         goes_on = 1 - file["terminals"].astype(np.float32)
@@ -94,7 +104,7 @@ def main(picture: Path, path: Path, updates: int = 20_000, hidden: tuple[int, ..
         state, action = data.states[row].expand(FUTURES, -1), data.decisions(torch.tensor([row])).expand(FUTURES, -1)
         steps = f"{1 / (1 - discount):.0f} steps ahead on average"
         draw(above, f"the flow, {steps}", flow.sample(state, action, z).observations[:, :2], data, row)
-        draw(below, f"the data, {steps}", followed(data, row, discount), data, row)
+        draw(below, f"chains of the data, {steps}", chained(data, row, discount), data, row)
     figure.savefig(picture, dpi=80)
 
 

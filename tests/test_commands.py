@@ -159,7 +159,9 @@ def test_a_worker_that_is_killed_ends_the_command(tmp_path: Path) -> None:
     command.wait_for(lambda: len(workers(command)) == 2)
     workers(command)[0].kill()
     assert command.wait() == 2
-    assert command.output()[1].splitlines()[-1].startswith("error: a process that generated pointmaze-medium")
+    # On a busy machine the other worker may not have begun yet, and says that the queue of its work is gone.
+    said = [line for line in command.output()[1].splitlines() if line.startswith("error: ")]
+    assert [line.startswith("error: a process that generated pointmaze-medium") for line in said] == [True]
     assert not list(tmp_path.glob("*.npz"))
     command.wait_for_others()
 
