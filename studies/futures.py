@@ -102,9 +102,9 @@ def main(picture: Path, path: Path, updates: int = 10_000, hidden: tuple[int, ..
         flow = trained(data, discount, updates, hidden)
         z = torch.randn(FUTURES, flow.point_dim, generator=torch.Generator().manual_seed(2))
         state, action = data.states[row].expand(FUTURES, -1), data.decisions(torch.tensor([row])).expand(FUTURES, -1)
-        steps = f"{1 / (1 - discount):.0f} steps ahead on average"
+        steps = f"{1 / (1 - discount):.0f} steps ahead"
         draw(above, f"the flow, {steps}", flow.sample(state, action, z).observations[:, :2], data, row)
-        draw(below, f"chains of the data, {steps}", chained(data, row, discount), data, row)
+        draw(below, f"chains, {steps}", chained(data, row, discount), data, row)
     figure.savefig(picture, dpi=80)
 
 
