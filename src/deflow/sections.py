@@ -176,34 +176,33 @@ class Distill(TypedDict):
     logger: Component
 
 
-class Evaluate(TypedDict):
+class OfPolicy(TypedDict):
+    """What commands take that let a checkpoint's policy act."""
+
     ckpt: str
+    best_of_n: Count | None
+    refine_steps: Count | None
+    trust: Sequence[str]
+    threads: Count | None
+
+
+class Evaluate(OfPolicy):
     run_seed: Seed | None
     task: Task | None
     episodes: Count
     num_envs: Count | None
     seed: Seed
-    best_of_n: Count | None
-    refine_steps: Count | None
-    trust: Sequence[str]
-    threads: Count | None
 
 
-class Serve(TypedDict):
-    ckpt: str
+class Serve(OfPolicy):
     host: str
     port: Port
     seed: Seed
     device: str
     run_seed: Natural | None
-    trust: Sequence[str]
-    best_of_n: Count | None
-    refine_steps: Count | None
-    threads: Count | None
 
 
-class Export(TypedDict):
-    ckpt: str
+class Export(OfPolicy):
     run_seed: Seed | None
     format: Literal["onnx", "torch"]
     out: str | None
@@ -211,10 +210,6 @@ class Export(TypedDict):
     episodes: Natural
     num_envs: Count | None
     seed: Seed
-    best_of_n: Count | None
-    refine_steps: Count | None
-    trust: Sequence[str]
-    threads: Count | None
 
 
 class Push(TypedDict):
