@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from occupancy import BATCH, fitted
 from scipy.spatial import KDTree
 
 from deflow.data.memory.transitions import Transitions
 from deflow.modules.occupancy_flow import OccupancyFlow
-from deflow.types import Lookahead, Spec
+from deflow.types import Batch, Lookahead, Spec
 
 DISCOUNTS = (0.95, 0.98, 0.995)
 START = (8.0, 8.0)  # in the maze's units; the data's state nearest to it is taken
 FUTURES, NEIGHBOURS = 1000, 10
 STATES_COUNT = 20  # times as much as actions, among neighbours
-BATCH, RATE, TAU = 256, 1e-3, 0.02
+RATE, TAU = 1e-3, 0.02
 
 
 def trained(data: Transitions, discount: float, updates: int, hidden: tuple[int, ...]) -> OccupancyFlow:
@@ -40,23 +41,15 @@ def trained(data: Transitions, discount: float, updates: int, hidden: tuple[int,
         "reward_centre": 0.0,
         "reward_scale": 1.0,
     }
-    spec = Spec(states.shape[1], data.actions.shape[1])
+    spec, span = Spec(states.shape[1], data.actions.shape[1]), Lookahead(discount, 1, 1)
     flow = OccupancyFlow(spec, statistics, discount, hidden, tau=TAU, samples=1)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam(flow.parameters(), RATE)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    for _ in range(updates):
-        rows = data.starts[torch.randint(len(data), (BATCH,), generator=generator)]
-        batch, _ = data.batch(rows, Lookahead(discount, 1, 1))
+
+    def draw(generator: torch.Generator) -> tuple[Batch, torch.Tensor]:
+        batch, _ = data.batch(data.starts[torch.randint(len(data), (BATCH,), generator=generator)], span)
         assert batch.next_actions is not None
-        loss, _ = flow.loss(batch, batch.next_actions, torch.rand(BATCH, flow.levels, generator=generator))
-        optimizer.zero_grad()
-        loss.backward()
-        for online, target, tau in flow.target_pairs():
-            target.data.lerp_(online.data, tau)
-        optimizer.step()
-        decay.step()
-    return flow
+        return batch, batch.next_actions
+
+    return fitted(flow, draw, updates, RATE)
 
 
 def chained(data: Transitions, row: int, discount: float) -> torch.Tensor:

@@ -14,6 +14,7 @@ of the distilled values with the true ones, and their root mean square error as 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
@@ -26,7 +27,10 @@ from deflow.types import Batch, Spec
 
 HORIZONS = (5, 20, 100)
 FUTURES = 500  # drawn of each pair
+BATCH = 256
 RIGHT = 0.6  # the policy's share of steps with an action above 0
+
+Draw = Callable[[torch.Generator], tuple[Batch, Tensor]]  # of a batch, and the policy's actions in its next states
 
 
 class System(NamedTuple):
@@ -133,12 +137,17 @@ def trained(system: System, discount: float, updates: int, lr: float = 1e-3, **s
         "solver": Solver(steps=10),
     } | settings
     critic = OccupancyFlow(Spec(dim, 1), statistics, discount, **settings)
+    return fitted(critic, partial(system.batch, BATCH), updates, lr)
+
+
+def fitted(critic: OccupancyFlow, draw: Draw, updates: int, lr: float) -> OccupancyFlow:
+    """The same flow after so many updates on batches of `BATCH` steps; `draw` gives one and the next actions."""
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(critic.parameters(), lr=lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     for _ in range(updates):
-        batch, next_actions = system.batch(256, generator)
-        loss, _ = critic.loss(batch, next_actions, torch.rand(256, critic.levels, generator=generator))
+        batch, next_actions = draw(generator)
+        loss, _ = critic.loss(batch, next_actions, torch.rand(BATCH, critic.levels, generator=generator))
         optimizer.zero_grad()
         loss.backward()
         for online, target, tau in critic.target_pairs():

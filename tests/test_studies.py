@@ -101,7 +101,10 @@ def test_the_study_of_gpus_runs_without_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("rendered")
-def test_futures_are_drawn(tiny_data: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_futures_are_drawn(
+    tiny_data: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))  # as for a script there
     main = runpy.run_path(str(ROOT / "studies" / "futures.py"))["main"]
     data = tiny_data("pointmaze-medium", "navigate") / "pointmaze-medium-navigate-v0.npz"
     main(tmp_path / "futures.png", data, updates=2, hidden=(8,))

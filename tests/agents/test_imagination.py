@@ -14,8 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from deflow import pipeline, training
-from deflow.agents.base import Agent
+from deflow import training
 from deflow.build import build_agent
 from deflow.checks import check
 from deflow.errors import UserError
@@ -32,6 +31,7 @@ from deflow.types import Batch, Metrics, Spec
 from tests.agents.tester import check_agent, random_batch
 from tests.commands import ROOT
 from tests.conftest import compose_config, tiny_config
+from tests.test_stopping import Killed, before_call, kill
 
 UNIT: StepStatistics = {
     "observation_mean": [0.0],
@@ -407,30 +407,17 @@ def test_a_model_first_and_steps_within_its_errors(
     assert np.isfinite(summary["dynamics"]["error"]["sample"]["1"])
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 @pytest.mark.usefixtures("short_episodes")
-@pytest.mark.parametrize("moment", ["training_step", "finish"])
+@pytest.mark.parametrize(("moment", "number"), [("update", 7), ("report", 1)])
 def test_a_limit_is_measured_once(
-    moment: str, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, number: int, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(point_data, *MODEL_FIRST, *UNROLLED[0])
     monkeypatch.setattr(training, "steps_within", lambda *_: (1, [0.5]))
-    step, finish = Agent.training_step, pipeline.finish
-
-    def killed(*arguments: Any) -> Any:
-        agent = arguments[0]
-        if moment == "training_step" and (agent._stage, agent.global_step) != ("joint", 5):
-            return step(*arguments)
-        raise Killed
-
-    monkeypatch.setattr(*((Agent, moment) if moment == "training_step" else (pipeline, moment)), killed)
-    with pytest.raises(Killed):
-        train(config, tmp_path)
-    monkeypatch.setattr(Agent, "training_step", step)
-    monkeypatch.setattr(pipeline, "finish", finish)
+    with pytest.MonkeyPatch.context() as patch:
+        before_call(patch, moment, number, kill)
+        with pytest.raises(Killed):
+            train(tiny_config(point_data, *MODEL_FIRST, *UNROLLED[0]), tmp_path)
+    assert (tmp_path / "checkpoints" / "1_joint" / ("last.ckpt" if moment == "update" else "final.ckpt")).exists()
     monkeypatch.setattr(training, "steps_within", lambda *_: (2, [0.5]))
     assert train(compose_config(f"resume={tmp_path}"), tmp_path)["dynamics"]["imagined_steps_allowed"] == 1
 

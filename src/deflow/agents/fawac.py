@@ -76,8 +76,8 @@ class FAWAC(ActorCritic):
         # Critic: bootstraps from the policy at s'.
         if self.trains("critic"):
             next_actions = self.behavior_flow.propose(batch.next_observations, noise.z_next)
-            longer, next_actions = self.expanded(batch, next_actions, noise, self.behavior_flow.propose)
-            yield "critic", *self.critic.loss(longer, next_actions, noise.levels)
+            target_batch, target_actions = self.expanded(batch, next_actions, noise, self.behavior_flow.propose)
+            yield "critic", *self.critic.loss(target_batch, target_actions, noise.levels)
 
         # Value: the mean value of the data's actions.
         if self.trains("value"):

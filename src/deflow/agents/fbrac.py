@@ -79,8 +79,8 @@ class FBRAC(ActorCritic):
         # Critic: bootstraps from the policy at s'.
         if self.trains("critic"):
             next_actions = self.behavior_flow.propose(batch.next_observations, noise.z_next)
-            longer, next_actions = self.expanded(batch, next_actions, noise, self.behavior_flow.propose)
-            yield "critic", *self.critic.loss(longer, next_actions, noise.levels)
+            target_batch, target_actions = self.expanded(batch, next_actions, noise, self.behavior_flow.propose)
+            yield "critic", *self.critic.loss(target_batch, target_actions, noise.levels)
 
     def act(self, observations: Tensor, z: Tensor) -> Tensor:
         return self.behavior_flow.propose(observations, z)
