@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deflow import training
 from deflow.agents import graphed_update
-from deflow.agents.base import Agent, Loss
+from deflow.agents.algorithm import Loss
+from deflow.agents.base import Agent
 from deflow.agents.graphed_update import GraphedUpdate, keep_rates_on
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent

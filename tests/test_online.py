@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from deflow.agents.base import Traits
+from deflow.agents.algorithm import Traits
 from deflow.checkpoints import load_checkpoint
 from deflow.collecting import Collector
 from deflow.data.memory.replay import Replay

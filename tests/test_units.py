@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import deflow
-from deflow.agents.base import Traits
+from deflow.agents.algorithm import Traits
 from deflow.build import build_agent
 from deflow.checkpoints import load_weights
 from deflow.collecting import Collector

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deflow.agents.base import Traits
+from deflow.agents.algorithm import Traits
 from deflow.agents.fql import FQL
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent, path_statistics

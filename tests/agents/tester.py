@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.algorithm import Loss
+from deflow.agents.base import Agent
 from deflow.types import Batch, Spec
 
 # Every kind of agent that an update can be of, as overrides; tests of all of them add what concerns them.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deflow.agents.base import MODEL, Agent, Loss
+from deflow.agents.algorithm import Loss
+from deflow.agents.base import MODEL, Agent
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
 from deflow.errors import UserError

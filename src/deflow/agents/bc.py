@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.algorithm import Loss
+from deflow.agents.base import Agent
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.gaussian_policy import GaussianPolicy
 from deflow.ranges import Seed

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import ActorCritic, take_best
-from deflow.agents.base import ALMOST_0, Loss, Traits
+from deflow.agents.algorithm import Loss, Traits
+from deflow.agents.base import ALMOST_0
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.distributed import mean_over_ranks, world_size
 from deflow.errors import UserError

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import ActorCritic, MakeDynamics, take_best
-from deflow.agents.base import Loss
+from deflow.agents.algorithm import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow

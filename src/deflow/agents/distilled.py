@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss
+from deflow.agents.algorithm import Loss
+from deflow.agents.base import Agent
 from deflow.agents.noise import FlowNoise
 from deflow.errors import UserError
 from deflow.modules.one_step import OneStepActor

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import ActorCritic, MakeDynamics
-from deflow.agents.base import Loss, Traits
+from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow

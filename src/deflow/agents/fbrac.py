@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import ActorCritic, MakeDynamics
-from deflow.agents.base import Loss, Traits
+from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.flow.ode import Gradient

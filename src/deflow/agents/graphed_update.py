@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch.optim import Optimizer
 
-from deflow.agents.base import Agent, Loss, whole
+from deflow.agents.algorithm import Loss
+from deflow.agents.base import Agent, whole
 from deflow.one_launch import OneLaunch
 from deflow.types import Batch, Drawn
 

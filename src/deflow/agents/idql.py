@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import take_best
-from deflow.agents.base import Loss
+from deflow.agents.algorithm import Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.critic import Critic

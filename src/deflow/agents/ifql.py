@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import MakeDynamics, take_best
-from deflow.agents.base import Loss
+from deflow.agents.algorithm import Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deflow.agents.actor_critic import ActorCritic
-from deflow.agents.base import Loss
+from deflow.agents.algorithm import Loss
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.value import Value
 from deflow.types import Batch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import Loss
+from deflow.agents.algorithm import Loss
 from deflow.agents.bc import ImitationNoise
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.panels import Panel, loss_panel

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import ActorCritic
-from deflow.agents.base import Loss, Traits
+from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.critic import Critic, value_scale
 from deflow.nets.average import polyak_pairs

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deflow.agents.actor_critic import ActorCritic
-from deflow.agents.base import Loss, Traits
+from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.errors import UserError
 from deflow.modules.critic import Critic

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from deflow.agents.base import ALMOST_0, Agent, Loss
+from deflow.agents.algorithm import Loss
+from deflow.agents.base import ALMOST_0, Agent
 from deflow.errors import UserError
 from deflow.types import Batch, Columns, Metrics, stack
 

@@ -12,7 +12,8 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.base import ALMOST_0, UNNAMED, Loss
+from deflow.agents.algorithm import Loss
+from deflow.agents.base import ALMOST_0, UNNAMED
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.critic import Critic, value_gradient

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from deflow.files import replacing
 from deflow.reproduction.results import Result
 from deflow.reproduction.statistics import enough_seeds, performance_profile, probability_of_improvement, profile_band
-from deflow.reproduction.table import common_scores, task_name
+from deflow.reproduction.table import common_scores, improvement, task_name
 
 LEVELS = 101  # at which a profile is drawn
 
@@ -89,20 +89,24 @@ def draw_profile(results: Sequence[Result], path: Path) -> None:
 def draw_improvement(results: Sequence[Result], path: Path) -> None:
     """How probable it is that a run of the agent at the left is better than one of that below, over common tasks."""
     scores = common_scores(results)
-    better = np.array([[probability_of_improvement(a, b) for b in scores.values()] for a in scores.values()])
+    agents, of_agents = list(scores), list(scores.values())
+    better = np.array([[probability_of_improvement(a, b) for b in of_agents] for a in of_agents])
 
     def draw(panels: Sequence[Axes]) -> None:
         (axes,) = panels
-        axes.imshow(better.reshape(len(scores), -1), cmap="RdBu", vmin=0, vmax=1)
+        axes.imshow(better.reshape(len(agents), -1), cmap="RdBu", vmin=0, vmax=1, aspect="auto")
         for (left, below), value in np.ndenumerate(better):
             if left != below:
                 colour = "white" if abs(value - 0.5) > 0.35 else "black"
-                axes.text(below, left, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="small")
-        axes.set_xticks(range(len(scores)), list(scores), rotation=45, ha="right")
-        axes.set_yticks(range(len(scores)), list(scores))
+                said = improvement(of_agents[left], of_agents[below]).replace(
+                    " (", "\n("
+                )  # the interval, if there is one, below
+                axes.text(below, left, said, ha="center", va="center", color=colour, fontsize="x-small")
+        axes.set_xticks(range(len(agents)), agents, rotation=45, ha="right")
+        axes.set_yticks(range(len(agents)), agents)
         axes.set_title("P(left better than below)")
 
-    _draw(path, 1, draw)
+    _draw(path, 1, draw, size=(1.5 + 0.95 * len(agents), 1.2 + 0.5 * len(agents)))  # room for an interval in a cell
 
 
 def _lines(axes: Axes, found: Iterator[Curve], marker: str) -> None:
@@ -112,10 +116,13 @@ def _lines(axes: Axes, found: Iterator[Curve], marker: str) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw(path: Path, panels: int, draw: Callable[[Sequence[Axes]], None]) -> None:
+def _draw(
+    path: Path, panels: int, draw: Callable[[Sequence[Axes]], None], size: tuple[float, float] = (5, 3.6)
+) -> None:
+    """A picture of panels side by side, each of `size` in inches."""
     columns = min(panels, 3)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     draw([figure.add_subplot(rows, columns, number + 1) for number in range(panels)])
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=120)

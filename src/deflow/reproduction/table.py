@@ -304,7 +304,7 @@ def summary(results: Sequence[Result]) -> str:
         # Where all seeds are equal nothing is known of their spread.
         known = _from_to(spread) if spread is not None and spread[0] < spread[1] else "-"
         line = [agent, f"{interquartile_mean(own):.0f}", known]
-        line += ["-" if other is own else _better(own, other) for other in scores.values()]
+        line += ["-" if other is own else improvement(own, other) for other in scores.values()]
         lines.append(_line(line))
     seeds = sorted({result.seed for result in in_common(results)})
     of = f"{len(next(iter(scores.values())))} tasks and the seeds that every agent has of them all"
@@ -312,8 +312,8 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _better(ours: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> str:
-    """How probable it is that a run of ours is better than one of another, with an interval if there is one."""
+def improvement(ours: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> str:
+    """How probable it is that a run of ours is better than one of another, with an interval if seeds are enough."""
     shown = f"{probability_of_improvement(ours, others):.2f}"
     spread = improvement_interval(ours, others) if enough_seeds([*ours, *others]) else None
     return shown if spread is None else f"{shown} ({spread[0]:.2f} to {spread[1]:.2f})"
@@ -370,7 +370,7 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
         spread = difference_interval(after, before)
         between = "-" if spread is None else f"{spread[0]:+.1f} to {spread[1]:+.1f}"
         difference = f"{after.mean() - before.mean():+.1f}"
-        better = _better([after], [before])
+        better = improvement([after], [before])
         lines.append(_line([task_name(key[0], key[1]), key[2], *shown, difference, between, better]))
     lines += ["", f"95%: of B - A (Welch's t over seeds). {BOOTSTRAP}"]
     return "\n".join(lines) + "\n"
