@@ -6,9 +6,9 @@
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
-# compile=true needs a compiler, rendering without a screen EGL.
+# compile=true needs a compiler, rendering without a screen EGL and OpenGL.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ libegl1 libegl-mesa0 libgl1-mesa-dri \
+    && apt-get install --yes --no-install-recommends g++ libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0 \
     && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 deflow
@@ -16,7 +16,6 @@ USER deflow
 WORKDIR /home/deflow
 ENV PATH=/home/deflow/.venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    MUJOCO_GL=egl \
     OGBENCH_DATASET_DIR=/home/deflow/data
 RUN mkdir logs data && python -m venv .venv
 

@@ -127,6 +127,12 @@ def test_bootstrap_covers_the_mean() -> None:
     assert bootstrap_interval([1.0] * 10) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("success, low, high", [(0.0, 0.0, 0.071), (1.0, 0.929, 1.0)])
+def test_success_has_an_interval_where_all_episodes_agree(success: float, low: float, high: float) -> None:
+    summary = summarise([Episode(number, success, -3.0, 4) for number in range(50)])
+    assert (summary["success_low"], summary["success_high"]) == pytest.approx((low, high), abs=5e-4)
+
+
 def test_summary() -> None:
     summary = summarise([Episode(0, 1.0, -3.0, 4), Episode(1, 0.0, -7.0, 8)])
     assert (summary["success"], summary["return"], summary["length"], summary["episodes"]) == (0.5, -5.0, 6.0, 2)

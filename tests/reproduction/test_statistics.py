@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, mannwhitneyu, t, trim_mean, ttest_ind
 
+from deflow.evaluation.statistics import wilson_interval
 from deflow.reproduction.statistics import (
     Estimate,
     Values,
@@ -23,7 +24,6 @@ from deflow.reproduction.statistics import (
     seed_interval,
     stratified_bootstrap,
     verdict,
-    wilson_interval,
 )
 
 UNEQUAL = [[0.0, 1.0], [0.5], [0.25, 0.5, 0.75]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import os
 import re
 import sys
@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from deflow.envs.rendering import off_screen
 from deflow.errors import UserError
 from deflow.types import Spec
 
-# Must be set before mujoco is first imported: off-screen rendering where the library for it exists.
+# Must be set before mujoco is first imported.
 if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
-    os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disabled"
+    os.environ["MUJOCO_GL"] = off_screen()
 
 import gymnasium
 from gymnasium.wrappers import FrameStackObservation
@@ -56,7 +57,7 @@ def load_mujoco() -> None:
     """
     try:
         import mujoco  # noqa: F401
-    except (AttributeError, ImportError, RuntimeError) as error:
+    except (AttributeError, ImportError, RuntimeError, ctypes.ArgumentError) as error:  # the last one without OpenGL
         chosen = os.environ.get("MUJOCO_GL")
         if chosen is None:
             raise UserError(f"MuJoCo cannot be loaded ({error})") from error
@@ -74,7 +75,7 @@ def make_env(name: str, **kwargs: Any) -> gymnasium.Env:
     """
     load_mujoco()
     if name.startswith(VISUAL) and os.environ.get("MUJOCO_GL") == "disabled":
-        raise UserError(f"'{name}' is rendered and this machine has no EGL: install it (Debian: libegl1)")
+        raise UserError(f"'{name}' is rendered and this machine has no EGL: install it (Debian: libegl1 libopengl0)")
     try:
         return ogbench.make_env_and_datasets(name, env_only=True, **kwargs)
     except gymnasium.error.Error as error:

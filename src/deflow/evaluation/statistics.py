@@ -1,8 +1,9 @@
-"""Summaries of episodes, with bootstrap intervals."""
+"""Summaries of episodes, with intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from deflow.evaluation.rollout import Episode
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+DEVIATIONS = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)  # 1.96, where a normal distribution's interval ends
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -21,8 +23,27 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     return float(low), float(high)
 
 
+def wilson_interval(successes: float, episodes: int) -> tuple[float, float]:
+    """Wilson's score interval (95%) of a share of successes, within [0, 1] and never a point (Wilson, 1927).
+
+    Args:
+        successes: from 0 to `episodes`; no whole number if a share is a mean of several evaluations.
+        episodes: at least 1, and independent of each other.
+    """
+    if episodes < 1:
+        raise ValueError(f"an interval needs at least one episode, not {episodes}")
+    if not 0 <= successes <= episodes:
+        raise ValueError(f"successes must be from 0 to the {episodes} episodes, not {successes}")
+    square = DEVIATIONS**2
+    centre = (successes + square / 2) / (episodes + square)
+    half = DEVIATIONS * np.sqrt(successes * (episodes - successes) / episodes + square / 4) / (episodes + square)
+    return max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+
+
 def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None] = lambda _: None) -> dict[str, float]:
     """Means of success, return, length and path error with the ends of their 95% intervals (such as `success_low`).
+
+    Success is a share, whose interval is Wilson's: a bootstrap's would be a point where no episode succeeds, or each.
 
     There is no success or path error if an episode has none, and no score without one for every return.
 
@@ -41,6 +62,6 @@ def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None
     measured = {name: values for name, values in measured.items() if len(values) == len(episodes)}
     summary: dict[str, float] = {"episodes": float(len(episodes))}
     for name, values in measured.items():
-        low, high = bootstrap_interval(values)
+        low, high = wilson_interval(sum(values), len(values)) if name == "success" else bootstrap_interval(values)
         summary |= {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
     return summary

@@ -11,19 +11,17 @@ arXiv:2108.13264. Every function raises ValueError for what is empty, not a numb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from deflow.evaluation.statistics import CONFIDENCE, DEVIATIONS, RESAMPLES, wilson_interval
 
 Values = Sequence[float] | np.ndarray
 Scores = Sequence[Values] | np.ndarray
 Interval = tuple[float, float]
 Verdict = Literal["inside", "above", "below"]
 
-CONFIDENCE = 0.95
-DEVIATIONS = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)  # 1.96, where a normal distribution's interval ends
-RESAMPLES = 2000
 ENOUGH_SEEDS = 5  # of each task; with fewer the interval of a bootstrap is far too narrow to be called 95%
 
 
@@ -179,23 +177,6 @@ def seed_interval(values: Values) -> Interval | None:
         return None
     half = t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
     return float(sample.mean() - half), float(sample.mean() + half)
-
-
-def wilson_interval(successes: float, episodes: int) -> Interval:
-    """Wilson's score interval (95%) of a share of successes, within [0, 1] and never a point (Wilson, 1927).
-
-    Args:
-        successes: from 0 to `episodes`; no whole number if a share is a mean of several evaluations.
-        episodes: at least 1, and independent of each other.
-    """
-    if episodes < 1:
-        raise ValueError(f"an interval needs at least one episode, not {episodes}")
-    if not 0 <= successes <= episodes:
-        raise ValueError(f"successes must be from 0 to the {episodes} episodes, not {successes}")
-    square = DEVIATIONS**2
-    centre = (successes + square / 2) / (episodes + square)
-    half = DEVIATIONS * np.sqrt(successes * (episodes - successes) / episodes + square / 4) / (episodes + square)
-    return max(float(centre - half), 0.0), min(float(centre + half), 1.0)
 
 
 def interval(values: Values, episodes: int) -> Interval:

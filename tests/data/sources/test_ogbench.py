@@ -17,6 +17,7 @@ from deflow.data.memory.transitions import ACTION_BOUND
 from deflow.data.sources import ogbench as module
 from deflow.data.sources.ogbench import OGBenchSource
 from deflow.envs import ogbench as envs
+from deflow.envs.rendering import off_screen
 from deflow.errors import UserError
 from deflow.types import Lookahead
 from tests.conftest import EPISODES, STEPS, tiny_config
@@ -288,6 +289,17 @@ def test_a_renderer_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)  # its import fails
     with pytest.raises(UserError, match=r"MUJOCO_GL=osmesa does not work here .* egl, glfw or disabled"):
         envs.make_env("pointmaze-medium-navigate-v0")
+
+
+@pytest.mark.parametrize(
+    "libraries, chosen",
+    [({"EGL", "OpenGL"}, "egl"), ({"EGL", "GL"}, "egl"), ({"EGL"}, "disabled"), ({"GL", "OpenGL"}, "disabled")],
+)
+def test_egl_is_chosen_where_opengl_is_beside_it(
+    libraries: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: name if name in libraries else None)
+    assert off_screen() == chosen
 
 
 def test_another_maze_is_noticed(copied: Path) -> None:
