@@ -153,7 +153,7 @@ def _checked(found: dict[str, float], which: str) -> dict[str, float]:
 # As ONNX.
 
 
-class Decision(nn.Module):
+class DecisionGraph(nn.Module):
     """All of a decision, from the environment's observations to its actions: what the graph computes.
 
     Args:
@@ -178,7 +178,7 @@ def as_onnx(policy: Policy, about: About) -> bytes:
     rng = np.random.default_rng(0)
     observations = torch.from_numpy(random_observations(policy.spec, 2, rng))
     noise = torch.from_numpy(np.stack([policy.draw_noise(rng) for _ in range(2)]))
-    decision = Decision(policy.agent, policy.units).eval()
+    decision = DecisionGraph(policy.agent, policy.units).eval()
     rows = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), _quiet():

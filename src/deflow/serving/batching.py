@@ -17,7 +17,7 @@ from deflow.policy import AnyPolicy
 REMEMBERED = 10_000  # decisions, for their quantiles
 
 
-class Decision(NamedTuple):
+class Answer(NamedTuple):
     """The answer to one observation."""
 
     actions: np.ndarray  # (horizon, action_dim), float32, in the environment's units
@@ -29,7 +29,7 @@ class _Asked(NamedTuple):
     observation: np.ndarray
     noise: np.ndarray
     since: float  # seconds
-    decided: asyncio.Future[Decision]
+    decided: asyncio.Future[Answer]
 
 
 class Batcher:
@@ -53,7 +53,7 @@ class Batcher:
         observation = np.zeros(spec.observation_shape, np.float32 if spec.image is None else np.uint8)
         await self._in_thread([observation], [self._policy.draw_noise(rng)])
 
-    async def decide(self, observation: np.ndarray, noise: np.ndarray) -> Decision:
+    async def decide(self, observation: np.ndarray, noise: np.ndarray) -> Answer:
         """What the policy does at an observation, with that noise.
 
         Args:
@@ -93,7 +93,7 @@ class Batcher:
         for asked, actions in zip(together, plans, strict=True):
             milliseconds = 1e3 * (now - asked.since)
             self.latencies.add(milliseconds)
-            asked.decided.set_result(Decision(actions, len(together), milliseconds))
+            asked.decided.set_result(Answer(actions, len(together), milliseconds))
 
     async def _in_thread(self, observations: list[np.ndarray], noise: list[np.ndarray]) -> np.ndarray:
         plan = self._policy.plan
