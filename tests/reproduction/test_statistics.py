@@ -202,7 +202,7 @@ def test_the_interval_over_seeds_covers_and_is_scipys(seeds: int) -> None:
 def test_wilsons_interval_is_never_a_point() -> None:
     assert wilson_interval(0, 50) == pytest.approx((0, 0.0713), abs=5e-5)
     assert wilson_interval(50, 50) == pytest.approx((0.9287, 1), abs=5e-5)
-    assert wilson_interval(0, 50)[0] == 0
+    assert all(wilson_interval(0, n)[0] == 0 and wilson_interval(n, n)[1] == 1 for n in range(1, 1000))
     assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=5e-5)
     assert wilson_interval(0, 1) == pytest.approx((0, 0.7935), abs=5e-5)
     assert wilson_interval(2.5, 10)[0] < wilson_interval(3, 10)[0]

@@ -37,7 +37,8 @@ def wilson_interval(successes: float, episodes: int) -> tuple[float, float]:
     square = DEVIATIONS**2
     centre = (successes + square / 2) / (episodes + square)
     half = DEVIATIONS * np.sqrt(successes * (episodes - successes) / episodes + square / 4) / (episodes + square)
-    return max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+    share = successes / episodes  # which is within, but for the last bits where it is 0 or 1
+    return max(min(float(centre - half), share), 0.0), min(max(float(centre + half), share), 1.0)
 
 
 def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None] = lambda _: None) -> dict[str, float]:
