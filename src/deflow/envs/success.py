@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deflow.errors import UserError
+
 KNOWN = ("success", "is_success")  # OGBench and D4RL; gymnasium-robotics and LeRobot
 
 
@@ -17,10 +19,22 @@ class SuccessRule(NamedTuple):
     ever: bool = False  # whether success at any step counts, and not only at the last
 
     def of_step(self, info: Mapping[str, Any]) -> float | None:
-        """What a step says, 0 to 1; None if it says nothing."""
+        """What a step says, 0 to 1; None if it says nothing.
+
+        Raises:
+            UserError: if it is anything else.
+        """
         keys = KNOWN if self.key is None else (self.key,)
-        found = next((info[key] for key in keys if key in info), None)
-        return None if found is None else float(np.max(found))
+        key = next((key for key in keys if key in info), None)
+        if key is None:
+            return None
+        found = float(np.max(info[key]))
+        if not 0 <= found <= 1:
+            raise UserError(
+                f"the environment's info says {key}={found:g}, and a success is from 0 to 1: name another key by "
+                "data.source.success_key"
+            )
+        return found
 
     def after(self, before: float | None, info: Mapping[str, Any]) -> float | None:
         """An episode's success after a step, given what it was before; None as long as nothing has been said."""
