@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from deflow.command_line import choices
+from deflow.reproduction.results import read_results
+from deflow.reproduction.table import cells_of, markdown, summary
 from tests.commands import HANGS, ROOT
 
 FETCHED = re.compile(r"<(?:script|link|img|iframe|source|video)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^\"'\s>]+")
@@ -65,3 +67,10 @@ def test_every_setting_is_shown_with_its_comment(site: Path) -> None:
     ):
         assert f"<code>{shown}</code>" in pages
     assert "used by agents that can do without the noise behind a proposal" in pages  # a comment of two lines
+
+
+def test_a_table_is_that_of_the_records_beside_it() -> None:
+    results = read_results(ROOT / "docs/results/quick.jsonl")
+    page = (ROOT / "docs/results/agents.md").read_text()
+    for line in (markdown("quick", cells_of("quick", results)) + summary(results)).splitlines():
+        assert not line.startswith("|") or line in page

@@ -218,8 +218,8 @@ def _write_tables(place: Path) -> None:
     (place / "steps.yaml").write_text(text)
     (job,) = plan(layout("quick"), place / "made", place, 1, rows=["scene"], agents=["bc"])
     write_run(job, [0.5])
-    for folder in ("before", "results"):
-        (place / folder).mkdir()
+    for folder in ("before", "results", "docs/results"):
+        (place / folder).mkdir(parents=True)
         write_results(place / folder / "quick.jsonl", [result_of(job)])
 
 
