@@ -9,9 +9,7 @@ from deflow.errors import UserError
 
 @pytest.mark.parametrize("said", [3.2, -1.0, float("nan"), np.array([0.0, 2.0])])
 def test_what_is_no_share_is_refused(said: float | np.ndarray) -> None:
-    with pytest.raises(
-        UserError, match=r"info says reached=.* from 0 to 1: name another key by data"
-    ):
+    with pytest.raises(UserError, match=r"info says reached=.* from 0 to 1: name another key by data"):
         SuccessRule("reached").of_step({"reached": said})
 
 

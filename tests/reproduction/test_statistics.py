@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, mannwhitneyu, t, trim_mean, ttest_ind
+from scipy.stats import mannwhitneyu, t, trim_mean, ttest_ind
 
-from deflow.evaluation.statistics import wilson_interval
+from deflow.evaluation.intervals import wilson_interval
 from deflow.reproduction.statistics import (
     Estimate,
     Values,
@@ -199,26 +199,6 @@ def test_the_interval_over_seeds_covers_and_is_scipys(seeds: int) -> None:
     assert np.mean([low <= 1 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.03)
 
 
-def test_wilsons_interval_is_never_a_point() -> None:
-    assert wilson_interval(0, 50) == pytest.approx((0, 0.0713), abs=5e-5)
-    assert wilson_interval(50, 50) == pytest.approx((0.9287, 1), abs=5e-5)
-    assert all(wilson_interval(0, n)[0] == 0 and wilson_interval(n, n)[1] == 1 for n in range(1, 1000))
-    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=5e-5)
-    assert wilson_interval(0, 1) == pytest.approx((0, 0.7935), abs=5e-5)
-    assert wilson_interval(2.5, 10)[0] < wilson_interval(3, 10)[0]
-
-
-@pytest.mark.parametrize("episodes", [1, 7, 50, 400])
-def test_wilsons_interval_is_scipys_and_its_mirror(episodes: int) -> None:
-    for successes in range(0, episodes + 1, max(1, episodes // 7)):
-        low, high = wilson_interval(successes, episodes)
-        expected = binomtest(successes, episodes).proportion_ci(method="wilson")
-        assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-        assert 0 <= low <= successes / episodes <= high <= 1
-        assert low < high
-        assert wilson_interval(episodes - successes, episodes) == pytest.approx((1 - high, 1 - low), abs=1e-12)
-
-
 def test_a_tables_interval_is_over_seeds_if_they_differ_and_else_over_all_their_episodes() -> None:
     assert interval([0.0, 0.5, 0.25], 50) == seed_interval([0.0, 0.5, 0.25])
     assert interval([0.0, 0.0], 25) == wilson_interval(0, 50)
@@ -298,8 +278,5 @@ def test_values_are_at_least_one_number_too() -> None:
             function([])
         with pytest.raises(ValueError, match="must be finite"):
             function([np.inf])
-    for successes, episodes in [(0, 0), (-1, 10), (11, 10), (np.nan, 10)]:
-        with pytest.raises(ValueError, match="episode"):
-            wilson_interval(successes, episodes)
     with pytest.raises(ValueError, match="what is compared must be finite"):
         verdict(Estimate(np.nan, None), 0.5, 0.1, 4, 0.1)

@@ -98,10 +98,9 @@ def draw_improvement(results: Sequence[Result], path: Path) -> None:
         for (left, below), value in np.ndenumerate(better):
             if left != below:
                 colour = "white" if abs(value - 0.5) > 0.35 else "black"
-                said = improvement(of_agents[left], of_agents[below]).replace(
-                    " (", "\n("
-                )  # the interval, if there is one, below
-                axes.text(below, left, said, ha="center", va="center", color=colour, fontsize="x-small")
+                said = improvement(of_agents[left], of_agents[below])
+                text = said.replace(" (", "\n(")  # an interval on a line of its own
+                axes.text(below, left, text, ha="center", va="center", color=colour, fontsize="x-small")
         axes.set_xticks(range(len(agents)), agents, rotation=45, ha="right")
         axes.set_yticks(range(len(agents)), agents)
         axes.set_title("P(left better than below)")

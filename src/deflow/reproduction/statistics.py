@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from deflow.evaluation.statistics import CONFIDENCE, DEVIATIONS, RESAMPLES, wilson_interval
+from deflow.evaluation.intervals import CONFIDENCE, DEVIATIONS, RESAMPLES, wilson_interval
 
 Values = Sequence[float] | np.ndarray
 Scores = Sequence[Values] | np.ndarray

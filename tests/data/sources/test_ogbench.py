@@ -291,6 +291,16 @@ def test_a_renderer_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
         envs.make_env("pointmaze-medium-navigate-v0")
 
 
+def test_a_renderer_without_opengl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyOpenGL raises where EGL's library is there and OpenGL's is not."""
+    (tmp_path / "mujoco.py").write_text("import ctypes\nraise ctypes.ArgumentError('no glGetError')\n")
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    with pytest.raises(UserError, match=r"MUJOCO_GL=egl does not work here \(no glGetError\)"):
+        envs.make_env("pointmaze-medium-navigate-v0")
+
+
 @pytest.mark.parametrize(
     "libraries, chosen",
     [({"EGL", "OpenGL"}, "egl"), ({"EGL", "GL"}, "egl"), ({"EGL"}, "disabled"), ({"GL", "OpenGL"}, "disabled")],
