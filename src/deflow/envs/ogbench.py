@@ -75,7 +75,7 @@ def make_env(name: str, **kwargs: Any) -> gymnasium.Env:
     """
     load_mujoco()
     if name.startswith(VISUAL) and os.environ.get("MUJOCO_GL") == "disabled":
-        raise UserError(f"'{name}' is rendered and this machine has no EGL: install it (Debian: libegl1 libopengl0)")
+        raise UserError(f"'{name}' is rendered, which needs EGL and OpenGL: install them (Debian: libegl1 libopengl0)")
     try:
         return ogbench.make_env_and_datasets(name, env_only=True, **kwargs)
     except gymnasium.error.Error as error:
