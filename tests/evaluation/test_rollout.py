@@ -125,6 +125,15 @@ def test_success_has_an_interval_where_all_episodes_agree(success: float, low: f
     assert (summary["success_low"], summary["success_high"]) == pytest.approx((low, high), abs=5e-4)
 
 
+@pytest.mark.parametrize("scale, low, high", [(100, 0.0, 7.1), (50, 0.0, 0.0)])
+def test_a_score_that_is_success_in_percent_has_successs_interval(scale: float, low: float, high: float) -> None:
+    episodes = [Episode(number, 0.0, 0.0, 4) for number in range(50)]
+    if scale != 100:  # a score of its own
+        episodes[0] = Episode(0, 1.0, 0.0, 4)
+    summary = summarise(episodes, lambda earned: scale * earned)
+    assert (summary["score_low"], summary["score_high"]) == pytest.approx((low, high), abs=0.05)
+
+
 def test_summary() -> None:
     summary = summarise([Episode(0, 1.0, -3.0, 4), Episode(1, 0.0, -7.0, 8)])
     assert (summary["success"], summary["return"], summary["length"], summary["episodes"]) == (0.5, -5.0, 6.0, 2)

@@ -815,6 +815,9 @@ def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:
         write_results(files[-1], [result_of(job) for job in jobs])
     a, b = map(read_results, files)
     assert "| scene task 1 | fql | 55 ± 5 (2) | 80 ± 5 (2) | +25.0 | -5.4 to +55.4 | 1.00 |" in compare(a, b)
+    assert "Other settings" not in compare(a, b)  # but for the seeds and the folders
+    slower = [replace(result, command=f"{result.command} tau=0.005 threads=2") for result in b]
+    assert "\n- **Other settings** in scene task 1, fql: B alone has tau=0.005.\n" in compare(a, slower)
     line = json.loads(files[0].read_text().splitlines()[0])
     line["identity"]["generated"] = True
     files[0].write_text(json.dumps(line) + "\n")

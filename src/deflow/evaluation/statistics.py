@@ -14,6 +14,7 @@ def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None
     """Means of success, return, length and path error with the ends of their 95% intervals (such as `success_low`).
 
     Success is a share, whose interval is Wilson's: a bootstrap's would be a point where no episode succeeds, or each.
+    So is a score that is nothing but success in percent, as D4RL's of an antmaze.
 
     There is no success or path error if an episode has none, and no score without one for every return.
 
@@ -32,6 +33,16 @@ def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None
     measured = {name: values for name, values in measured.items() if len(values) == len(episodes)}
     summary: dict[str, float] = {"episodes": float(len(episodes))}
     for name, values in measured.items():
-        low, high = wilson_interval(sum(values), len(values)) if name == "success" else bootstrap_interval(values)
+        low, high = _interval(values, name, measured.get("success"))
         summary |= {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
     return summary
+
+
+def _interval(values: Sequence[float], name: str, successes: Sequence[float] | None) -> tuple[float, float]:
+    if successes is None or name not in ("success", "score"):
+        return bootstrap_interval(values)
+    scale = 1 if name == "success" else 100
+    if list(values) != [scale * success for success in successes]:
+        return bootstrap_interval(values)
+    low, high = wilson_interval(sum(successes), len(successes))
+    return scale * low, scale * high

@@ -14,7 +14,7 @@ from typing import Any
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.loggers import read_metrics
-from deflow.reproduction.plan import Job
+from deflow.reproduction.plan import PATHS, Job, is_technical, name_of
 from deflow.reproduction.published import tables
 from deflow.run_folder import METRICS_FILE, SUMMARY_FILE, read_summary
 
@@ -72,6 +72,15 @@ class Result:
     def is_share(self) -> bool:
         """Whether its values are shares of episodes, in %: D4RL's score of an antmaze is one."""
         return self.measure == "success" or (self.measure == "score" and self.row.startswith("antmaze"))
+
+    @property
+    def asked_for(self) -> frozenset[str]:
+        """The arguments of its command that say what it is: not how or where it was made, nor its seed."""
+        return frozenset(
+            setting
+            for setting in shlex.split(self.command)[2:]  # python train.py
+            if not is_technical(setting) and name_of(setting) not in (*PATHS, "paths.data", "seed", "resume")
+        )
 
 
 def result_of(job: Job) -> Result:

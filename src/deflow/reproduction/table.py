@@ -351,6 +351,8 @@ def common_scores(results: Sequence[Result]) -> dict[str, list[np.ndarray]]:
 def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
     """Two files of results, such as of two versions of the code, cell by cell, as Markdown.
 
+    Commands that ask for different things are shown, not refused: versions differ in the names of settings, too.
+
     Raises:
         UserError: if they have no cell in common, or one of another protocol.
     """
@@ -359,6 +361,7 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
     if not shared:
         raise UserError("the two files have no cell in common")
     lines = ["| task | agent | A | B | B - A | 95% | P(B > A) |", "|---" * 7 + "|"]
+    asked: list[str] = []
     for key in shared:
         a, b = (of_file[key] for of_file in both)
         if a[0].identity != b[0].identity:
@@ -372,8 +375,23 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
         difference = f"{after.mean() - before.mean():+.1f}"
         better = improvement([after], [before])
         lines.append(_line([task_name(key[0], key[1]), key[2], *shown, difference, between, better]))
+        asked += _asked_otherwise(f"{task_name(key[0], key[1])}, {key[2]}", a, b)
+    lines += ["", *asked] if asked else []
     lines += ["", f"95%: of B - A (Welch's t over seeds). {BOOTSTRAP}"]
     return "\n".join(lines) + "\n"
+
+
+def _asked_otherwise(cell: str, a: Sequence[Result], b: Sequence[Result]) -> list[str]:
+    """A line on what the commands of one file's runs ask for and those of the other's do not."""
+    ours, theirs = (frozenset().union(*(result.asked_for for result in of_file)) for of_file in (a, b))
+    if ours == theirs:
+        return []
+    only = [
+        f"{file} alone has {' '.join(sorted(found))}"
+        for file, found in (("A", ours - theirs), ("B", theirs - ours))
+        if found
+    ]
+    return [f"- **Other settings** in {cell}: {'; '.join(only)}."]
 
 
 def _grouped(results: Sequence[Result]) -> dict[tuple[str, int | None, str], list[Result]]:
