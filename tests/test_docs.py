@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from deflow.command_line import choices
+from deflow.evaluation.intervals import wilson_interval
 from deflow.reproduction.results import read_results
 from deflow.reproduction.table import cells_of, markdown, summary
 from tests.commands import HANGS, ROOT
@@ -74,3 +75,15 @@ def test_a_table_is_that_of_the_records_beside_it() -> None:
     page = (ROOT / "docs/results/agents.md").read_text()
     for line in (markdown("quick", cells_of("quick", results)) + summary(results)).splitlines():
         assert not line.startswith("|") or line in page
+
+
+def test_a_curve_is_that_of_the_records_beside_it() -> None:
+    page = (ROOT / "docs/results/agents.md").read_text()
+    shown = {"cac": "CAC", "ifql": "IFQL", "flow_bc": "flow BC"}
+    for result in read_results(ROOT / "docs/results/agents.jsonl"):
+        curve = " | ".join(f"{value:.0f}" for value in result.curve.values())
+        low, high = (100 * end for end in wilson_interval(result.curve[max(result.curve)] / 100 * 50, 50))
+        line = (
+            f"| {shown[result.agent]} | {result.row} task {result.task} | {curve} | {low:.0f} to {high:.0f} (Wilson) |"
+        )
+        assert line in page

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from deflow.errors import UserError
+from deflow.pipeline import train
 from tests.commands import ROOT
+from tests.conftest import tiny_config
 
 
 def test_products_in_float32_are_those_of_bfloat16_hardware() -> None:
@@ -109,3 +111,23 @@ def test_futures_are_drawn(
     data = tiny_data("pointmaze-medium", "navigate") / "pointmaze-medium-navigate-v0.npz"
     main(tmp_path / "futures.png", data, updates=2, hidden=(8,))
     assert (tmp_path / "futures.png").stat().st_size > 10_000
+
+
+def test_the_study_of_scores_measures_a_policy(
+    tiny_data: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tiny_data("pointmaze-medium", "navigate")
+    stages = [f"stages.{stage}.steps=1" for stage in ("behavior", "values", "policy")]
+    settings = ("experiment=pointmaze", "agent=srpo", "agent.behavior.width=8", "agent.actor.normalise=false")
+    train(tiny_config(data, *settings, "stages=srpo", *stages), tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    study = importlib.import_module("score")
+    for name, small in {"SAMPLES": 2, "ODE_STEPS": 1, "DESCENT_STEPS": 1, "DRAWS": 2}.items():
+        monkeypatch.setattr(study, name, small)
+    (path,) = tmp_path.glob("checkpoints/*policy/final.ckpt")
+    study.main([path], episodes=1)
+    assert f"| {path} | 0.3 |" in capsys.readouterr().out
