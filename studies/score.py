@@ -37,7 +37,7 @@ def sampled(behavior: ScoreModel, observations: Tensor, generator: torch.Generat
     """`SAMPLES` actions in each state, shape (states, samples, dim), by DDIM (arXiv 2010.02502)."""
     rows = observations.repeat_interleave(SAMPLES, 0)
     x = torch.randn(len(rows), dim, generator=generator)
-    times = torch.linspace(TIMES[1], EARLIEST, ODE_STEPS + 1)
+    times = torch.linspace(TIMES[1] ** 0.5, EARLIEST**0.5, ODE_STEPS + 1).square()  # most where the noise ends
     for now, then in pairwise(times):
         (signal, sigma), (next_signal, next_sigma) = (behavior.levels(t.expand(len(rows), 1)) for t in (now, then))
         clean = (x - sigma * behavior.noise(rows, x, now.expand(len(rows), 1))) / signal
@@ -88,14 +88,15 @@ def measured(path: Path, episodes: int = EPISODES) -> str:
     """A line of the table."""
     checkpoint = load_checkpoint(path)
     agent = agent_of(checkpoint)
-    if not isinstance(agent, SRPO) or agent.actor.normalise:
-        raise SystemExit(f"{path} is not of agent=srpo with agent.actor.normalise=false")
+    spec = agent.spec
+    if not isinstance(agent, SRPO) or agent.actor.normalise or spec.horizon > 1 or len(spec.observation_shape) > 1:
+        raise SystemExit(f"{path} is not of agent=srpo with agent.actor.normalise=false, on states, with horizon=1")
     agent.freeze()
     source, others = instantiate(checkpoint["deflow"]["config"]["data"]["source"]), Alternatives(agent)
 
     data, _ = source.load()
     rows = data.starts[torch.randperm(len(data.starts), generator=others.generator)[:STATES]]
-    observations, actions = data.states[rows].float(), data.actions[rows].float()
+    observations, actions = data.observations(rows), data.decisions(rows)
     samples = others.samples(observations)
     nearest = [
         f"{(chosen[:, None] - samples).norm(dim=-1).amin(1).mean():.2f}"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from deflow.errors import UserError
+from deflow.flow.schedules import vp_levels
 from deflow.pipeline import train
 from tests.commands import ROOT
 from tests.conftest import tiny_config
@@ -131,3 +132,20 @@ def test_the_study_of_scores_measures_a_policy(
     (path,) = tmp_path.glob("checkpoints/*policy/final.ckpt")
     study.main([path], episodes=1)
     assert f"| {path} | 0.3 |" in capsys.readouterr().out
+
+
+def test_samples_of_a_score_are_those_of_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    study = importlib.import_module("score")
+    mean, deviation = torch.tensor([0.3, -0.2]), 0.1
+
+    class OfGaussian:
+        levels = staticmethod(vp_levels)
+
+        def noise(self, _: torch.Tensor, noisy: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+            signal, sigma = vp_levels(times)
+            return sigma * (noisy - signal * mean) / (signal.square() * deviation**2 + sigma.square())
+
+    found = study.sampled(OfGaussian(), torch.zeros(200, 1), torch.Generator().manual_seed(0), 2).flatten(0, 1)
+    torch.testing.assert_close(found.mean(0), mean, atol=0.01, rtol=0)
+    torch.testing.assert_close(found.std(0), torch.full((2,), deviation), atol=0.015, rtol=0)

@@ -11,6 +11,7 @@ from deflow.build import build_agent
 from deflow.envs import ogbench
 from deflow.envs.success import SuccessRule
 from deflow.errors import UserError
+from deflow.evaluation.intervals import bootstrap_interval
 from deflow.evaluation.rollout import Episode, Evaluator
 from deflow.evaluation.statistics import summarise
 from deflow.policy import Policy
@@ -125,13 +126,19 @@ def test_success_has_an_interval_where_all_episodes_agree(success: float, low: f
     assert (summary["success_low"], summary["success_high"]) == pytest.approx((low, high), abs=5e-4)
 
 
-@pytest.mark.parametrize("scale, low, high", [(100, 0.0, 7.1), (50, 0.0, 0.0)])
-def test_a_score_that_is_success_in_percent_has_successs_interval(scale: float, low: float, high: float) -> None:
-    episodes = [Episode(number, 0.0, 0.0, 4) for number in range(50)]
-    if scale != 100:  # a score of its own
-        episodes[0] = Episode(0, 1.0, 0.0, 4)
-    summary = summarise(episodes, lambda earned: scale * earned)
+@pytest.mark.parametrize("successes, low, high", [(0, 0.0, 7.1), (10, 11.2, 33.0)])
+def test_a_score_that_is_success_in_percent_has_its_interval(successes: int, low: float, high: float) -> None:
+    episodes = [Episode(number, float(number < successes), float(number < successes), 4) for number in range(50)]
+    summary = summarise(episodes, lambda earned: 100 * earned)
     assert (summary["score_low"], summary["score_high"]) == pytest.approx((low, high), abs=0.05)
+
+
+def test_another_score_has_a_bootstraps_interval() -> None:
+    episodes = [Episode(number, float(number < 10), float(number < 10), 4) for number in range(50)]
+    summary = summarise(episodes, lambda earned: 50 * earned)
+    assert (summary["score_low"], summary["score_high"]) == tuple(
+        50 * end for end in bootstrap_interval([1.0] * 10 + [0.0] * 40)
+    )
 
 
 def test_summary() -> None:

@@ -816,8 +816,13 @@ def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:
     a, b = map(read_results, files)
     assert "| scene task 1 | fql | 55 ± 5 (2) | 80 ± 5 (2) | +25.0 | -5.4 to +55.4 | 1.00 |" in compare(a, b)
     assert "Other settings" not in compare(a, b)  # but for the seeds and the folders
-    slower = [replace(result, command=f"{result.command} tau=0.005 threads=2") for result in b]
-    assert "\n- **Other settings** in scene task 1, fql: B alone has tau=0.005.\n" in compare(a, slower)
+    jobs = jobs_of(tmp_path / "c", rows=["scene"], agents=["fql"], tasks=[1], settings=["tau=0.01", "threads=2"])
+    for job in jobs:
+        write_run(job, [0.5])
+    slower = [result_of(job) for job in jobs]
+    assert "\n- **Other settings** in scene task 1, fql: B alone has tau=0.01.\n" in compare(a, slower)
+    last = [replace(result, command=f"{result.command} ++tau=0.02") for result in slower]  # the one that holds
+    assert "fql: A alone has tau=0.01; B alone has tau=0.02." in compare(slower, last)
     line = json.loads(files[0].read_text().splitlines()[0])
     line["identity"]["generated"] = True
     files[0].write_text(json.dumps(line) + "\n")
@@ -825,6 +830,9 @@ def test_two_versions_are_compared_cell_by_cell(tmp_path: Path) -> None:
         compare(read_results(files[0]), b)
     with pytest.raises(UserError, match="there is no results file"):
         read_results(tmp_path / "none.jsonl")
+    files[0].write_text(json.dumps(line | {"command": "python train.py 'task=scene"}) + "\n")
+    with pytest.raises(UserError, match=r"is no results file.*No closing quotation"):
+        read_results(files[0])
     files[0].write_text("nothing\n")
     with pytest.raises(UserError, match="is no results file"):
         read_results(files[0])

@@ -21,6 +21,7 @@ from deflow.run_folder import METRICS_FILE, SUMMARY_FILE, read_summary
 OGBENCH_TRANSITIONS = 1_000_000  # at least, of a published data set
 OF_THE_METHOD = ("n_step", "horizon", "stages")
 MEASURES = {"score": 1.0, "success": 100.0, "return": 1.0}  # the first that a run has, and by what it is multiplied
+NOT_ASKED = ("paths.data", "seed", "resume")  # of a command: where and which run it is
 PUBLISHED_TIMING = "pre"  # success as OGBench's and FQL's code read it, see `SuccessRule`
 
 
@@ -76,10 +77,11 @@ class Result:
     @property
     def asked_for(self) -> frozenset[str]:
         """The arguments of its command that say what it is: not how or where it was made, nor its seed."""
+        last = {name_of(setting): setting.lstrip("+") for setting in shlex.split(self.command)[2:]}  # python train.py
         return frozenset(
             setting
-            for setting in shlex.split(self.command)[2:]  # python train.py
-            if not is_technical(setting) and name_of(setting) not in (*PATHS, "paths.data", "seed", "resume")
+            for name, setting in last.items()
+            if not is_technical(setting) and not name.startswith("hydra.") and name not in (*PATHS, *NOT_ASKED)
         )
 
 
@@ -230,6 +232,8 @@ def read_results(path: Path) -> list[Result]:
             Result(**line | {"value": float(line["value"]), "curve": {int(at): v for at, v in line["curve"].items()}})
             for line in lines
         ]
+        for result in results:
+            shlex.split(result.command)  # as `asked_for` does later
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is no results file of reproduce.py ({type(error).__name__}: {error})") from error
     if not results:

@@ -364,9 +364,9 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
     asked: list[str] = []
     for key in shared:
         a, b = (of_file[key] for of_file in both)
-        if a[0].identity != b[0].identity:
-            names = a[0].identity | b[0].identity
-            differing = next(name for name in names if a[0].identity.get(name) != b[0].identity.get(name))
+        names = (a[0].identity | b[0].identity).keys() - {"changed"}  # what was is shown below
+        differing = min((name for name in names if a[0].identity.get(name) != b[0].identity.get(name)), default=None)
+        if differing is not None:
             raise UserError(f"{key[0]} of {key[2]} is of another protocol in the two files: {differing} differs")
         before, after = (np.array([result.value for result in results]) for results in (a, b))
         shown = [_plus_minus(*mean_and_deviation([values])) + f" ({len(values)})" for values in (before, after)]
