@@ -67,21 +67,25 @@ class Alternatives:
     @torch.no_grad()
     def descended(self, observations: Tensor) -> Tensor:
         """Where the policy's objective, see `ScoreActor`, leads from the mean of the samples."""
-        actor, behavior = self.agent.actor, self.agent.behavior
         actions = self.samples(observations).mean(1)
-        rows = observations.repeat_interleave(DRAWS, 0)
         first, last = TIMES
         for step in range(DESCENT_STEPS):
             spread = torch.rand(len(observations), DRAWS, generator=self.generator)  # one time in each twelfth
             times = (first + (last - first) * (torch.arange(DRAWS) + spread) / DRAWS).view(-1, 1)
-            signal, sigma = behavior.levels(times)
-            z = torch.randn(len(rows), actions.shape[-1], generator=self.generator)
-            noise = behavior.noise(rows, signal * actions.repeat_interleave(DRAWS, 0) + sigma * z, times) - z
-            score = (sigma.square() * noise).view(len(observations), DRAWS, -1).mean(1)
-            uphill, _ = value_gradient(self.value, observations, actions)
-            actions = actions - RATE * (1 - step / DESCENT_STEPS) * (score - actor.beta * uphill)
-            actions = actions.clamp(-1, 1)
+            z = torch.randn(len(times), actions.shape[-1], generator=self.generator)
+            rate = RATE * (1 - step / DESCENT_STEPS)
+            actions = (actions - rate * self.slope(observations, actions, times, z)).clamp(-1, 1)
         return actions
+
+    def slope(self, observations: Tensor, actions: Tensor, times: Tensor, z: Tensor) -> Tensor:
+        """Gradient of the policy's objective by the action of each state, a mean over its several `times` and `z`."""
+        actor, behavior, draws = self.agent.actor, self.agent.behavior, len(times) // len(actions)
+        signal, sigma = behavior.levels(times)
+        noisy = signal * actions.repeat_interleave(draws, 0) + sigma * z
+        noise = behavior.noise(observations.repeat_interleave(draws, 0), noisy, times) - z
+        score = (sigma.square() * noise).view(len(actions), draws, -1).mean(1)
+        uphill, _ = value_gradient(self.value, observations, actions)
+        return score - actor.beta * uphill
 
 
 def measured(path: Path, episodes: int = EPISODES) -> str:

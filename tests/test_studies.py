@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from deflow.agents.srpo import SRPO
+from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.errors import UserError
 from deflow.flow.schedules import vp_levels
 from deflow.pipeline import train
@@ -132,6 +134,20 @@ def test_the_study_of_scores_measures_a_policy(
     (path,) = tmp_path.glob("checkpoints/*policy/final.ckpt")
     study.main([path], episodes=1)
     assert f"| {path} | 0.3 |" in capsys.readouterr().out
+
+    # The objective that is descended in each state is the policy's.
+    agent = agent_of(load_checkpoint(path))
+    assert isinstance(agent, SRPO)
+    agent.eval()
+    observations = torch.randn(3, *agent.spec.observation_shape)
+    actions = torch.rand(3, 2, requires_grad=True)
+    times, z = 0.1 + 0.8 * torch.rand(6, 1), torch.randn(6, 2)
+    agent.actor.forward = lambda _: actions.repeat_interleave(2, 0)  # type: ignore[method-assign]
+    rows = observations.repeat_interleave(2, 0)
+    loss, _ = agent.actor.loss(rows, times, z, agent.behavior, agent.critic.target_values)
+    (expected,) = torch.autograd.grad(3 * loss, actions)
+    found = study.Alternatives(agent).slope(observations, actions.detach(), times, z)
+    torch.testing.assert_close(found, expected)
 
 
 def test_samples_of_a_score_are_those_of_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,10 +39,8 @@ def summarise(episodes: Sequence[Episode], score: Callable[[float], float | None
 
 
 def _interval(values: Sequence[float], name: str, successes: Sequence[float] | None) -> tuple[float, float]:
-    if successes is None or name not in ("success", "score"):
-        return bootstrap_interval(values)
-    scale = 1 if name == "success" else 100
-    if list(values) != [scale * success for success in successes]:
+    scale = {"success": 1, "score": 100}.get(name)
+    if scale is None or successes is None or list(values) != [scale * success for success in successes]:
         return bootstrap_interval(values)
     low, high = wilson_interval(sum(successes), len(successes))
     return scale * low, scale * high
