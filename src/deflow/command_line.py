@@ -85,6 +85,16 @@ def quoted(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", r"\'"), text) + "'"
 
 
+def one_way(argument: str) -> str:
+    """An argument as it is when numbers are written one way: `tau=2e-2` is `tau=0.02`; one with several as it came."""
+    if not _parses(argument):
+        return argument
+    override = OverridesParser.create().parse_override(argument)
+    if override.is_sweep_override() or override.is_delete():
+        return argument
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+
+
 def _parses(argument: str) -> bool:
     try:
         OverridesParser.create().parse_override(argument)

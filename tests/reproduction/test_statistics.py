@@ -161,6 +161,7 @@ def test_the_interval_of_an_improvement_is_what_the_bootstrap_says() -> None:
     assert mirrored is not None
     assert found == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=0.03)
     assert improvement_interval([[1]], [[1, 2]]) is None
+    assert improvement_interval([[6, 7, 8, 9, 9]], [[1, 2, 3, 4, 5]]) is None  # 1 in every draw
 
 
 def test_the_interval_of_a_difference_is_welchs() -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deflow.command_line import one_way
 from deflow.errors import UserError
 from deflow.files import replacing
 from deflow.loggers import read_metrics
@@ -77,9 +78,9 @@ class Result:
     @property
     def asked_for(self) -> frozenset[str]:
         """The arguments of its command that say what it is: not how or where it was made, nor its seed."""
-        last = {name_of(setting): setting.lstrip("+") for setting in shlex.split(self.command)[2:]}  # python train.py
+        last = {name_of(setting): setting for setting in shlex.split(self.command)[2:]}  # python train.py
         return frozenset(
-            setting
+            one_way(setting.lstrip("+"))
             for name, setting in last.items()
             if not is_technical(setting) and not name.startswith("hydra.") and name not in (*PATHS, *NOT_ASKED)
         )

@@ -131,7 +131,11 @@ def probability_of_improvement(x: Scores, y: Scores) -> float:
 
 
 def improvement_interval(x: Scores, y: Scores) -> Interval | None:
-    """Interval (95%) of `probability_of_improvement`, as `stratified_bootstrap` has it; None if a task has one seed."""
+    """Interval (95%) of `probability_of_improvement`, as `stratified_bootstrap` has it.
+
+    None if a task has one seed, or if every draw is the same: seeds drawn again never change sides that they did not
+    change, and a width of 0 is not how well the probability is known.
+    """
     pairs = list(zip(_tasks(x), _tasks(y), strict=True))
     if any(len(values) == 1 for pair in pairs for values in pair):
         return None
@@ -143,7 +147,7 @@ def improvement_interval(x: Scores, y: Scores) -> Interval | None:
         better += (1 + drawn.mean(axis=(1, 2))) / 2 / len(pairs)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(better, [tail, 1 - tail])
-    return float(low), float(high)
+    return (float(low), float(high)) if low < high else None
 
 
 def _signs(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -382,16 +383,17 @@ def compare(ours: Sequence[Result], others: Sequence[Result]) -> str:
 
 
 def _asked_otherwise(cell: str, a: Sequence[Result], b: Sequence[Result]) -> list[str]:
-    """A line on what the commands of one file's runs ask for and those of the other's do not."""
-    ours, theirs = (frozenset().union(*(result.asked_for for result in of_file)) for of_file in (a, b))
-    if ours == theirs:
-        return []
-    only = [
-        f"{file} alone has {' '.join(sorted(found))}"
-        for file, found in (("A", ours - theirs), ("B", theirs - ours))
-        if found
-    ]
-    return [f"- **Other settings** in {cell}: {'; '.join(only)}."]
+    """A line on what commands of one file's runs ask for that none of the other's does, or not as many."""
+    ours, theirs = (Counter(setting for run in of_file for setting in run.asked_for) for of_file in (a, b))
+    shares = {setting: (ours[setting] / len(a), theirs[setting] / len(b)) for setting in sorted(ours | theirs)}
+    found = []
+    for file, alone in (("A", (1, 0)), ("B", (0, 1))):
+        if settings := [setting for setting, share in shares.items() if share == alone]:
+            found.append(f"{file} alone has {' '.join(settings)}")
+    for setting, (of_a, of_b) in shares.items():
+        if of_a != of_b and {of_a, of_b} != {0, 1}:
+            found.append(f"{setting} in {ours[setting]} of {len(a)} runs of A and {theirs[setting]} of {len(b)} of B")
+    return [f"- **Other settings** in {cell}: {'; '.join(found)}."] if found else []
 
 
 def _grouped(results: Sequence[Result]) -> dict[tuple[str, int | None, str], list[Result]]:
