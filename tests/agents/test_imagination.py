@@ -64,6 +64,7 @@ class Linear(TransitionModel):
 
     def __init__(self, discount: float = 0.9) -> None:
         super().__init__(Spec(2, 1), UNIT, discount=discount)
+        self.reward_range.widen(torch.tensor([-100.0, 0.0]))
 
     def loss(self, batch: Batch, x_0: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
         raise NotImplementedError
@@ -264,12 +265,14 @@ def test_the_target_with_imagined_steps() -> None:
         next_actions = agent.actor.act(batch.next_observations, noise.z_next)
         longer, last_actions = agent.expanded(batch, next_actions, noise, agent.actor.act)
         rewards, discounts, at, actions = batch.rewards, batch.discounts, batch.next_observations, next_actions
+        goes_on = torch.ones_like(rewards)
         for step in range(2):
             z, outcome_noise = noise.imagined[:, step].split([3, model.outcome_dim], -1)
             outcome = model.imagine(at, actions, outcome_noise)
             rewards = rewards + discounts * outcome.rewards
             discounts = discounts * 0.99 * outcome.continues
-            at, actions = outcome.observations, agent.actor.act(outcome.observations, z)
+            at = torch.where(goes_on[:, None] > 0, outcome.observations, at)
+            goes_on, actions = goes_on * outcome.continues, agent.actor.act(at, z)
     torch.testing.assert_close(longer.rewards, rewards)
     torch.testing.assert_close(longer.discounts, discounts)
     torch.testing.assert_close(longer.next_observations, at)
@@ -278,6 +281,27 @@ def test_the_target_with_imagined_steps() -> None:
     assert (longer.discounts[batch.discounts == 0] == 0).all()
     expected = agent.critic.loss(longer, last_actions, noise.levels)[0]
     assert torch.equal(losses["critic"], expected)
+
+
+def test_what_comes_after_the_end_cannot_overflow() -> None:
+    class Exploding(Linear):
+        """Ends beyond 5, where its states are squared."""
+
+        def sample(self, *arguments: Tensor) -> Outcome:
+            raise NotImplementedError
+
+        def imagine(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
+            after = torch.where(observations.abs() > 5, observations.pow(9), observations + 1)
+            return Outcome(after, after.sum(-1), (after[:, 0] < 5).float())
+
+    start = torch.tensor([[4.5, 4.5], [-2.0, -2.0]], requires_grad=True)
+    imagination = Imagination(Exploding(), torch.zeros(2, 6, 1), torch.zeros(2, 6, 4))
+    still = Decision(torch.zeros(2, 1), torch.zeros(2, 1))
+    imagined = imagination.unroll(start, torch.zeros(2, 1), lambda observations, z: still)
+    assert imagined.observations.tolist() == [[5.5, 5.5], [4.0, 4.0]]
+    imagined.value(lambda s, a: s.square().sum(-1)).sum().backward()
+    assert start.grad is not None
+    assert start.grad.isfinite().all()
 
 
 def test_imagined_rewards_stay_in_the_range_of_the_data() -> None:

@@ -77,6 +77,20 @@ def test_what_the_flow_learns() -> None:
     torch.testing.assert_close(planned[:, 12:].reshape(16, 4, 5), (batch.path - batch.observations[:, None]) / 2)
 
 
+def test_states_are_distilled_beside_the_actions() -> None:
+    actor = make(*PATH).actor
+    observations, z, proposals = torch.randn(6, 5), torch.randn(6, 32), torch.randn(6, 32)
+    loss, metrics = actor.loss(observations, z, proposals, lambda s, a: 0 * a.sum(-1)[None])
+    squares = (actor(observations, z) - proposals).square()
+    torch.testing.assert_close(metrics["distillation"], squares[:, :12].mean() + squares[:, 12:].mean())
+    loss.backward()
+    of_states = actor.net.layers[-1].bias.grad[12:].clone()
+    assert (of_states != 0).all()
+    actor.zero_grad()
+    actor.loss(observations, z, proposals, lambda s, a: a.sum(-1)[None])[0].backward()
+    torch.testing.assert_close(actor.net.layers[-1].bias.grad[12:], of_states)  # the value says nothing of states
+
+
 def test_states_are_not_clipped_as_actions_are() -> None:
     flow = BehaviorFlow(Spec(2, 3), hidden=(8,))
     flow.action_dim = 1

@@ -18,6 +18,7 @@ from deflow.flow.ode import Solver
 from deflow.modules.critic import Aggregate
 from deflow.modules.occupancy_flow import Objective, OccupancyFlow, Pair
 from deflow.modules.statistics import StateStatistics
+from deflow.nets.mlp import EnsembleMLP
 from deflow.types import Batch, Spec
 from tests.commands import ROOT
 from tests.conftest import compose_config
@@ -131,16 +132,27 @@ def test_what_each_objective_learns_from(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("discount", [0.9, 0.0])
-def test_the_two_terms_are_weighed_by_discount_and_mask(discount: float) -> None:
+def test_the_two_terms_are_weighed_by_discount_and_mask(discount: float, monkeypatch: pytest.MonkeyPatch) -> None:
     velocity = torch.tensor([1.0, -2.0, 0.5])
     critic, batch = still(make(samples=1, discount=discount), velocity), steps()
     levels = torch.rand(6, critic.levels)
+    asked, velocity_of = [], critic._velocity
+
+    def seen(field: EnsembleMLP, pair: Pair, points: Tensor, times: Tensor) -> Tensor:
+        if field is critic.online:
+            asked.append(points)
+        return velocity_of(field, pair, points, times)
+
+    monkeypatch.setattr(critic, "_velocity", seen)
     _, metrics = critic.loss(batch, batch.actions, levels)
     goes_on = (batch.discounts > 0).float()
     step = batch.next_observations - batch.observations
+    draws = critic._draws(levels)
+    way = velocity + torch.cat([step, 0 * step[:, :1]], -1)  # of points that are seen from s
+    torch.testing.assert_close(asked[1][0], draws.starts + draws.times * way)
     ends = torch.cat([step, 2 * goes_on[:, None] - 1], -1)
-    of_soon = (ends - critic._draws(levels).starts).square().mean(-1)
-    of_later = (velocity + torch.cat([step, 0 * step[:, :1]], -1)).square().mean(-1)
+    of_soon = (ends - draws.starts).square().mean(-1)
+    of_later = way.square().mean(-1)
     expected = ((1 - discount * goes_on) * of_soon + discount * goes_on * of_later).mean()
     torch.testing.assert_close(metrics["matching"], expected)
 
@@ -148,6 +160,7 @@ def test_the_two_terms_are_weighed_by_discount_and_mask(discount: float) -> None
 def test_values_in_units_of_reward() -> None:
     statistics = UNIT | {"reward_centre": 10.0, "reward_scale": 30.0, "observation_mean": [3.0, 1.0]}
     critic = still(make(statistics=statistics, samples=2), torch.tensor([0.0, 0.0, 9.0]))
+    critic.reward_range.widen(torch.tensor([-20.0, 40.0]))
     bias = critic.reward.layers[-1].bias
     with torch.no_grad():
         for parameter in critic.reward.parameters():

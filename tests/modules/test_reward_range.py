@@ -37,14 +37,25 @@ def learn(agent: Any, rewards: float) -> None:
 
 
 def test_it_widens_and_keeps() -> None:
-    rewards = RewardRange(centre=2.5, scale=2.5)
+    rewards = RewardRange(centre=2.5)
     said = torch.tensor([[-9.0, 1.0, 9.0]])
+    rewards.widen(torch.tensor([0.0, 5.0]))
     assert rewards.kept(said).tolist() == [[0.0, 1.0, 5.0]]
     rewards.widen(torch.tensor([3.0, 8.0]))
     rewards.widen(torch.tensor([-1.0, 2.0]))
     assert rewards.kept(said).tolist() == [[-1.0, 1.0, 8.0]]
     rewards.eval().widen(torch.tensor([100.0]))
     assert rewards.kept(said).tolist() == [[-1.0, 1.0, 8.0]]
+
+
+@pytest.mark.parametrize("part,overrides", [CRITIC, MODEL, FLOW])
+def test_no_reward_is_imagined_that_the_data_do_not_hold(part: str, overrides: tuple[str, ...]) -> None:
+    """Where all are the same, as in data without a success, so is what is imagined."""
+    same = "{observation_mean: [0.0], observation_std: [1.0], reward_centre: -1.0, reward_scale: 1.0"
+    steps = ", change_mean: [0.0], change_std: [1.0]" if part == "dynamics" else ""
+    agent = make(*overrides, f"agent.{part}.statistics={same}{steps}}}")
+    learn(agent, -1.0)
+    assert bounds(getattr(agent, part)) == [-1.0, -1.0]
 
 
 @pytest.mark.parametrize("part,overrides", [CRITIC, MODEL, FLOW])
@@ -93,7 +104,7 @@ def test_each_seed_has_its_own(part: str, overrides: tuple[str, ...]) -> None:
 
 
 def test_compiled_code_widens_it_too() -> None:
-    rewards = RewardRange(centre=2.5, scale=2.5)
+    rewards = RewardRange(centre=2.5)
 
     @torch.compile(backend="aot_eager")  # of the backends the one that needs no compiler
     def seen(batch: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,8 @@ class Imagination(NamedTuple):
     def unroll(self, observations: Tensor, actions: Tensor, decide: Callable[[Tensor, Tensor], Decision]) -> Imagined:
         """Take these actions, then the policy's, with a gradient through all of it if one is asked for.
 
-        Whether the task goes on has no gradient.
+        Whether the task goes on has no gradient. Where it has ended the state stays: a model asked for more of it goes
+        where no data are, and numbers that overflow there would reach the sums even with a weight of 0.
 
         Args:
             observations: where it begins, shape (batch, observation_dim).
@@ -70,14 +71,15 @@ class Imagination(NamedTuple):
             decide: the policy, of states and `z`.
         """
 
-        def step(observations: Tensor, actions: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            outcome = self.model.imagine(observations, actions, noise)
-            return (*outcome, *decide(outcome.observations, z))
+        def step(observations: Tensor, actions: Tensor, z: Tensor, noise: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+            after, rewards, goes_on = self.model.imagine(observations, actions, noise)
+            after = torch.where(counts[:, None] > 0, after, observations)
+            return after, rewards, goes_on, *decide(after, z)
 
         rewards, discounts = torch.zeros_like(actions[:, 0]), torch.ones_like(actions[:, 0])
         deviations, counts = [], [torch.ones_like(rewards)]
         for z, noise in zip(self.z.unbind(1), self.outcomes.unbind(1), strict=True):
-            arguments = observations, actions, z, noise
+            arguments = observations, actions, z, noise, counts[-1]
             if self.forgetful and torch.is_grad_enabled():
                 taken: Any = checkpoint(step, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

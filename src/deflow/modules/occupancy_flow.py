@@ -82,7 +82,7 @@ class OccupancyFlow(LightningModule):
     each moved by :math:`t \, (s' - s) / \sigma_s`, as points are seen from `s`. The reward :math:`\rho` is that of a
     step into a state: what else it depends on is averaged over the data's steps (`reward_loss` is what stays
     unexplained, in squares of half the range of the rewards), but for that of the transition itself. In `V` it is kept
-    between the lowest and the highest reward of the statistics and of the batches so far, as :math:`s_+` may be where
+    between the lowest and the highest reward of the batches so far, as :math:`s_+` may be where
     no data are. The networks `q` give the policy what it climbs and chooses by. A batch must hold single steps, and
     discounts above 0 where the task goes on.
 
@@ -138,7 +138,7 @@ class OccupancyFlow(LightningModule):
             )
         self.point_dim = spec.observation_dim + 1
         register_statistics(self, spec, statistics, "agent.critic.statistics")
-        self.reward_range = RewardRange(statistics["reward_centre"], statistics["reward_scale"])
+        self.reward_range = RewardRange(statistics["reward_centre"])
         of_state = make_encoder(spec, activation, None)
         beside_state = spec.action_dim + self.point_dim + 1
         self.online = EnsembleMLP(members, of_state, beside_state, hidden, self.point_dim, activation, norm="none")

@@ -11,19 +11,18 @@ from deflow.distributed import max_over_ranks
 class RewardRange(nn.Module):
     """What a model says of rewards is kept between these bounds, which widen as batches hold rewards outside of them.
 
-    The data with which a run begins need not hold the best reward: a stage may play, and `ckpt=` may go on with better
-    data. The bounds are in units of reward and part of the weights: parameters without a gradient and not buffers, so
-    that each seed of a `SeedStack` has its own.
+    They are not read from the data with which a run begins, which need not hold the best reward: a stage may play, and
+    `ckpt=` may go on with better data. The bounds are in units of reward and part of the weights: parameters without a
+    gradient and not buffers, so that each seed of a `SeedStack` has its own.
 
     Args:
-        centre: of the range to begin with.
-        scale: half its width.
+        centre: of the rewards' range, where both bounds begin.
     """
 
-    def __init__(self, centre: float, scale: float) -> None:
+    def __init__(self, centre: float) -> None:
         super().__init__()
-        self.lowest = nn.Parameter(torch.tensor(centre - scale, dtype=torch.float32), requires_grad=False)
-        self.highest = nn.Parameter(torch.tensor(centre + scale, dtype=torch.float32), requires_grad=False)
+        self.lowest = nn.Parameter(torch.tensor(centre, dtype=torch.float32), requires_grad=False)
+        self.highest = nn.Parameter(torch.tensor(centre, dtype=torch.float32), requires_grad=False)
 
     @torch.no_grad()
     def widen(self, rewards: Tensor) -> None:

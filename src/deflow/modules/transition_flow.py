@@ -77,7 +77,7 @@ class TransitionModel(LightningModule, ABC):
             raise UserError(f"agent.dynamics models single steps, not chunks of agent.horizon={spec.horizon} actions")
         self.spec, self.outcome_dim = spec, spec.observation_dim + 2
         register_statistics(self, spec, statistics, "agent.dynamics.statistics")
-        self.reward_range = RewardRange(statistics["reward_centre"], statistics["reward_scale"])
+        self.reward_range = RewardRange(statistics["reward_centre"])
         self.discount, self.expansion, self.within = discount, expansion, within
 
     @abstractmethod
@@ -97,7 +97,7 @@ class TransitionModel(LightningModule, ABC):
     def imagine(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
         """Outcomes with a gradient into states and actions, but none into the model's own parameters.
 
-        Rewards are kept in the range of the statistics' and of those that the model was trained on. The arguments are
+        Rewards are kept in the range of those that the model was trained on. The arguments are
         those of `sample`.
         """
         outcome = self._outcome(observations, frozen_call(self, observations, actions, z))
