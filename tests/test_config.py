@@ -71,6 +71,16 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["agnet=fql"], "no setting 'agnet': did you mean 'agent'?"),
         (["lr=1"], "no setting 'lr': did you mean 'agent.optimizer.lr'?"),
         (["eval.everz=1", "updatesz=5"], "no setting 'eval.everz': did you mean 'eval.every'?"),
+        (["agent=iql", "agent/dynamics=flow"], "no setting 'agent/dynamics' of this agent: it is one of agent=deflow|"),
+        (["agent.path=auto"], "no setting 'agent.path' of this agent: it is one of agent=fql"),
+        (
+            ["agent=fql", "agent.refiner.steps=5"],
+            "no setting 'agent.refiner.steps' of this agent: it is one of agent=deflow",
+        ),
+        (
+            ["agent=flow_bc", "agent/critic=occupancy"],
+            "no setting 'agent/critic' of this agent: it is one of agent=cac|",
+        ),
         (["~eval.everz"], "no setting 'eval.everz': did you mean 'eval.every'?"),
         (["agent=fql", "agent.actor.alpa=1"], "no setting 'agent.actor.alpa': did you mean 'agent.actor.alpha'?"),
         (["agent=nonsense"], "unknown agent 'nonsense': choose one of bc, cac, cal_ql, cal_ql_original, deflow"),
@@ -123,6 +133,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         (("agent.refiner.lagrange=false", "agent.refiner.alpha=3"), []),
         (("agent.refiner.objective=unrolled", "agent.refiner.steps=5", "agent/dynamics=flow"), []),
         (("agent=fql", "agent.actor.steps=5"), ["agent.actor.steps=5"]),
+        (("agent=cac", "solver.steps=20"), ["solver.steps=20"]),
+        (("agent=iql", "solver=midpoint"), ["solver=midpoint"]),
+        (("agent=ifql", "solver=midpoint", "solver.steps=20"), []),
+        (
+            ("agent=iql", "agent.actor.extraction=ddpgbc", "agent.actor.advantage=target"),
+            ["agent.actor.advantage=target"],
+        ),
+        (("agent=rebrac", "agent.critic.aggregate=mean"), ["agent.critic.aggregate=mean"]),
+        (("agent=fql", "agent.critic.aggregate=min", "agent.critic.members=1"), ["agent.critic.aggregate=min"]),
+        (("task=antmaze_medium", "agent/critic=occupancy"), ["agent.critic.aggregate=min"]),
         (("agent=rlpd", "stages=online", "agent.actor.target_entropy_multiplier=1"), []),
         (("iav.factor=0.1",), ["iav.factor=0.1"]),
         (("agent=fql", "iav.factor=0.1"), ["iav.factor=0.1"]),
@@ -141,6 +161,15 @@ def test_what_nothing_reads_is_said(
 ) -> None:
     assert command("train", ["task=scene", *overrides, f"hydra.run.dir={tmp_path / 'run'}"], monkeypatch) == 0
     assert [message.split()[0] for message in caplog.messages if "changes nothing" in message] == unread
+
+
+def test_an_agent_that_learns_by_playing_is_told_that_no_stage_plays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for stages in ("joint", "from_scratch"):
+        given = ["task=scene", "agent=rlpd", f"stages={stages}", f"hydra.run.dir={tmp_path / stages}"]
+        assert command("train", given, monkeypatch) == 0
+        assert sum("no stage plays" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.parametrize(

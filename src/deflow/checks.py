@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import RunMode
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from deflow.command_line import choices
@@ -20,6 +21,7 @@ from deflow.settings import as_yaml, check_settings, unread
 
 log = logging.getLogger(__name__)
 
+SOLVER = "solver"  # the group
 OCCUPANCY = "deflow.modules.occupancy_flow.OccupancyFlow"
 
 
@@ -39,6 +41,8 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         _refuse_nothing_to_train_on(job.overrides.task)
         if config.resume is None:
             _warn_of_unread(config, job.overrides.task)
+            _warn_of_aggregate(config, job.overrides.task)
+            _warn_of_data_alone(config)
             _warn_of_untrained(config)
             _warn_of_untuned(job.runtime.choices)
     else:
@@ -83,12 +87,35 @@ def _warn_of_unread(config: DictConfig, overrides: Iterable[str]) -> None:
         log.warning("%s=%s changes nothing: it is read if %s", name, given[name], needed)
 
     # What several agents or stages share is a setting of the run's, also where those at hand do not refer to it.
-    of_agents, of_stages = {"tau", *(f"networks.{name}" for name in config.networks)}, {"updates", "online_updates"}
+    of_agents, of_stages = (
+        {"tau", SOLVER, *(f"networks.{name}" for name in config.networks)},
+        {"updates", "online_updates"},
+    )
     agent, stages = (OmegaConf.to_yaml(part, resolve=False) for part in (config.agent, config.stages))
     for names, readers, read in ((of_agents, config.agent._target_, agent), (of_stages, "the stages", stages)):
-        for name in given:
-            if name in names and f"${{{name}}}" not in read:
-                log.warning("%s=%s changes nothing: not read by %s", name, given[name], readers)
+        for name, value in given.items():
+            reference = SOLVER if name.startswith(f"{SOLVER}.") else name
+            if reference in names and f"${{{reference}}}" not in read:
+                log.warning("%s=%s changes nothing: not read by %s", name, value, readers)
+
+
+def _warn_of_aggregate(config: DictConfig, overrides: Iterable[str]) -> None:
+    """Say where what is set of the critic's ensemble has no effect."""
+    if not getattr(get_object(config.agent._target_), "aggregates", True):
+        for override in overrides:
+            if override.lstrip("+").startswith(("agent.critic.aggregate=", "agent.critic.rho=")):
+                log.warning(
+                    "%s changes nothing: %s takes the lowest value", override.lstrip("+"), config.agent._target_
+                )
+    elif (critic := config.agent.get("critic")) and (critic.get("aggregate"), critic.get("members")) == ("min", 1):
+        log.warning("agent.critic.aggregate=min changes nothing: it is of one (agent.critic.members=2 makes two)")
+
+
+def _warn_of_data_alone(config: DictConfig) -> None:
+    """Say that an agent learns from what it does, and that no stage lets it do anything."""
+    plays = any(stage.get("environment") is not None for stage in config.stages.values())
+    if not plays and get_object(config.agent._target_).traits.learns_by_playing:
+        log.warning("%s learns by playing, and no stage plays: use stages=from_scratch", config.agent._target_)
 
 
 def _warn_of_untuned(chosen: Mapping[str, str | None]) -> None:

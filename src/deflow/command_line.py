@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -149,7 +150,8 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
     ) is not None and command:
         if unknown[1].partition(".")[0] == "settings":  # of `reproduce.py`, which has none until they are added
             return f"no setting '{unknown[1]}' yet: add it, +{unknown[1]}=..."
-        return str(unknown_setting(unknown[1], _known_settings(command, arguments, without=unknown[1])))
+        known = _known_settings(command, arguments, without=unknown[1])
+        return _of_other_agents(unknown[1], known) or str(unknown_setting(unknown[1], known))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return _unknown_choice(group, name, choices(group) or sorted(error.options))
@@ -157,6 +159,22 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
         error = error.__cause__
     message = str(error).removeprefix("UserError raised while resolving interpolation: ").partition("\n    full_key")[0]
     return re.sub(r"\s+", " ", message).strip()
+
+
+def _of_other_agents(key: str, known: Iterable[str]) -> str | None:
+    """What is said of a setting or group that the agent at hand lacks and others have; None if none has it."""
+    group, name, *_ = [*re.split("[./]", key), ""]
+    if group != "agent" or any(other == f"agent.{name}" or other.startswith(f"agent.{name}.") for other in known):
+        return None
+    having = [agent for agent in choices("agent") if name in _settings_of_agent(agent)]
+    return f"no setting '{key}' of this agent: it is one of agent={'|'.join(having)}" if having else None
+
+
+def _settings_of_agent(name: str) -> set[str]:
+    """The first names of an agent's settings and groups, without what its file inherits."""
+    path = Path(CONFIG_DIR) / "agent" / f"{name}.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}  # one of the user's own
+    return {*content, *(key for entry in content.get("defaults", []) if isinstance(entry, dict) for key in entry)}
 
 
 def _unknown_choice(group: str, name: str, options: Sequence[str]) -> str:

@@ -93,6 +93,7 @@ class CalQL(ActorCritic):
     actor: GaussianActor
     multiplier: GapMultiplier
     traits = Traits(reads_returns=True, trains_jointly=True)
+    aggregates = False
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ class ImplicitQ(ActorCritic):
     """
 
     value: Value
+    aggregates = False
 
     def value_losses(self, batch: Batch, levels: Tensor | None = None) -> Iterator[Loss]:
         """The losses of both parts, of those that train.

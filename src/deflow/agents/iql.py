@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.critic import Critic, advantage_weights, value_scale
 from deflow.modules.gaussian_policy import GaussianPolicy
 from deflow.modules.value import Value
-from deflow.ranges import Activation, NonNegative, Positive, Rate, Seed, Widths
+from deflow.ranges import Activation, NonNegative, Positive, Rate, ReadIf, Seed, Widths
 from deflow.types import Batch, Metrics, Spec
 
 Extraction = Literal["awr", "ddpgbc"]
@@ -53,7 +53,7 @@ class IQLActor(GaussianPolicy):
         output_scale: Positive = 0.01,
         extraction: Extraction = "awr",
         alpha: NonNegative = 10.0,
-        advantage: Advantage = "online",
+        advantage: Annotated[Advantage, ReadIf("extraction", "awr")] = "online",
     ) -> None:
         super().__init__(spec, hidden, activation, encoder, std, squash, dropout, output_scale)
         self.extraction: Extraction = extraction

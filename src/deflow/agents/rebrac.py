@@ -100,6 +100,7 @@ class ReBRAC(ActorCritic):
 
     actor: TanhActor
     traits = Traits(trains_jointly=True)
+    aggregates = False
     headline = MappingProxyType({"critic": "critic/loss", "q": "actor/q", "distance": "actor/distance"})
 
     def __init__(

@@ -54,7 +54,7 @@ class RLPD(ActorCritic):
     """
 
     actor: GaussianActor
-    traits = Traits(trains_jointly=True)
+    traits = Traits(trains_jointly=True, learns_by_playing=True)
 
     def __init__(
         self,
