@@ -27,6 +27,9 @@ DECAY = ("stages.behavior.cosine_decay=true",)
 STAGES = {"joint": ["0_joint"], "staged": ["0_behavior", "1_extraction"]}
 
 
+OF_STATES = "{observation_mean:[0.5],observation_std:[2.0],reward_centre:-0.5,reward_scale:0.5}"
+
+
 def run(folder: Path, data: Path, *overrides: str) -> dict:
     return train(tiny_config(data, "experiment=pointmaze", *overrides), folder)
 
@@ -305,6 +308,37 @@ def test_weights_of_another_run(finished_run: Callable[..., Path], point_data: P
     Path(final).write_bytes(Path(final).read_bytes()[:-500])
     with pytest.raises(UserError, match="not a whole checkpoint"):
         run(tmp_path / "fifth", point_data, f"ckpt={final}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("agent/critic=flow", "agent.critic.value_range", "[-7.0,0.0]"),
+        ("agent/critic=occupancy", "agent.critic.statistics", OF_STATES),
+        (
+            "agent/dynamics=gaussian",
+            "agent.dynamics.statistics",
+            OF_STATES[:-1] + ",change_mean:[0.5],change_std:[2.0]}",
+        ),
+        ("agent.horizon=2", "agent.path", "{mean:[0.5],std:[2.0]}"),
+    ],
+)
+def test_weights_bring_the_units_that_they_are_in(
+    kind: str, setting: str, value: str, point_data: Path, tmp_path: Path
+) -> None:
+    settings = "experiment=pointmaze", "agent=fql", kind
+    train(tiny_config(point_data, *settings, f"{setting}={value}"), tmp_path / "first")
+    train(tiny_config(point_data, *settings, f"{setting}=auto", f"ckpt={tmp_path / 'first'}"), tmp_path / "second")
+    theirs, ours = (
+        OmegaConf.select(OmegaConf.load(tmp_path / run / "config.yaml"), setting) for run in ("first", "second")
+    )
+    assert ours == theirs
+    other = value.replace("7.0", "8.0").replace("2.0", "3.0")
+    with pytest.raises(UserError, match=f"^{setting} is not that of ckpt, whose weights mean nothing with another"):
+        train(
+            tiny_config(point_data, *settings, f"{setting}={other}", f"ckpt={tmp_path / 'first'}"), tmp_path / "third"
+        )
+    assert not (tmp_path / "third").exists()
 
 
 def test_evaluate_a_checkpoint(finished_run: Callable[..., Path], tmp_path: Path) -> None:

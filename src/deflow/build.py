@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 # Transitions of which statistics are taken, evenly spaced: more would not change what standardises.
 MOST_MEASURED = 200_000
 LEAST_DEVIATION = 1e-6  # below which a number is taken to be constant, and is not scaled
+
+
+# Settings that are the data's at first and then belong to the weights.
+UNITS_OF_WEIGHTS = ("path", "critic.value_range", "critic.statistics", "dynamics.statistics")
 
 
 def build_agent(settings: DictConfig | dict[str, Any], spec: Spec) -> Agent:
@@ -60,6 +65,27 @@ def decide(config: DictConfig, transitions: Transitions) -> bool:
     if "dynamics.statistics" in undecided:
         config.agent.dynamics.statistics = step_statistics(transitions)
     return bool(undecided)
+
+
+def take_units(agent: DictConfig, taught: Mapping[str, Any]) -> None:
+    """Put what a checkpoint's weights were trained with in the place of `auto`: in other units they say other things.
+
+    Args:
+        agent: the configuration's `agent`, to be changed.
+        taught: that of the checkpoint with whose weights it begins.
+
+    Raises:
+        UserError: if it is given, and something else.
+    """
+    before = OmegaConf.create(dict(taught))
+    for key in UNITS_OF_WEIGHTS:
+        theirs, ours = (OmegaConf.select(settings, key) for settings in (before, agent))
+        if theirs is None or ours is None:
+            continue
+        if ours == AUTO:
+            OmegaConf.update(agent, key, theirs)
+        elif ours != theirs:
+            raise UserError(f"agent.{key} is not that of ckpt, whose weights mean nothing with another: leave it out")
 
 
 def _undecided(agent: DictConfig) -> list[str]:
