@@ -163,6 +163,20 @@ def test_an_average_stands_in_for_a_flow_at_rest() -> None:
     assert torch.equal(sample().observations, before.observations)
 
 
+def test_a_copy_learns_from_the_average() -> None:
+    model = cast(TransitionFlow, make("flow", one_step=True, ema=0.9))
+    assert model.average.network is not None
+    with torch.no_grad():
+        for parameter in model.average.network.parameters():
+            parameter.zero_()  # under which noise stays what it is
+    batch = linear_batch(torch.Generator().manual_seed(0), size=4)
+    x_0 = torch.randn(len(batch.rewards), model.outcome_dim)
+    _, metrics = model.loss(batch, x_0, torch.rand(len(x_0), 1))
+    assert model.one_step is not None
+    copied = model.one_step(model._inputs(batch.observations, batch.actions), x_0)
+    torch.testing.assert_close(metrics["distillation"], (copied - x_0).square().mean().detach())
+
+
 def test_statistics_are_buffers() -> None:
     state = make("flow").state_dict()
     assert set(UNIT) <= set(state)

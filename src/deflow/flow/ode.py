@@ -1,4 +1,4 @@
-"""Solving the flow's ordinary differential equation: with torchdiffeq, and without waiting where no gradient is due."""
+"""Solving the flow's ordinary differential equation: with torchdiffeq, and on a fixed grid without waiting."""
 
 from __future__ import annotations
 

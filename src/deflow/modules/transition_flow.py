@@ -157,7 +157,7 @@ class TransitionFlow(TransitionModel):
         one_step: train the one-step copy beside the flow, for which each update solves the ODE; what is imagined
             comes from it.
         ema: if given, an average of the flow's weights that keeps this share of itself at every update, in [0, 1),
-            stands in for it in evaluation mode, in which a frozen model is too.
+            stands in for it in evaluation mode, in which a frozen model is too; the one-step copy learns from it.
         discount, expansion, within: of imagined steps, see `TransitionModel`.
 
     Raises:
@@ -192,7 +192,7 @@ class TransitionFlow(TransitionModel):
         if self.one_step is None:
             return matching, {"loss": matching.detach()}
         with torch.no_grad():
-            outcomes = self._walk(inputs, x_0)
+            outcomes = self._walk(self.average.always(self.field), inputs, x_0)
         distillation = (self.one_step(inputs, x_0) - outcomes).square().mean()
         loss = matching + distillation
         return loss, {
@@ -203,11 +203,14 @@ class TransitionFlow(TransitionModel):
 
     def forward(self, observations: Tensor, actions: Tensor, z: Tensor) -> Tensor:
         inputs = self._inputs(observations, actions)
-        return self._walk(inputs, z) if self.one_step is None else self.one_step(inputs, z)
+        if self.one_step is not None:
+            return self.one_step(inputs, z)
+        return self._walk(self.average.of(self.field), inputs, z)
 
     @torch.no_grad()
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
-        return self._outcome(observations, self._walk(self._inputs(observations, actions), z))
+        field = self.average.of(self.field)
+        return self._outcome(observations, self._walk(field, self._inputs(observations, actions), z))
 
     @torch.no_grad()
     def sample_at_once(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
@@ -227,9 +230,8 @@ class TransitionFlow(TransitionModel):
     def samplers(self) -> dict[str, Callable[[Tensor, Tensor, Tensor], Outcome]]:
         return super().samplers() | ({} if self.one_step is None else {"one_step": self.sample_at_once})
 
-    def _walk(self, inputs: Tensor, z: Tensor) -> Tensor:
+    def _walk(self, field: VectorField, inputs: Tensor, z: Tensor) -> Tensor:
         r"""The flow's outcome :math:`\mu_\xi(s, a, z)`."""
-        field = self.average.of(self.field)
         return self.solver.walk(lambda t, x: field(inputs, x, t.expand(len(x), 1)), z)
 
 

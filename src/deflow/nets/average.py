@@ -28,6 +28,10 @@ class Average(nn.Module):
         """The average in evaluation mode, if there is one; else `network` itself."""
         return network if self.network is None or self.training else cast(Network, self.network)
 
+    def always(self, network: Network) -> Network:
+        """The average, if there is one, also while it follows; else `network` itself."""
+        return network if self.network is None else cast(Network, self.network)
+
     def pairs(self, network: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
         """`(online, average, share)` of every parameter, for a Polyak step."""
         if self.network is not None and self.decay is not None:
