@@ -79,7 +79,7 @@ def test_a_table_is_that_of_the_records_beside_it() -> None:
 
 def test_a_curve_is_that_of_the_records_beside_it() -> None:
     page = (ROOT / "docs/results/agents.md").read_text()
-    shown = {"cac": "CAC", "ifql": "IFQL", "flow_bc": "flow BC"}
+    shown = {"cac": "CAC", "ifql": "IFQL", "flow_bc": "flow BC", "srpo": "SRPO", "fawac": "FAWAC", "fbrac": "FBRAC"}
     for result in read_results(ROOT / "docs/results/agents.jsonl"):
         curve = " | ".join(f"{value:.0f}" for value in result.curve.values())
         low, high = (100 * end for end in wilson_interval(result.curve[max(result.curve)] / 100 * 50, 50))
