@@ -72,10 +72,15 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["lr=1"], "no setting 'lr': did you mean 'agent.optimizer.lr'?"),
         (["eval.everz=1", "updatesz=5"], "no setting 'eval.everz': did you mean 'eval.every'?"),
         (["agent=iql", "agent/dynamics=flow"], "no setting 'agent/dynamics' of this agent: it is one of agent=deflow|"),
-        (["agent.path=auto"], "no setting 'agent.path' of this agent: it is one of agent=fql"),
+        (["agent.path=auto"], "did you mean 'data.source.path'? (agent=fql would have agent.path)"),
+        (
+            ["agent=fql", "agent.alpha=1"],
+            "did you mean 'agent.actor.alpha'? (agent=fawac|fbrac would have agent.alpha)",
+        ),
+        (["agent=rlpd", "agent.max_backup=true"], "it is one of agent=cal_ql|cal_ql_original"),
         (
             ["agent=fql", "agent.refiner.steps=5"],
-            "no setting 'agent.refiner.steps' of this agent: it is one of agent=deflow",
+            "did you mean 'agent.actor.steps'? (agent=deflow would have agent.refiner)",
         ),
         (
             ["agent=flow_bc", "agent/critic=occupancy"],

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 import deflow
 from deflow.agents.algorithm import Traits
 from deflow.build import build_agent
-from deflow.checkpoints import load_weights
+from deflow.checkpoints import begin_with, load_to_begin_with
 from deflow.collecting import Collector
 from deflow.data.memory.transitions import Transitions
 from deflow.data.sources import source as sources
@@ -171,12 +171,12 @@ def test_a_run_its_checkpoint_and_other_units(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, *overrides)
     agent = build_agent(config.agent, Spec(3, 3))
     final = tmp_path / "run" / "checkpoints" / "0_joint" / "final.ckpt"
-    load_weights(agent, final, "DeflowWideRobot-v0", policy.units)
-    load_weights(agent, final, None, policy.units)
+    begin_with(agent, load_to_begin_with(final, "DeflowWideRobot-v0", policy.units), final)
+    load_to_begin_with(final, None, policy.units)
     with pytest.raises(UserError, match="not of another; ckpt_of_any_task=true takes it all the same"):
-        load_weights(agent, final, "another", policy.units)
+        load_to_begin_with(final, "another", policy.units)
     with pytest.raises(UserError, match="was trained on other units"):
-        load_weights(agent, final, "DeflowWideRobot-v0", AS_THEY_ARE)
+        load_to_begin_with(final, "DeflowWideRobot-v0", AS_THEY_ARE)
 
 
 def test_the_same_but_for_rounding() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -67,25 +68,37 @@ def decide(config: DictConfig, transitions: Transitions) -> bool:
     return bool(undecided)
 
 
-def take_units(agent: DictConfig, taught: Mapping[str, Any]) -> None:
+def take_units(agent: DictConfig, taught: Mapping[str, Any], spec: Spec) -> None:
     """Put what a checkpoint's weights were trained with in the place of `auto`: in other units they say other things.
+
+    Of a checkpoint of other sizes nothing is taken: its weights do not fit, which is said when they are loaded.
 
     Args:
         agent: the configuration's `agent`, to be changed.
-        taught: that of the checkpoint with whose weights it begins.
+        taught: what the checkpoint with whose weights it begins says of itself.
+        spec: sizes of the task.
 
     Raises:
         UserError: if it is given, and something else.
     """
-    before = OmegaConf.create(dict(taught))
+    if Spec.of_list(taught["spec"]) != spec.chunked(agent.get("horizon", 1)):
+        return
+    before = OmegaConf.create(taught["config"]["agent"])
     for key in UNITS_OF_WEIGHTS:
         theirs, ours = (OmegaConf.select(settings, key) for settings in (before, agent))
         if theirs is None or ours is None:
             continue
         if ours == AUTO:
             OmegaConf.update(agent, key, theirs)
-        elif ours != theirs:
+        elif not _are_close(ours, theirs):
             raise UserError(f"agent.{key} is not that of ckpt, whose weights mean nothing with another: leave it out")
+
+
+def _are_close(ours: Any, theirs: Any) -> bool:
+    """Whether settings are the same but for the rounding of their numbers."""
+    if isinstance(ours, DictConfig) and isinstance(theirs, DictConfig):
+        return ours.keys() == theirs.keys() and all(_are_close(ours[key], theirs[key]) for key in ours)
+    return np.shape(ours) == np.shape(theirs) and bool(np.allclose(ours, theirs, rtol=1e-6, atol=0))
 
 
 def _undecided(agent: DictConfig) -> list[str]:

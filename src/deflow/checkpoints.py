@@ -172,17 +172,16 @@ def units_of(checkpoint: dict[str, Any]) -> Units:
     return Units.of(about.get("units"), Spec.of_list(about["spec"]))
 
 
-def load_weights(agent: Agent, path: str | Path, task: str | None, units: Units) -> None:
-    """Load the weights of a checkpoint of the same networks into `agent`.
+def load_to_begin_with(path: str | Path, task: str | None, units: Units) -> dict[str, Any]:
+    """A checkpoint with whose weights an agent may begin.
 
     Args:
-        agent: that begins with them.
         path: of the checkpoint.
         task: of which it must be; None: of any.
         units: of the data that the agent will train on.
 
     Raises:
-        UserError: if it is of another task or other units, its networks have other shapes, or it holds several seeds.
+        UserError: if it is of another task or other units, or holds several seeds.
     """
     checkpoint = load_checkpoint(path)
     _refuse_several(checkpoint["deflow"])
@@ -195,11 +194,20 @@ def load_weights(agent: Agent, path: str | Path, task: str | None, units: Units)
             "same, see data.source.action_range=[LOW,HIGH], data.source.standardise, data.reward_scale and "
             "data.reward_shift"
         )
+    return checkpoint
+
+
+def begin_with(agent: Agent, checkpoint: dict[str, Any], name: str | Path) -> None:
+    """Let an agent begin with the weights of a loaded checkpoint.
+
+    Raises:
+        UserError: naming `name`, if its networks have other shapes.
+    """
     try:
         agent.start_from(checkpoint)
     except RuntimeError as error:
         first = next(iter(str(error).splitlines()[1:]), str(error)).strip()  # of many, below a heading
-        raise UserError(f"the networks of {path} differ from the configured ones: {first}") from error
+        raise UserError(f"the networks of {name} differ from the configured ones: {first}") from error
 
 
 def check_weights(agent: Agent, checkpoint: dict[str, Any], name: str | Path) -> None:

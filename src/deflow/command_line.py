@@ -151,7 +151,7 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
         if unknown[1].partition(".")[0] == "settings":  # of `reproduce.py`, which has none until they are added
             return f"no setting '{unknown[1]}' yet: add it, +{unknown[1]}=..."
         known = _known_settings(command, arguments, without=unknown[1])
-        return _of_other_agents(unknown[1], known) or str(unknown_setting(unknown[1], known))
+        return _beside_other_agents(unknown[1], known, str(unknown_setting(unknown[1], known)))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return _unknown_choice(group, name, choices(group) or sorted(error.options))
@@ -161,20 +161,28 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
     return re.sub(r"\s+", " ", message).strip()
 
 
-def _of_other_agents(key: str, known: Iterable[str]) -> str | None:
-    """What is said of a setting or group that the agent at hand lacks and others have; None if none has it."""
+def _beside_other_agents(key: str, known: Iterable[str], said: str) -> str:
+    """`said` of a setting or group, and which agents have it if that at hand does not."""
     group, name, *_ = [*re.split("[./]", key), ""]
     if group != "agent" or any(other == f"agent.{name}" or other.startswith(f"agent.{name}.") for other in known):
-        return None
+        return said
     having = [agent for agent in choices("agent") if name in _settings_of_agent(agent)]
-    return f"no setting '{key}' of this agent: it is one of agent={'|'.join(having)}" if having else None
+    if not having:
+        return said
+    of_others = f"agent={'|'.join(having)}"
+    if "did you mean" in said:
+        return f"{said} ({of_others} would have agent.{name})"
+    return f"no setting '{key}' of this agent: it is one of {of_others}"
 
 
 def _settings_of_agent(name: str) -> set[str]:
-    """The first names of an agent's settings and groups, without what its file inherits."""
+    """The first names of an agent's settings and groups."""
     path = Path(CONFIG_DIR) / "agent" / f"{name}.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}  # one of the user's own
-    return {*content, *(key for entry in content.get("defaults", []) if isinstance(entry, dict) for key in entry)}
+    found = set(content)
+    for entry in content.get("defaults", []):
+        found |= set(entry) if isinstance(entry, dict) else _settings_of_agent(entry)  # `_self_` has no file
+    return found
 
 
 def _unknown_choice(group: str, name: str, options: Sequence[str]) -> str:

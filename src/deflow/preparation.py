@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from deflow.agents.base import MODEL, WHOLE_STAGES, Agent
 from deflow.agents.seed_stack import SeedStack
 from deflow.build import build_agent, decide, take_units
-from deflow.checkpoints import load_checkpoint, load_weights
+from deflow.checkpoints import begin_with, load_to_begin_with
 from deflow.checks import check
 from deflow.config import plain
 from deflow.cores import set_threads
@@ -58,9 +58,12 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
     _load_data(data)
     if is_main_process() and not resume:
         data.source.meet_environment(data.source.spec())
-    begins = config.ckpt is not None and not (resume and is_in_last_stage(config, folder))
-    if begins:
-        take_units(config.agent, load_checkpoint(config.ckpt)["deflow"]["config"]["agent"])
+    taught = None
+    if config.ckpt is not None and not (resume and is_in_last_stage(config, folder)):
+        task = None if config.ckpt_of_any_task else data.source.task
+        taught = load_to_begin_with(config.ckpt, task, data.transitions.units)
+        if not resume:  # then there is nothing left to decide
+            take_units(config.agent, taught["deflow"], data.source.spec())
     decide(config, data.transitions)
     agents, learner = build_agents(config, data.source)
     _check_imagined(agents[0], data)
@@ -74,9 +77,8 @@ def prepare(config: DictConfig, folder: Path, resume: bool) -> Run:
         data.add_returns()
     if learner.traits.reads_path:
         data.add_path()
-    if begins:
-        task = None if config.ckpt_of_any_task else data.source.task
-        load_weights(learner, config.ckpt, task, data.transitions.units)
+    if taught is not None:
+        begin_with(learner, taught, config.ckpt)
     if config.trainer.precision == AUTO:
         config.trainer.precision = faster_precision(learner, data.sample_stream(TIMED_UPDATES))
     if config.compile:

@@ -138,7 +138,7 @@ class OccupancyFlow(LightningModule):
             )
         self.point_dim = spec.observation_dim + 1
         register_statistics(self, spec, statistics, "agent.critic.statistics")
-        self.reward_range = RewardRange(statistics["reward_centre"])
+        self.reward_range = RewardRange()
         of_state = make_encoder(spec, activation, None)
         beside_state = spec.action_dim + self.point_dim + 1
         self.online = EnsembleMLP(members, of_state, beside_state, hidden, self.point_dim, activation, norm="none")

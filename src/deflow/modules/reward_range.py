@@ -13,16 +13,13 @@ class RewardRange(nn.Module):
 
     They are not read from the data with which a run begins, which need not hold the best reward: a stage may play, and
     `ckpt=` may go on with better data. The bounds are in units of reward and part of the weights: parameters without a
-    gradient and not buffers, so that each seed of a `SeedStack` has its own.
-
-    Args:
-        centre: of the rewards' range, where both bounds begin.
+    gradient and not buffers, so that each seed of a `SeedStack` has its own. Before the first batch there are none.
     """
 
-    def __init__(self, centre: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.lowest = nn.Parameter(torch.tensor(centre, dtype=torch.float32), requires_grad=False)
-        self.highest = nn.Parameter(torch.tensor(centre, dtype=torch.float32), requires_grad=False)
+        self.lowest = nn.Parameter(torch.tensor(torch.inf), requires_grad=False)
+        self.highest = nn.Parameter(torch.tensor(-torch.inf), requires_grad=False)
 
     @torch.no_grad()
     def widen(self, rewards: Tensor) -> None:
@@ -33,4 +30,4 @@ class RewardRange(nn.Module):
 
     def kept(self, rewards: Tensor) -> Tensor:
         """The rewards, of any shape, none outside of the bounds."""
-        return rewards.clamp(self.lowest, self.highest)
+        return torch.where(self.lowest <= self.highest, rewards.clamp(self.lowest, self.highest), rewards)

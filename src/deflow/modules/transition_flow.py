@@ -77,7 +77,7 @@ class TransitionModel(LightningModule, ABC):
             raise UserError(f"agent.dynamics models single steps, not chunks of agent.horizon={spec.horizon} actions")
         self.spec, self.outcome_dim = spec, spec.observation_dim + 2
         register_statistics(self, spec, statistics, "agent.dynamics.statistics")
-        self.reward_range = RewardRange(statistics["reward_centre"])
+        self.reward_range = RewardRange()
         self.discount, self.expansion, self.within = discount, expansion, within
 
     @abstractmethod
