@@ -339,6 +339,17 @@ def test_weights_bring_the_units_that_they_are_in(
             tiny_config(point_data, *settings, f"{setting}={other}", f"ckpt={tmp_path / 'first'}"), tmp_path / "third"
         )
     assert not (tmp_path / "third").exists()
+    settings = (*settings, f"{setting}={other}", f"ckpt={tmp_path / 'first'}")
+    with pytest.raises(UserError, match="is a checkpoint of"):  # said first
+        train(tiny_config(point_data, *settings, "task_id=2"), tmp_path / "third")
+    begun = tmp_path / "second"  # as an older version would have: with what the data say
+    config = OmegaConf.load(begun / "config.yaml")
+    OmegaConf.update(config, setting, OmegaConf.create(f"value: {other.replace(':', ': ')}").value)
+    OmegaConf.save(config, begun / "config.yaml")
+    shutil.rmtree(begun / "checkpoints")
+    (begun / "summary.json").unlink()
+    train(compose_config(f"resume={begun}"), begun)
+    assert (begun / "summary.json").exists()
 
 
 def test_evaluate_a_checkpoint(finished_run: Callable[..., Path], tmp_path: Path) -> None:

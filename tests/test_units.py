@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import deflow
 from deflow.agents.algorithm import Traits
-from deflow.build import build_agent
+from deflow.build import build_agent, take_units
 from deflow.checkpoints import begin_with, load_to_begin_with
 from deflow.collecting import Collector
 from deflow.data.memory.transitions import Transitions
@@ -177,6 +177,23 @@ def test_a_run_its_checkpoint_and_other_units(tmp_path: Path) -> None:
         load_to_begin_with(final, "another", policy.units)
     with pytest.raises(UserError, match="was trained on other units"):
         load_to_begin_with(final, "DeflowWideRobot-v0", AS_THEY_ARE)
+
+
+@pytest.mark.parametrize(
+    ("ours", "found"),
+    [("auto", [-7.0, 0.0]), ([-7.0 + 1e-12, 0.0], [-7.0 + 1e-12, 0.0]), ([-7.1, 0.0], None)],
+)
+def test_units_of_weights(ours: Any, found: Any) -> None:
+    taught = {"spec": list(Spec(5, 3)), "config": {"agent": {"critic": {"value_range": [-7.0, 0.0]}}}}
+    settings = OmegaConf.create({"critic": {"value_range": ours}})
+    take_units(settings, taught, Spec(6, 3))  # whose weights do not fit
+    assert settings == {"critic": {"value_range": ours}}
+    if found is None:
+        with pytest.raises(UserError, match=r"agent\.critic\.value_range is not that of ckpt"):
+            take_units(settings, taught, Spec(5, 3))
+    else:
+        take_units(settings, taught, Spec(5, 3))
+        assert settings.critic.value_range == found
 
 
 def test_the_same_but_for_rounding() -> None:

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 MOST_MEASURED = 200_000
 LEAST_DEVIATION = 1e-6  # below which a number is taken to be constant, and is not scaled
 
-
 # Settings that are the data's at first and then belong to the weights.
 UNITS_OF_WEIGHTS = ("path", "critic.value_range", "critic.statistics", "dynamics.statistics")
 

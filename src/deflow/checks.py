@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,11 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
     """
     if command == "train":
         check(config)
-        _refuse_nothing_to_train_on(job.overrides.task)
+        given = {name: value for name, _, value in (o.lstrip("+").partition("=") for o in job.overrides.task)}
+        _refuse_nothing_to_train_on(given)
         if config.resume is None:
-            _warn_of_unread(config, job.overrides.task)
-            _warn_of_aggregate(config, job.overrides.task)
+            _warn_of_unread(config, given)
+            _warn_of_aggregate(config, given)
             _warn_of_data_alone(config)
             _warn_of_untrained(config)
             _warn_of_untuned(job.runtime.choices)
@@ -70,27 +71,24 @@ def _check_places(config: DictConfig, job: Any, command: str) -> None:
         check_file(Path(config.out), "out")
 
 
-def _refuse_nothing_to_train_on(overrides: Iterable[str]) -> None:
+def _refuse_nothing_to_train_on(given: Mapping[str, str]) -> None:
     """The task that train.yaml names only stands there until another is chosen."""
-    if not {"task", "experiment", "resume"} & {override.lstrip("+").partition("=")[0] for override in overrides}:
+    if not {"task", "experiment", "resume"} & given.keys():
         raise UserError(
             "nothing to train on: choose task=NAME or experiment=NAME (--help shows them); "
             "experiment=quickstart is the one that takes minutes"
         )
 
 
-def _warn_of_unread(config: DictConfig, overrides: Iterable[str]) -> None:
+def _warn_of_unread(config: DictConfig, given: Mapping[str, str]) -> None:
     """Say which settings were given for nothing."""
-    given = {name: value for name, _, value in (override.lstrip("+").partition("=") for override in overrides)}
     for name, condition in unread(config, "train", given):
         needed = f"{condition.key}={as_yaml(condition.value)}"
         log.warning("%s=%s changes nothing: it is read if %s", name, given[name], needed)
 
     # What several agents or stages share is a setting of the run's, also where those at hand do not refer to it.
-    of_agents, of_stages = (
-        {"tau", SOLVER, *(f"networks.{name}" for name in config.networks)},
-        {"updates", "online_updates"},
-    )
+    of_agents = {"tau", SOLVER, *(f"networks.{name}" for name in config.networks)}
+    of_stages = {"updates", "online_updates"}
     agent, stages = (OmegaConf.to_yaml(part, resolve=False) for part in (config.agent, config.stages))
     for names, readers, read in ((of_agents, config.agent._target_, agent), (of_stages, "the stages", stages)):
         for name, value in given.items():
@@ -99,14 +97,12 @@ def _warn_of_unread(config: DictConfig, overrides: Iterable[str]) -> None:
                 log.warning("%s=%s changes nothing: not read by %s", name, value, readers)
 
 
-def _warn_of_aggregate(config: DictConfig, overrides: Iterable[str]) -> None:
+def _warn_of_aggregate(config: DictConfig, given: Mapping[str, str]) -> None:
     """Say where what is set of the critic's ensemble has no effect."""
-    if not getattr(get_object(config.agent._target_), "aggregates", True):
-        for override in overrides:
-            if override.lstrip("+").startswith(("agent.critic.aggregate=", "agent.critic.rho=")):
-                log.warning(
-                    "%s changes nothing: %s takes the lowest value", override.lstrip("+"), config.agent._target_
-                )
+    if get_object(config.agent._target_).traits.takes_lowest:
+        for name in ("agent.critic.aggregate", "agent.critic.rho"):
+            if name in given:
+                log.warning("%s=%s changes nothing: %s takes the lowest", name, given[name], config.agent._target_)
     elif (critic := config.agent.get("critic")) and (critic.get("aggregate"), critic.get("members")) == ("min", 1):
         log.warning("agent.critic.aggregate=min changes nothing: it is of one (agent.critic.members=2 makes two)")
 

@@ -35,4 +35,4 @@ def test_an_agent_says_whether_it_asks_the_critic(name: str) -> None:
         assert isinstance(agent, ActorCritic)
         batch = random_batch(agent)
         found.append(torch.stack([loss for _, loss, _ in agent.losses(batch, agent.noise(batch, "test"))]))
-    assert torch.equal(*found) is not agent.aggregates
+    assert torch.equal(*found) is agent.traits.takes_lowest

@@ -20,6 +20,8 @@ from deflow.types import Spec
 from tests.agents.tester import check_agent, loss_of, random_batch, squared_targets
 from tests.conftest import compose_config, tiny_config
 
+D4RL = ("antmaze-umaze-v2", "pen-cloned-v1")
+
 
 def make(*overrides: str, agent: str = "rlpd_original") -> Any:
     torch.manual_seed(0)
@@ -42,6 +44,12 @@ def test_the_settings_of_both_forms() -> None:
         compose_config(f"task={task}", f"agent={agent}").agent
         for task, agent in (("scene", "rlpd"), ("pen-cloned-v1", "rlpd"), ("scene", "rlpd_original"))
     )
+    original = [compose_config(f"task={task}", "agent=rlpd_original").agent for task in D4RL]
+    assert [(a.target_members, a.entropy_backup, len(a.actor.hidden)) for a in original] == [
+        (1, False, 3),
+        (2, False, 3),
+    ]
+    assert list(theirs.critic.hidden) == list(theirs.actor.hidden) == [256, 256]
     shown = [(a.critic.members, a.critic.aggregate, a.target_members, a.entropy_backup) for a in (ours, adroit, theirs)]
     assert shown == [(2, "mean", None, False), (2, "min", None, False), (10, "min", 2, True)]
 

@@ -48,7 +48,6 @@ class ActorCritic(Agent):
     dynamics: TransitionModel
     valuing_part = "critic"
     climber: str | None = None  # the part whose objective may take steps in the model
-    aggregates = True  # whether the critic says what its target takes of an ensemble; if not, it is the lowest value
     expands = True  # whether the critic's target, of a policy at s', may take steps in the model
 
     def __init__(

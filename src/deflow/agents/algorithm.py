@@ -25,6 +25,7 @@ class Traits(NamedTuple):
     reads_returns: bool = False  # whether the losses read `Batch.returns`
     reads_path: bool = False  # whether the losses read `Batch.path`
     trains_jointly: bool = False  # whether all parts but a model only make sense when they train in the same stage
+    takes_lowest: bool = False  # whether an ensemble's lowest value is taken, whatever the critic says
     learns_by_playing: bool = False  # whether it makes little of data alone
     differentiates_flow: bool = False  # whether the losses have a gradient through the flow's solution
 

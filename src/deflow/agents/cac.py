@@ -69,8 +69,7 @@ class CAC(ActorCritic):
     """
 
     actor: ConsistencyPolicy
-    traits = Traits(trains_jointly=True)
-    aggregates = False
+    traits = Traits(trains_jointly=True, takes_lowest=True)
     _number = 0  # of the update at hand, over all stages
     _count: Tensor | None = None  # boundaries of the consistency model's time axis in it
 

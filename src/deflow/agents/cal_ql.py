@@ -92,8 +92,7 @@ class CalQL(ActorCritic):
 
     actor: GaussianActor
     multiplier: GapMultiplier
-    traits = Traits(reads_returns=True, trains_jointly=True)
-    aggregates = False
+    traits = Traits(reads_returns=True, trains_jointly=True, takes_lowest=True)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deflow.agents.actor_critic import ActorCritic
-from deflow.agents.algorithm import Loss
+from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.value import Value
 from deflow.types import Batch
@@ -25,7 +25,7 @@ class ImplicitQ(ActorCritic):
     """
 
     value: Value
-    aggregates = False
+    traits = Traits(takes_lowest=True)
 
     def value_losses(self, batch: Batch, levels: Tensor | None = None) -> Iterator[Loss]:
         """The losses of both parts, of those that train.

@@ -99,8 +99,7 @@ class ReBRAC(ActorCritic):
     """
 
     actor: TanhActor
-    traits = Traits(trains_jointly=True)
-    aggregates = False
+    traits = Traits(trains_jointly=True, takes_lowest=True)
     headline = MappingProxyType({"critic": "critic/loss", "q": "actor/q", "distance": "actor/distance"})
 
     def __init__(

@@ -97,8 +97,7 @@ class TransitionModel(LightningModule, ABC):
     def imagine(self, observations: Tensor, actions: Tensor, z: Tensor) -> Outcome:
         """Outcomes with a gradient into states and actions, but none into the model's own parameters.
 
-        Rewards are kept in the range of those that the model was trained on. The arguments are
-        those of `sample`.
+        Rewards are kept in the range of those that the model was trained on. The arguments are those of `sample`.
         """
         outcome = self._outcome(observations, frozen_call(self, observations, actions, z))
         return outcome._replace(rewards=self.reward_range.kept(outcome.rewards))

@@ -26,7 +26,7 @@ class Average(nn.Module):
 
     def of(self, network: Network) -> Network:
         """The average in evaluation mode, if there is one; else `network` itself."""
-        return network if self.network is None or self.training else cast(Network, self.network)
+        return network if self.training else self.always(network)
 
     def always(self, network: Network) -> Network:
         """The average, if there is one, also while it follows; else `network` itself."""
