@@ -6,11 +6,13 @@ The settings are those of `benchmark.py`, such as agents=[deflow,fql] networks.h
 to measure alone: kinds=eager,recorded,compiled,jax subjects=joint,extraction_cached,seeds,pixels. Without a GPU the
 study runs on the CPU, which shows that it runs, and no more.
 
-Before anything is timed, the recorded update must make the weights that it makes kernel by kernel, bit for bit.
+Before recorded updates are timed, as many are made kernel by kernel: `differing` counts the tensors that are not the
+same bits then.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,7 @@ from deflow.config import CONFIG_DIR
 from deflow.data.memory.transitions import Transitions
 from deflow.data.streams import BatchStream, SeedStream, Stream
 from deflow.one_launch import WARM_UPS
+from deflow.precision import set_product_precision
 from deflow.report import write_json
 from deflow.training import MOST_AT_ONCE
 from deflow.types import Spec
@@ -64,6 +67,7 @@ class Row:
     kernels: int
     launches: int
     memory_mib: float
+    differing: int | None  # tensors whose bits recorded updates make otherwise; None where that was not compared
     share: float  # of the card's own ceiling for products of that precision
 
 
@@ -82,7 +86,7 @@ def main(words: Sequence[str]) -> None:
     ceilings = {precision: ceiling(precision) for precision in PRECISIONS}
     rows: list[Row] = []
 
-    def add(*described: Any, of: Callable[[], dict[str, float]]) -> None:
+    def add(*described: Any, of: Callable[[], dict[str, Any]]) -> None:
         try:
             measured = of()
         except Exception as error:  # one agent's failure is not the others'
@@ -103,12 +107,11 @@ def main(words: Sequence[str]) -> None:
             if agent.unrecordable or (name not in COMPILED and "subjects" not in own):
                 ways = [kind for kind in ways if kind == "eager" or (kind == "recorded" and not agent.unrecordable)]
             for kind in ways:
-                if kind == "recorded" and DEVICE.type == "cuda":
-                    print(name, subject, check_recorded(agent, stream, begin), flush=True)
                 if kind == "compiled":
                     agent.compile_losses()
                 for precision in config.precisions or ("tf32",):
-                    add(name, subject, precision, kind, of=partial(measure, config, agent, stream, precision, kind))
+                    timed = partial(measure, config, agent, stream, begin, precision, kind)
+                    add(name, subject, precision, kind, of=timed)
     if chosen("jax", "kinds") and find_spec("jax"):
         add("jax", "joint", "tf32", "jit", of=partial(in_jax, configs.get("deflow", first), spec))
     show(rows, ceilings)
@@ -124,8 +127,8 @@ def main(words: Sequence[str]) -> None:
     )
 
 
-def check_recorded(agent: Agent, stream: Stream, begin: Callable[[], None]) -> str:
-    """Whether recorded updates make the same bits as those kernel by kernel."""
+def differing(agent: Agent, stream: Stream, begin: Callable[[], None]) -> int:
+    """How many tensors are not the same bits after recorded updates as after those kernel by kernel."""
     start = {name: weight.clone() for name, weight in agent.state_dict().items()}
     results = []
     for recorded in (False, True):
@@ -136,9 +139,7 @@ def check_recorded(agent: Agent, stream: Stream, begin: Callable[[], None]) -> s
             run(number, drawn)
         results.append({name: weight.clone() for name, weight in agent.state_dict().items()})
     begin()
-    differ = [name for name in start if not torch.equal(results[0][name], results[1][name])]
-    moved = sum(not torch.equal(start[name], results[0][name]) for name in start)
-    return f"recorded: {len(differ)} of {moved} moved tensors differ {differ[:3]}"
+    return sum(not torch.equal(results[0][name], results[1][name]) for name in start)
 
 
 def updater(agent: Agent, recorded: bool) -> Callable[[int, Any], Any]:
@@ -169,11 +170,15 @@ def on_device(stream: Stream) -> Iterator[Any]:
         yield from block._replace(choices=block.choices.pin_memory().to(DEVICE, non_blocking=True)).one_by_one()
 
 
-def measure(config: DictConfig, agent: Agent, stream: Stream, precision: str, kind: str) -> dict[str, float]:
+def measure(
+    config: DictConfig, agent: Agent, stream: Stream, begin: Callable[[], None], precision: str, kind: str
+) -> dict[str, Any]:
     """All of a `Row` but its share, and what products an update takes."""
     matmul, autocast = PRECISIONS[precision]
-    torch.set_float32_matmul_precision(matmul)
+    set_product_precision(matmul)
+    differ = None
     if DEVICE.type == "cuda":
+        differ = differing(agent, stream, begin) if kind == "recorded" else None
         torch.cuda.reset_peak_memory_stats()
     run, numbers = updater(agent, kind != "eager"), count()
     seeds = len(agent.agents) if isinstance(agent, SeedStack) else 1
@@ -203,6 +208,7 @@ def measure(config: DictConfig, agent: Agent, stream: Stream, precision: str, ki
         "launches": of_host // period(agent),
         "memory_mib": torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0,
         "gflop": gflop(agent, stream) / seeds,
+        "differing": differ,
     }
 
 
@@ -284,12 +290,15 @@ def pixels(name: str, overrides: Sequence[str]) -> Subject:
     return agent, stream, partial(agent.begin_stage, "joint", "all", first_step=0)
 
 
-def in_jax(config: DictConfig, spec: Spec) -> dict[str, float]:
+def in_jax(config: DictConfig, spec: Spec) -> dict[str, Any]:
     """DeFlow's joint update of `jax_speed.py` on the same device, its batches there beforehand."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch has its share of the memory already
     import jax
     import optax
     from jax_speed import LEARNING_RATE, arrays, make_update, state_of
 
+    if (found := jax.default_backend()) != {"cuda": "gpu"}.get(DEVICE.type, "cpu"):
+        raise RuntimeError(f"JAX computes on '{found}' here, and torch on '{DEVICE.type}'")
     agent = make_agent(config, "deflow", spec)
     optimizer = optax.adam(LEARNING_RATE)
     state = state_of(agent)
@@ -316,13 +325,14 @@ def in_jax(config: DictConfig, spec: Spec) -> dict[str, float]:
     return {"updates_per_second": speed, "host_ms": 1e3 * host / FEW, "kernels": 0, "launches": 0} | {
         "memory_mib": 0.0,
         "gflop": operations,
+        "differing": None,
     }
 
 
 def ceiling(precision: str) -> float:
     """TFLOP/s of one large product."""
     matmul, in_bfloat16 = PRECISIONS[precision]
-    torch.set_float32_matmul_precision(matmul)
+    set_product_precision(matmul)
     size, dtype = (8192 if DEVICE.type == "cuda" else 512), torch.bfloat16 if in_bfloat16 else torch.float32
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
 
@@ -339,12 +349,14 @@ def ceiling(precision: str) -> float:
 
 def show(rows: Sequence[Row], ceilings: dict[str, float]) -> None:
     print("\nceiling, TFLOP/s: " + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()))
-    print("\n| agent | stage | products | kind | updates/s | host ms | kernels | launches | MiB | of the ceiling |")
-    print("|---" * 10 + "|")
+    columns = "agent", "stage", "products", "kind", "updates/s", "host ms", "kernels", "launches", "MiB"
+    print("\n| " + " | ".join((*columns, "differing", "of the ceiling")) + " |")
+    print("|---" * (len(columns) + 2) + "|")
     for row in rows:
         print(
             f"| {row.agent} | {row.stage} | {row.precision} | {row.kind} | {row.updates_per_second:.0f} | "
-            f"{row.host_ms:.2f} | {row.kernels} | {row.launches} | {row.memory_mib:.0f} | {row.share:.1%} |"
+            f"{row.host_ms:.2f} | {row.kernels} | {row.launches} | {row.memory_mib:.0f} | "
+            f"{'' if row.differing is None else row.differing} | {row.share:.1%} |"
         )
 
 

@@ -187,7 +187,6 @@ def test_a_run_in_blocks_is_the_run(
     [
         ("", None),
         ("trainer.gradient_clip_val=1", "agent.optimizer.clip"),
-        ("trainer.precision=16-mixed", "bf16-mixed needs no scale"),
         ("agent=fbrac", "torchdiffeq"),
         ("solver=dopri5", "torchdiffeq"),
         ("trainer.one_launch=false", ""),

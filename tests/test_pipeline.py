@@ -364,3 +364,13 @@ def test_evaluate_a_checkpoint(finished_run: Callable[..., Path], tmp_path: Path
     config.ckpt = str(tmp_path / "none.ckpt")
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate(config)
+
+
+@pytest.mark.parametrize(("asked", "convolutions"), [("highest", False), ("high", True), ("medium", True)])
+def test_convolutions_are_as_precise_as_products(
+    asked: str, convolutions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not convolutions)
+    precision.set_product_precision(asked)
+    assert torch.get_float32_matmul_precision() == asked
+    assert torch.backends.cudnn.allow_tf32 is convolutions

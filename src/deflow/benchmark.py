@@ -50,7 +50,7 @@ from deflow.online import OnlineStream
 from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.timing import bfloat16_gain, in_turns, product_seconds, ratio, seconds_of_updates
-from deflow.training import LIGHTNING_WARNINGS
+from deflow.training import EXPECTED_WARNINGS
 from deflow.types import Lookahead, Spec
 
 log = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ def lightning_seconds(agent: Agent, stream: BatchStream, log_every: int) -> floa
         limit_val_batches=0,
     )
     with warnings.catch_warnings():
-        for message in (*LIGHTNING_WARNINGS, ".*no `val_dataloader`"):
+        for message in (*EXPECTED_WARNINGS, ".*no `val_dataloader`"):
             warnings.filterwarnings("ignore", message)
         trainer.fit(agent, DataLoader(stream, batch_size=None))
     return clock.seconds

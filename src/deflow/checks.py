@@ -193,8 +193,6 @@ def _check_single_steps(config: DictConfig) -> None:
 def _check_device(trainer: DictConfig) -> None:
     accelerator, devices = trainer.accelerator, trainer.devices
     if accelerator == "cpu":
-        if trainer.precision == "16-mixed":
-            raise UserError("trainer.precision=16-mixed needs a GPU: choose 32-true or bf16-mixed")
         if (devices != "auto" and not isinstance(devices, int)) or devices == -1:
             raise UserError(f"trainer.devices={devices} names GPUs: on trainer=cpu it is a number of processes")
         if devices != "auto" and devices > max(2, usable_cores()):

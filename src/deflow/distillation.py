@@ -23,6 +23,7 @@ from deflow.pipeline import Again, train
 from deflow.policy import Policy
 from deflow.report import write_json
 from deflow.run_folder import CHECKPOINTS, FINAL
+from deflow.sections import AUTO
 from deflow.trust import trust_only
 
 DISTILL = partial(typed, "distill")
@@ -70,6 +71,8 @@ def _training_config(command: DictConfig) -> DictConfig:
     agent = config["agent"] | {"horizon": teacher.pop("horizon", 1), "teacher": teacher}
     of_command = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")
     changed = {key: config[key] for key in of_command} | {"agent": agent, "resume": None}
+    if taught["trainer"]["accelerator"] != config["trainer"]["accelerator"]:
+        changed["matmul_precision"] = AUTO  # what it was is that of the other kind of device
     stage = {"train": "all", "steps": config["updates"], "lr": config["lr"], "cosine_decay": True, "evaluate": True}
     return OmegaConf.create(taught | changed | {"stages": {"distillation": stage}})
 

@@ -1,4 +1,4 @@
-"""`trainer.precision=auto`: which precision makes the faster updates on this machine."""
+"""Precision: of float32 products, and which one makes the faster updates on this machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ log = logging.getLogger(__name__)
 
 FLOAT32, BFLOAT16 = "32-true", "bf16-mixed"  # Lightning's names
 ROUNDS = 4  # in which precisions are compared
+
+
+def set_product_precision(precision: str) -> None:
+    """Compute products of float32, those of convolutions among them, as `torch.set_float32_matmul_precision` says."""
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"  # torch lets convolutions have it unless told not to
 
 
 def faster_precision(agent: Agent, stream: Iterable[Batch]) -> str:

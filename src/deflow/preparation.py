@@ -31,7 +31,7 @@ from deflow.files import replacing
 from deflow.invocation import command_line
 from deflow.loggers import CsvMetrics
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.precision import faster_precision
+from deflow.precision import faster_precision, set_product_precision
 from deflow.resuming import Progress, is_in_last_stage, saved_progress
 from deflow.run import Run, of_learning
 from deflow.run_folder import COMMAND_MARK, CONFIG_FILE, EPISODES_FILE, METRICS_FILE
@@ -143,7 +143,8 @@ def _set_up_torch(config: DictConfig) -> None:
     seed_everything(config.seed, verbose=False)
     if config.matmul_precision == AUTO:
         config.matmul_precision = "highest" if config.trainer.accelerator == "cpu" else "high"
-    torch.set_float32_matmul_precision(config.matmul_precision)
+    set_product_precision(config.matmul_precision)
+    torch.backends.cudnn.deterministic = True  # sums of a convolution's gradient, too, come out the same twice
     set_threads(config.threads)
 
 

@@ -340,7 +340,7 @@ class TrainerArguments(TypedDict, total=False):
     devices: Count | Literal["auto", -1] | Sequence[Natural]
     num_nodes: Count
     strategy: str
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "auto"]
+    precision: Literal["32-true", "bf16-mixed", "auto"]
     log_every_n_steps: Count
     max_epochs: Count
     check_val_every_n_epoch: None

@@ -49,13 +49,14 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning se
 # Lightning's advice that does not apply: `BatchStream` needs no workers, has the length of the whole stage, and goes on
 # at any batch by itself; a resumed stage's folder holds its checkpoint; frozen parts are in evaluation mode on purpose.
 # The last is from inside Lightning.
-LIGHTNING_WARNINGS = (
+EXPECTED_WARNINGS = (
     ".*does not have many workers",
     ".*Your `IterableDataset` has `__len__` defined",
     ".*your dataloader is not resumable",
     ".*exists and is not empty",
     r".*module\(s\) in eval mode at the start of training",
     r".*isinstance\(treespec, LeafSpec\)",
+    ".*constructed with capturable=True",  # torch's, of the updates before a recording
 )
 
 
@@ -214,8 +215,6 @@ def _records(run: Run, trainer: Trainer) -> bool:
         found.append("several processes may take part in it")
     if trainer.gradient_clip_val:
         found.append("Lightning clips its gradients (agent.optimizer.clip is part of an update)")
-    if run.config.trainer.precision == "16-mixed":
-        found.append("Lightning scales its losses (bf16-mixed needs no scale)")
     if found:
         log.info("an update goes to the GPU kernel by kernel: %s", ", ".join(found))
     return not found
@@ -234,7 +233,7 @@ def _fit(run: Run, trainer: Trainer, last: Path) -> None:
     resuming = run.resume and last.exists()
     try:
         with warnings.catch_warnings(), signals.patient():
-            for message in LIGHTNING_WARNINGS:
+            for message in EXPECTED_WARNINGS:
                 warnings.filterwarnings("ignore", message)
             trainer.fit(run.learner, run.data, ckpt_path=str(last) if resuming else None, weights_only=True)
             stop = asked_to_stop()

@@ -14,13 +14,13 @@ from deflow.agents.distilled import Distilled
 from deflow.build import build_agent
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.config import plain
-from deflow.distillation import distill
+from deflow.distillation import _training_config, distill
 from deflow.errors import UserError
 from deflow.evaluating import evaluate
 from deflow.policy import Policy
 from deflow.types import Spec
 from tests.agents.tester import check_agent, random_batch
-from tests.conftest import compose_config
+from tests.conftest import CKPT, compose_config
 
 
 def make(*overrides: str) -> Distilled:
@@ -63,6 +63,14 @@ def test_a_teacher_is_imitated_as_it_is_evaluated() -> None:
 def test_a_teacher_that_chooses_is_refused() -> None:
     with pytest.raises(UserError, match=r"\+teacher.best_of_n=1"):
         make("agent.best_of_n=4")
+
+
+@pytest.mark.parametrize(("trainer", "expected"), [("cpu", "highest"), ("gpu", "auto")])
+def test_the_precision_of_another_device_is_not_taken_over(
+    trainer: str, expected: str, finished_run: Callable[..., Path]
+) -> None:
+    command = compose_config(f"ckpt={finished_run() / CKPT}", f"trainer={trainer}", config_name="distill")
+    assert _training_config(command).matmul_precision == expected
 
 
 def test_there_must_be_a_policy_to_imitate(tmp_path: Path) -> None:

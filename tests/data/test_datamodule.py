@@ -20,7 +20,7 @@ from deflow.data.streams import BatchStream, Prefetched, SeedStream
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.seeding import torch_generator
-from deflow.types import Lookahead, Spec
+from deflow.types import Lookahead, Spec, stack
 from deflow.units import Units
 from tests.conftest import compose_config
 
@@ -266,27 +266,51 @@ def test_nothing_is_drawn_before_a_stage_begins(transitions: Transitions) -> Non
     assert len(list(data.train_dataloader())) == 3
 
 
-def test_a_batch_is_put_together_where_the_data_lie() -> None:
-    # On "meta" nothing is computed, but whatever is made elsewhere is refused, as on a GPU.
-    rng, rows, elsewhere = np.random.default_rng(0), 60, torch.device("meta")
+@pytest.fixture
+def of_each_kind() -> list[tuple[Transitions, Lookahead, float]]:
+    """Data of 60 rows, what a transition spans, and how many batches are cropped."""
+    rng, rows = np.random.default_rng(0), 60
     columns = {"actions": np.zeros((rows, 2)), "rewards": rng.normal(size=rows), "masks": np.ones(rows)}
     valids = np.arange(1, rows + 1) % 20 != 0
     states = {"observations": rng.normal(size=(rows, 4)), **columns, "valids": valids}
     frames = {"observations": rng.integers(0, 256, (rows, 9, 9, 3), dtype=np.uint8), **columns, "valids": valids}
-    for arrays, span, crop in (
-        (states, Lookahead(0.9, 3, path=True), 0.0),
-        (states, Lookahead(0.9, 2, 2, path=True), 0.0),
-        (frames, Lookahead(0.9, path=True), 1.0),
-    ):
-        data = Transitions.from_compact(arrays, "test", frames=2).with_returns(0.9)
-        proposals = ProposalCache(torch.zeros(rows, 4, 2, dtype=torch.half))
-        here = BatchStream(data, 8, 0, 1, (0, "test"), span, proposals, crop)
+    return [
+        (Transitions.from_compact(arrays, "test", frames=2).with_returns(0.9), span, cropped)
+        for arrays, span, cropped in (
+            (states, Lookahead(0.9, 3, path=True), 0.0),
+            (states, Lookahead(0.9, 2, 2, path=True), 0.0),
+            (frames, Lookahead(0.9, path=True), 1.0),
+        )
+    ]
+
+
+def test_a_batch_is_put_together_where_the_data_lie(of_each_kind: list[tuple[Transitions, Lookahead, float]]) -> None:
+    # On "meta" nothing is computed, but whatever is made elsewhere is refused, as on a GPU.
+    elsewhere = torch.device("meta")
+    for data, span, cropped in of_each_kind:
+        proposals = ProposalCache(torch.zeros(60, 4, 2, dtype=torch.half))
+        here = BatchStream(data, 8, 0, 1, (0, "test"), span, proposals, cropped)
         starts = data.chunk_starts(span.horizon)
-        moved = BatchStream(data, 8, 0, 1, (0, "test"), span, proposals.to(elsewhere), crop)
+        moved = BatchStream(data, 8, 0, 1, (0, "test"), span, proposals.to(elsewhere), cropped)
         moved.starts, moved.transitions = starts.to(elsewhere), data.on(elsewhere)
-        for own, other in zip(here.batch(0), moved.batch(0), strict=True):
-            assert other.device == elsewhere
-            assert (other.shape, other.dtype) == (own.shape, own.dtype)
+        for own, other in (here, moved), (SeedStream([here, here]), SeedStream([moved, moved])):
+            for column, there in zip(own.batch(0), other.batch(0), strict=True):
+                assert there.device == elsewhere
+                assert (there.shape, there.dtype) == (column.shape, column.dtype)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_seeds_get_the_batches_that_each_would_get_alone(
+    of_each_kind: list[tuple[Transitions, Lookahead, float]], cached: bool
+) -> None:
+    caches = [ProposalCache(torch.rand(60, 4, 2).half()) if cached else None for _ in range(3)]
+    for data, span, cropped in of_each_kind:
+        alone = [BatchStream(data, 8, 0, 3, (seed, "test"), span, cache, cropped) for seed, cache in enumerate(caches)]
+        together = SeedStream(alone)
+        for number in range(3):
+            expected = stack([stream.batch(number) for stream in alone])
+            for column, own in zip(together.batch(number), expected, strict=True):
+                assert column is own is None or torch.equal(column, own)
 
 
 def test_a_copy_is_in_the_networks_units() -> None:

@@ -18,7 +18,7 @@ from deflow.data.augment import crop, draw_shifts
 from deflow.data.memory.proposals import ProposalCache
 from deflow.data.memory.transitions import Transitions
 from deflow.seeding import torch_generator
-from deflow.types import Batch, Block, Lookahead, stack
+from deflow.types import Batch, Block, Lookahead
 
 
 class Stream(IterableDataset, ABC):
@@ -64,7 +64,10 @@ class Stream(IterableDataset, ABC):
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the stream."""
-        return self.gather(self.draw(number).to(self.device))
+        choices = self.draw(number)
+        if self.device.type == "cuda":  # or the host would wait for the copy
+            choices = choices.pin_memory()
+        return self.gather(choices.to(self.device, non_blocking=True))
 
 
 class BatchStream(Stream):
@@ -113,10 +116,7 @@ class BatchStream(Stream):
         return torch.cat(choices)
 
     def gather(self, choices: Tensor) -> Batch:
-        rows = self.starts.index_select(0, choices[0])
-        batch, next_rows = self.transitions.batch(rows, self.span)
-        if self.crop_probability:
-            batch = crop(batch, choices[1:3])
+        batch, rows, next_rows = self.of_data(choices)
         if self.proposals is None:
             return batch
         return batch._replace(
@@ -124,9 +124,17 @@ class BatchStream(Stream):
             next_base_actions=self.proposals.of(next_rows, choices[-1]),
         )
 
+    def of_data(self, choices: Tensor) -> tuple[Batch, Tensor, Tensor]:
+        """The batch without proposals, and the rows of its states and of its next states."""
+        rows = self.starts.index_select(0, choices[0])
+        batch, next_rows = self.transitions.batch(rows, self.span)
+        if self.crop_probability:
+            batch = crop(batch, choices[1:3])
+        return batch, rows, next_rows
+
 
 class SeedStream(Stream):
-    """The batches of several seeds' streams, stacked along a new first axis."""
+    """The batches of several seeds' streams of the same data, stacked along a new first axis."""
 
     def __init__(self, streams: Sequence[BatchStream]) -> None:
         super().__init__(streams[0].first, streams[0].last)
@@ -141,7 +149,21 @@ class SeedStream(Stream):
         return torch.stack([stream.draw(number) for stream in self.streams])
 
     def gather(self, choices: Tensor) -> Batch:
-        return stack([stream.gather(of_one) for stream, of_one in zip(self.streams, choices, strict=True)])
+        # One batch of all seeds' rows: a GPU takes as long for it as for that of one seed.
+        seeds, _, size = choices.shape
+        batch, rows, next_rows = self.streams[0].of_data(choices.transpose(0, 1).flatten(1))
+        batch = Batch._make(None if column is None else column.unflatten(0, (seeds, size)) for column in batch)
+        caches = [stream.proposals for stream in self.streams if stream.proposals is not None]  # all have one, or none
+        if not caches:
+            return batch
+
+        def proposed(rows: Tensor, picks: Tensor) -> Tensor:
+            of_seeds = zip(caches, rows.view(seeds, size), picks, strict=True)
+            return torch.stack([cache.of(*of_seed) for cache, *of_seed in of_seeds])
+
+        return batch._replace(
+            base_actions=proposed(rows, choices[:, -2]), next_base_actions=proposed(next_rows, choices[:, -1])
+        )
 
 
 class Prefetched(IterableDataset):
