@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from deflow.command_line import choices
-from deflow.evaluation.intervals import wilson_interval
 from deflow.reproduction.results import read_results
-from deflow.reproduction.table import cells_of, markdown, summary
+from deflow.reproduction.table import cells_of, markdown, summary, texts
 from tests.commands import HANGS, ROOT
 
 FETCHED = re.compile(r"<(?:script|link|img|iframe|source|video)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^\"'\s>]+")
@@ -80,10 +79,9 @@ def test_a_table_is_that_of_the_records_beside_it() -> None:
 def test_a_curve_is_that_of_the_records_beside_it() -> None:
     page = (ROOT / "docs/results/agents.md").read_text()
     shown = {"cac": "CAC", "ifql": "IFQL", "flow_bc": "flow BC", "srpo": "SRPO", "fawac": "FAWAC", "fbrac": "FBRAC"}
-    for result in read_results(ROOT / "docs/results/agents.jsonl"):
-        curve = " | ".join(f"{value:.0f}" for value in result.curve.values())
-        low, high = (100 * end for end in wilson_interval(result.curve[max(result.curve)] / 100 * 50, 50))
-        line = (
-            f"| {shown[result.agent]} | {result.row} task {result.task} | {curve} | {low:.0f} to {high:.0f} (Wilson) |"
-        )
-        assert line in page
+    results = read_results(ROOT / "docs/results/agents.jsonl")
+    for cell in cells_of("agents", results):
+        curves = [result.curve.values() for result in results if (result.row, result.agent) == (cell.row, cell.agent)]
+        quarters = [", ".join(f"{value:.0f}" for value in quarter) for quarter in zip(*curves, strict=True)]
+        task, _, _, mean, interval, *_ = texts(cell)
+        assert f"| {task} | {shown[cell.agent]} | {' | '.join(quarters)} | {mean} | {interval} |" in page
