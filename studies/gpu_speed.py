@@ -6,8 +6,8 @@ The settings are those of `benchmark.py`, such as agents=[deflow,fql] networks.h
 to measure alone: kinds=eager,recorded,compiled,jax subjects=joint,extraction_cached,seeds,pixels. Without a GPU the
 study runs on the CPU, which shows that it runs, and no more.
 
-Before recorded updates are timed, as many are made kernel by kernel: `differing` counts the tensors that are not the
-same bits then.
+Before recorded updates are timed, the same ones are made kernel by kernel and recorded: `differing` counts the tensors
+that are not the same bits after the two.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def main(words: Sequence[str]) -> None:
             name: compose("benchmark", [f"agent={name}", *overrides]) for name in compose("benchmark", overrides).agents
         }
     first = next(iter(configs.values()))
+    torch.backends.cudnn.deterministic = True  # as in training
     ceilings = {precision: ceiling(precision) for precision in PRECISIONS}
     rows: list[Row] = []
 
@@ -127,8 +128,8 @@ def main(words: Sequence[str]) -> None:
     )
 
 
-def differing(agent: Agent, stream: Stream, begin: Callable[[], None]) -> int:
-    """How many tensors are not the same bits after recorded updates as after those kernel by kernel."""
+def differing(agent: Agent, stream: Stream, begin: Callable[[], None]) -> list[str]:
+    """The tensors that are not the same bits after recorded updates as after those kernel by kernel."""
     start = {name: weight.clone() for name, weight in agent.state_dict().items()}
     results = []
     for recorded in (False, True):
@@ -139,7 +140,9 @@ def differing(agent: Agent, stream: Stream, begin: Callable[[], None]) -> int:
             run(number, drawn)
         results.append({name: weight.clone() for name, weight in agent.state_dict().items()})
     begin()
-    return sum(not torch.equal(results[0][name], results[1][name]) for name in start)
+    if all(torch.equal(weight, results[0][name]) for name, weight in start.items()):
+        raise RuntimeError("the updates move nothing, so that recorded ones cannot differ")
+    return [name for name in start if not torch.equal(results[0][name], results[1][name])]
 
 
 def updater(agent: Agent, recorded: bool) -> Callable[[int, Any], Any]:
@@ -176,9 +179,14 @@ def measure(
     """All of a `Row` but its share, and what products an update takes."""
     matmul, autocast = PRECISIONS[precision]
     set_product_precision(matmul)
+    # Without its cache, as in training: weights that have changed are converted anew.
+    in_precision = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False)
     differ = None
+    if kind == "recorded":
+        with in_precision():
+            differ = differing(agent, stream, begin)
+        print("not the same bits:", ", ".join(differ[:3]) or "none", flush=True)
     if DEVICE.type == "cuda":
-        differ = differing(agent, stream, begin) if kind == "recorded" else None
         torch.cuda.reset_peak_memory_stats()
     run, numbers = updater(agent, kind != "eager"), count()
     seeds = len(agent.agents) if isinstance(agent, SeedStack) else 1
@@ -188,8 +196,7 @@ def measure(
         batches = batches_of(stream, updates)
         synchronize()
         started = time.perf_counter()
-        # Without its cache, as in training: weights that have changed are converted anew.
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+        with in_precision():
             for batch in batches:
                 run(next(numbers), batch)
         host = time.perf_counter() - started
@@ -208,7 +215,7 @@ def measure(
         "launches": of_host // period(agent),
         "memory_mib": torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0,
         "gflop": gflop(agent, stream) / seeds,
-        "differing": differ,
+        "differing": None if differ is None else len(differ),
     }
 
 

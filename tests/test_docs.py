@@ -80,7 +80,9 @@ def test_a_curve_is_that_of_the_records_beside_it() -> None:
     page = (ROOT / "docs/results/agents.md").read_text()
     shown = {"cac": "CAC", "ifql": "IFQL", "flow_bc": "flow BC", "srpo": "SRPO", "fawac": "FAWAC", "fbrac": "FBRAC"}
     results = read_results(ROOT / "docs/results/agents.jsonl")
-    for cell in cells_of("agents", results):
+    cells = cells_of("agents", results)
+    assert {cell.agent for cell in cells} == set(shown)
+    for cell in cells:
         curves = [result.curve.values() for result in results if (result.row, result.agent) == (cell.row, cell.agent)]
         quarters = [", ".join(f"{value:.0f}" for value in quarter) for quarter in zip(*curves, strict=True)]
         task, _, _, mean, interval, *_ = texts(cell)

@@ -374,3 +374,11 @@ def test_convolutions_are_as_precise_as_products(
     precision.set_product_precision(asked)
     assert torch.get_float32_matmul_precision() == asked
     assert torch.backends.cudnn.allow_tf32 is convolutions
+
+
+def test_a_run_sums_gradients_of_convolutions_in_a_fixed_order(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    run(tmp_path, point_data)
+    assert torch.backends.cudnn.deterministic

@@ -103,6 +103,7 @@ def test_the_study_of_gpus_runs_without_one(tmp_path: Path) -> None:
     assert {(row["stage"], row["kind"]) for row in rows} == {
         (s, k) for s in ("joint", "seeds") for k in ("eager", "recorded")
     }
+    assert [row["differing"] for row in rows if row["kind"] == "recorded"] == [0, 0]
 
 
 @pytest.mark.usefixtures("rendered")

@@ -148,7 +148,8 @@ def check(config: DictConfig) -> None:
 
     Raises:
         UserError: for a setting as `check_settings` says, no stages, several seeds where they cannot be stacked,
-            a device or precision that this machine does not have, or nothing to compile with.
+            a device that this machine does not have, `trainer.precision=auto` elsewhere than in one process on a
+            CPU, or nothing to compile with.
     """
     check_settings(config, "train")
     if not config.stages:

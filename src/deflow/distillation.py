@@ -71,7 +71,8 @@ def _training_config(command: DictConfig) -> DictConfig:
     agent = config["agent"] | {"horizon": teacher.pop("horizon", 1), "teacher": teacher}
     of_command = ("name", "seed", "updates", "eval", "logger", "trainer", "paths", "ckpt", "threads", "trust")
     changed = {key: config[key] for key in of_command} | {"agent": agent, "resume": None}
-    if taught["trainer"]["accelerator"] != config["trainer"]["accelerator"]:
+    on_cpu = [trainer.get("accelerator") == "cpu" for trainer in (taught["trainer"], config["trainer"])]
+    if on_cpu[0] != on_cpu[1]:
         changed["matmul_precision"] = AUTO  # what it was is that of the other kind of device
     stage = {"train": "all", "steps": config["updates"], "lr": config["lr"], "cosine_decay": True, "evaluate": True}
     return OmegaConf.create(taught | changed | {"stages": {"distillation": stage}})

@@ -46,9 +46,9 @@ MOST_SHOWN = 10  # errors in a line
 MOST_AT_ONCE = 50  # updates in a block, after which a signal is heeded
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # lightning sets INFO when it is imported
 
-# Lightning's advice that does not apply: `BatchStream` needs no workers, has the length of the whole stage, and goes on
+# Advice that does not apply: `BatchStream` needs no workers, has the length of the whole stage, and goes on
 # at any batch by itself; a resumed stage's folder holds its checkpoint; frozen parts are in evaluation mode on purpose.
-# The last is from inside Lightning.
+# That of `LeafSpec` is from inside Lightning, that of capturable=True torch's, of the updates before a recording.
 EXPECTED_WARNINGS = (
     ".*does not have many workers",
     ".*Your `IterableDataset` has `__len__` defined",
@@ -56,7 +56,7 @@ EXPECTED_WARNINGS = (
     ".*exists and is not empty",
     r".*module\(s\) in eval mode at the start of training",
     r".*isinstance\(treespec, LeafSpec\)",
-    ".*constructed with capturable=True",  # torch's, of the updates before a recording
+    ".*constructed with capturable=True",
 )
 
 
