@@ -304,7 +304,7 @@ def in_jax(config: DictConfig, spec: Spec) -> dict[str, Any]:
     import optax
     from jax_speed import LEARNING_RATE, arrays, make_update, state_of
 
-    if (found := jax.default_backend()) != {"cuda": "gpu"}.get(DEVICE.type, "cpu"):
+    if (found := jax.default_backend()) != ("gpu" if DEVICE.type == "cuda" else "cpu"):
         raise RuntimeError(f"JAX computes on '{found}' here, and torch on '{DEVICE.type}'")
     agent = make_agent(config, "deflow", spec)
     optimizer = optax.adam(LEARNING_RATE)
