@@ -14,7 +14,7 @@ from deflow.evaluation.open_loop import CENTRAL, LENGTHS, MOVES, UNCHANGED, draw
 from deflow.report import read_summary
 from deflow.run_folder import SUMMARY_FILE
 
-MEASURED = ("error", "coverage", "reward_error", "spread")
+MEASURED = ("error", "coverage", "error_by_distance", "reward_error", "spread")
 
 
 def together(runs: list[Path]) -> dict[str, Any]:

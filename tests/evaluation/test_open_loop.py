@@ -110,11 +110,12 @@ def test_errors_grow_with_the_distance_from_the_data() -> None:
 
     training, held_out = walks([50], noise=0.0, move=0.0), walks([40] * 8, noise=0.0, move=1.0)
     found = measure_transitions(Near(0.0), training, held_out, seed=0)["error_by_distance"]
-    assert found["distance"] == sorted(found["distance"])
+    distances, errors = zip(*found["sample"], strict=True)
+    assert list(distances) == sorted(distances)
     # All data are at 0 and did nothing: the distance is of s / 2 and of an action of 1.
-    far = [np.sqrt(2 * distance**2 - 1) * 2 for distance in found["distance"]]
-    assert found["sample"] == pytest.approx([0.1 * each / 2 for each in far], rel=0.35, abs=0.05)
-    assert found["sample"][3] > found["sample"][0] + 0.1
+    far = [np.sqrt(2 * distance**2 - 1) * 2 for distance in distances]
+    assert errors == pytest.approx([0.1 * each / 2 for each in far], rel=0.35, abs=0.05)
+    assert errors[3] > errors[0] + 0.1
 
 
 @pytest.mark.usefixtures("rendered")

@@ -54,9 +54,10 @@ def measure_transitions(
         `error` also of nothing changing; `ends`, by the number of steps, the share of trajectories that the model has
         ended while the task goes on (`false`) and of those that it has not where the task has ended (`missed`; None
         where there are no such steps), and `ends_of_one_step` from states of the data; `error_by_distance` of one step,
-        of four quarters of the steps in the order of their `distance` from the training data; `reward_error` of one
-        step, in units of reward; `coverage`, the share of true next states inside the central 50% and 90% of the
-        samples; `spread` of the samples, by how far actions are moved in random directions.
+        four pairs `[distance, error]`, one for each quarter of the steps in the order of their distance from the
+        training data; `reward_error` of one step, in units of reward; `coverage`, the share of true next states inside
+        the central 50% and 90% of the samples; `spread` of the samples, by how far actions are moved in random
+        directions.
     """
     generator = torch_generator(model.device, seed, "transitions")
     found: dict[str, Any] = {}
@@ -205,7 +206,7 @@ def _single_steps(
     varies = (_states(model, held_out, rows + 1) - states).std(0) > 0  # a constant has no spread to be checked
     distances = _distances(model, training, states, actions)
     quarters = distances.argsort().chunk(4)
-    by_distance = {"distance": [distances[quarter].mean().item() for quarter in quarters]}
+    by_distance: dict[str, list[list[float]]] = {}
     coverage, reward_error, ends = {}, {}, {}
     for name, sampler in model.samplers().items():
         outcome = _several(model, sampler, states, actions, generator)
@@ -213,7 +214,8 @@ def _single_steps(
         coverage[name] = {
             f"{share:.0%}": _inside(next_states, truth, share)[:, varies].float().mean().item() for share in CENTRAL
         }
-        by_distance[name] = [_error(model, (next_states - truth[:, None])[quarter]) for quarter in quarters]
+        missed_by = next_states - truth[:, None]
+        by_distance[name] = [[distances[each].mean().item(), _error(model, missed_by[each])] for each in quarters]
         errors = outcome.rewards.unflatten(0, (-1, SAMPLES)) - rewards[:, None]
         reward_error[name] = errors.square().mean().sqrt().item()
         ends[name] = _ends_of_one_step(model, sampler, held_out, generator)
@@ -316,11 +318,16 @@ def draw_transitions(found: dict[str, Any], path: Path) -> None:
         found: by `measure_transitions`.
         path: of the PNG.
     """
-    panels = [(_draw_errors, "error"), (_draw_coverage, "coverage"), (_draw_spread, "spread")]
-    panels = [(draw, key) for draw, key in panels if key in found]
+    draw_of: dict[str, Callable[[Axes, Any], None]] = {
+        "error": _draw_errors,
+        "coverage": _draw_coverage,
+        "error_by_distance": _draw_by_distance,
+        "spread": _draw_spread,
+    }
+    panels = [key for key in draw_of if key in found]
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axis, (draw, key) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
-        draw(axis, found[key])
+    for axis, key in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
+        draw_of[key](axis, found[key])
         axis.legend(fontsize="small")
     with replacing(path) as part:
         figure.savefig(part, dpi=80)
@@ -343,8 +350,16 @@ def _draw_coverage(axis: Axes, coverage: dict[str, dict[str, float]]) -> None:
     axis.set_title("calibration of one step")
 
 
+def _draw_by_distance(axis: Axes, by_distance: dict[str, list[list[float]]]) -> None:
+    for name, pairs in by_distance.items():
+        axis.plot(*zip(*pairs, strict=True), marker="o", label=name)
+    axis.set(xlabel="distance of state and action from the training data", ylabel="standard deviations of the state")
+    axis.set(xlim=(0, None), ylim=(0, None))
+    axis.set_title("error of one step, off the data")
+
+
 def _draw_spread(axis: Axes, spread: dict[str, dict[str, float]]) -> None:
     for name, by_move in spread.items():
         axis.plot([float(move) for move in by_move], list(by_move.values()), marker="o", label=name)
     axis.set(xlabel="actions moved by", ylabel="standard deviations of the state", ylim=(0, None))
-    axis.set_title("spread of one step, off the data")
+    axis.set_title("spread of one step, actions off the data")
