@@ -86,6 +86,12 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
             ["agent=flow_bc", "agent/critic=occupancy"],
             "no setting 'agent/critic' of this agent: it is one of agent=cac|",
         ),
+        (["agent.optimizer.parts.critic.lr=5e-5"], "yet: add it, +agent.optimizer.parts.critic.lr=5e-5"),
+        (
+            ["agent=rebrac", "agent.optimizer.parts={critic: {lr: 5e-5}}"],
+            "no setting 'agent.optimizer.parts' yet: add it, +agent.optimizer.parts={critic: {lr: 5e-5}}",
+        ),
+        (["agent=idql", "agent.every={behavior: 2}"], "no setting 'agent.every' yet: add it, +agent.every={behavior"),
         (["~eval.everz"], "no setting 'eval.everz': did you mean 'eval.every'?"),
         (["agent=fql", "agent.actor.alpa=1"], "no setting 'agent.actor.alpa': did you mean 'agent.actor.alpha'?"),
         (["agent=nonsense"], "unknown agent 'nonsense': choose one of bc, cac, cal_ql, cal_ql_original, deflow"),
@@ -248,20 +254,21 @@ def test_a_task_beside_an_experiment_is_meant(tmp_path: Path, monkeypatch: pytes
     assert command("evaluate", ["ckpt=a", "task=scene"], monkeypatch, lambda config, _: config.task.env == "scene") == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["-m", "seed=0,1"], ["hydra.run.dir=run"]])
+@pytest.mark.parametrize("arguments", [[], ["-m", "seed=0,1"], ["hydra.run.dir=run"], ["hydra.run.dir=kept/new/run"]])
 def test_an_error_of_the_command_leaves_no_folder(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").mkdir()
 
     def main(config: DictConfig, folder: Path) -> None:
         assert folder.is_dir()
         raise UserError("no luck")
 
     assert command("train", ["experiment=pointmaze", *arguments], monkeypatch, main) == 2
-    assert not list(tmp_path.glob("logs/pointmaze_medium/2*"))
     assert not list(tmp_path.glob("logs/pointmaze_medium/sweep_*/?"))
-    assert not (tmp_path / "run").exists()
+    if "-m" not in arguments:
+        assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("kept")]
 
 
 def test_a_bug_in_the_check_ends_the_command(

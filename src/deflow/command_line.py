@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deflow.config import CONFIG_DIR
 from deflow.errors import UserError
-from deflow.settings import unknown_setting
+from deflow.settings import check_settings, unknown_setting
 from deflow.tables import look_first_in
 
 OF_THE_USER = (UserError, HydraException, OmegaConfBaseException)
@@ -150,6 +150,8 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
     ) is not None and command:
         if unknown[1].partition(".")[0] == "settings":  # of `reproduce.py`, which has none until they are added
             return f"no setting '{unknown[1]}' yet: add it, +{unknown[1]}=..."
+        if (addition := _as_addition(command, arguments, unknown[1])) is not None:
+            return f"no setting '{unknown[1]}' yet: add it, {addition}"
         known = _known_settings(command, arguments, without=unknown[1])
         return _beside_other_agents(unknown[1], known, str(unknown_setting(unknown[1], known)))
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -189,6 +191,22 @@ def _unknown_choice(group: str, name: str, options: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
     meant = f" (did you mean '{near[0]}'?)" if near else ""
     return f"unknown {group} '{name}'{meant}: choose one of {', '.join(options)}"
+
+
+def _as_addition(command: str, arguments: Sequence[str], key: str) -> str | None:
+    """The override of `key`, which nothing has set yet, as it adds it; None if that would be no setting either."""
+    overrides = overrides_of(arguments)
+    addition = next((f"+{override}" for override in overrides if override.startswith(f"{key}=")), None)
+    if addition is None:
+        return None
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(CONFIG_DIR, version_base=None):
+            others = [override for override in overrides if override != addition[1:]]
+            check_settings(compose(command, overrides=[*others, addition]), command)
+    except OF_THE_USER:
+        return None
+    return addition
 
 
 def _known_settings(command: str, arguments: Sequence[str], without: str) -> list[str]:

@@ -7,8 +7,8 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ BEFORE_THE_FIRST_UPDATE = (
 )
 
 _new: set[Path] = set()  # folders that this process has made, also through Hydra
+_made_for_them: set[Path] = set()  # folders that those lie in
 
 
 def new_run_folder(root: str, name: str, resume: str | None) -> str:
@@ -60,9 +61,10 @@ def new_run_folder(root: str, name: str, resume: str | None) -> str:
     folder = Path(root) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     mine, number = folder, 1
     while True:
+        missing = _missing(mine)
         try:
             mine.mkdir(parents=True)
-            _new.add(mine.absolute())
+            _remember(missing)
             return str(mine)
         except (FileExistsError, NotADirectoryError) as error:
             if not mine.is_dir():
@@ -80,8 +82,7 @@ def is_requeued(folder: Path) -> bool:
 
 def notice_new(folder: Path) -> None:
     """Remember whether a run's folder, or that of a sweep, is new: called before Hydra makes it."""
-    if not folder.exists():
-        _new.add(folder.absolute())
+    _remember(_missing(folder))
 
 
 def is_new(folder: Path) -> bool:
@@ -90,14 +91,37 @@ def is_new(folder: Path) -> bool:
     return bool(_new & {folder, *folder.parents})
 
 
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those that it lies in, as far as they are not there."""
+    folder = folder.absolute()
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _remember(missing: Sequence[Path]) -> None:
+    _new.update(missing[:1])
+    _made_for_them.update(missing[1:])
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder, and those that were made for it, as far as they are empty."""
+    folder = folder.absolute()
+    with suppress(OSError):  # there is something in it
+        if folder.exists():
+            folder.rmdir()
+        for parent in folder.parents:
+            if parent not in _new | _made_for_them:
+                break
+            parent.rmdir()
+
+
 @contextmanager
 def leaving_no_empty(folder: Path) -> Iterator[None]:
     """Remove the folder that Hydra has made for a command if an error comes before there is anything in it."""
     try:
         yield
     except BaseException:
-        if is_new(folder) and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if is_new(folder):
+            _remove_empty(folder)
         raise
 
 
@@ -129,7 +153,8 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds a run already: go on with it by resume={self.path}, or name another folder"
             )
-        self._made = not self.path.exists() or is_new(self.path)
+        notice_new(self.path)
+        self._made = is_new(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._names_before = {path.name for path in self.path.iterdir()}
@@ -166,8 +191,8 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        if self._made and not any(self.path.iterdir()):
-            self.path.rmdir()
+        if self._made:
+            _remove_empty(self.path)
 
     def _holder(self) -> str:
         try:

@@ -139,8 +139,8 @@ def unknown_setting(key: str, known: Iterable[str]) -> UserError:
     parent, _, name = key.rpartition(".")
     while parent and not _children(parent, known):
         parent = parent.rpartition(".")[0]
-    beside = _children(parent, known)
     known = [other for other in known if other != key]
+    beside = _children(parent, known)
     near = [_dotted(parent, other) for other in difflib.get_close_matches(name, beside)]
     near += [other for other in known if other.rpartition(".")[2] == name]
     near += difflib.get_close_matches(key, known, cutoff=0.8)

@@ -12,6 +12,7 @@ import pytest
 
 from deflow.data.measures.card import describe
 from deflow.data.memory.transitions import Transitions
+from deflow.data.sources.columns import checked_columns
 from deflow.data.sources.custom import CustomSource
 from deflow.errors import UserError
 from deflow.inspection import inspect
@@ -70,6 +71,35 @@ def test_columns_of_one_number_are_squeezed(columns: tuple[str, ...], tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("actions", "is_said"),
+    [
+        (lambda c: (c["actions"] > 0).astype(np.float32), True),
+        (lambda c: c["actions"] > 0, True),
+        (lambda c: np.sign(c["actions"]), False),
+        (lambda c: np.trunc(c["actions"] * 1000), False),
+    ],
+)
+def test_whole_numbers_that_may_be_amounts(
+    actions: Callable[[Columns], Any], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = walks()
+    whole(saved(tmp_path, columns | {"actions": actions(columns)}), KEYS)
+    assert ("all actions are 0 or 1: taken as amounts" in caplog.text) == is_said
+
+
+def test_columns_of_booleans_are_numbers() -> None:
+    columns = {name: column > 0 for name, column in walks().items() if name != "timeouts"}
+    found = checked_columns(columns, "a file")
+    assert {name: column.dtype.kind for name, column in found.items()} == {
+        "observations": "f",
+        "actions": "f",
+        "rewards": "f",
+        "next_observations": "f",
+        "terminals": "b",
+    }
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"terminals": lambda c: np.where(c["terminals"], 1.0, np.nan)}, r"'terminals' must be 0 or 1 .* 354 hold nan"),
@@ -84,6 +114,12 @@ def test_columns_of_one_number_are_squeezed(columns: tuple[str, ...], tmp_path: 
         ),
         ({"actions": lambda c: (c["actions"][:, :1] > 0).astype(int)}, "whole numbers up to 1: discrete actions"),
         ({"actions": lambda c: (c["actions"][:, 0] > 0).astype(int)}, "whole numbers up to 1: discrete actions"),
+        ({"actions": lambda c: c["actions"][:, :1] > 0}, "whole numbers up to 1: discrete actions"),
+        ({"actions": lambda c: c["actions"][:, 0] > 0}, "whole numbers up to 1: discrete actions"),
+        (
+            {"actions": lambda c: np.trunc(c["actions"][:, :1] * 2.9)},
+            r"up to 2: discrete actions, .* \(amounts, such as steps of a motor: divide them by the largest\)",
+        ),
         ({"observations": lambda c: c["observations"][:, 0]}, "'observations' must have two axes"),
         ({"observations": lambda c: c["observations"][:, None]}, r"two axes .* \(360, 1, 3\); images are not read"),
         (

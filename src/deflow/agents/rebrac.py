@@ -91,7 +91,7 @@ class ReBRAC(ActorCritic):
         seed: of every noise draw.
         actor_weight: :math:`\beta_\pi`, >= 0; the papers tune it for each task.
         critic_weight: :math:`\beta_Q` in units of reward, >= 0; the papers tune it for each task.
-        noise: sigma, standard deviation of what smooths the target's and explores with the policy's actions, > 0.
+        noise: sigma, standard deviation of what smooths the target's and explores with the policy's actions, >= 0.
         noise_clip: c, the largest of it, > 0.
         every: rhythm of the parts.
         drift: in an update without the policy Adam's momentum moves it, as in the code behind the tables; otherwise its
@@ -111,7 +111,7 @@ class ReBRAC(ActorCritic):
         seed: Seed = 0,
         actor_weight: NonNegative = 0.01,
         critic_weight: NonNegative = 0.01,
-        noise: Positive = 0.2,
+        noise: NonNegative = 0.2,
         noise_clip: Positive = 0.5,
         every: Mapping[str, Count] = MappingProxyType({"actor": 2}),
         drift: bool = True,
