@@ -167,10 +167,28 @@ def held_by_another(path: str, seconds: float) -> Callable[[Path, Place], None]:
     return prepare
 
 
+def stopped_run_in_use(folder: Path, place: Place) -> None:
+    copy_of_stopped(folder, place)
+    held_by_another("run/.lock", 60)(folder, place)
+
+
+def a_text_in_a_folder(folder: Path, place: Place) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "README").write_text("no")
+
+
 HELD: list[Any] = []  # as long as the cases run
 
 
 # What happens to a command while it runs.
+
+
+def terminated_after(seconds: float) -> Callable[[subprocess.Popen, Path], None]:
+    def strike(process: subprocess.Popen, folder: Path) -> None:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+
+    return strike
 
 
 def after_rows(number: int, act: Callable[[subprocess.Popen], None]) -> Callable[[subprocess.Popen, Path], None]:
@@ -241,7 +259,7 @@ CASES = [
         "resume={dir}/run",
         2,
         "is in use by another process|is in use by process",
-        lambda folder, place: (copy_of_stopped(folder, place), held_by_another("run/.lock", 60)(folder, place)),
+        stopped_run_in_use,
     ),
     Case(
         "a lock that another process holds for 8 s",
@@ -322,7 +340,7 @@ CASES = [
         LONG,
         143,
         "stopped by SIGTERM",
-        strike=lambda process, folder: (time.sleep(2), process.send_signal(signal.SIGTERM))[0],
+        strike=terminated_after(2),
         leaves=leaves_no_run,
     ),
     Case(
@@ -331,7 +349,7 @@ CASES = [
         f"ckpt={{run}}/{JOINT}",
         143,
         "stopped by SIGTERM",
-        strike=lambda process, folder: (time.sleep(1.2), process.send_signal(signal.SIGTERM))[0],
+        strike=terminated_after(1.2),
     ),
     Case(
         "a worker of generate.py is killed",
@@ -439,7 +457,7 @@ CASES = [
         "ckpt={dir}/run/README",
         2,
         "not a whole checkpoint",
-        lambda folder, _: ((folder / "run").mkdir(), (folder / "run" / "README").write_text("no")),
+        a_text_in_a_folder,
     ),
     Case(
         "a checkpoint of something else",

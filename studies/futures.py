@@ -73,15 +73,17 @@ def chained(data: Transitions, row: int, discount: float) -> torch.Tensor:
 
 
 def draw(axis: Axes, title: str, futures: torch.Tensor, data: Transitions, row: int) -> None:
-    axis.scatter(*data.states[:: max(1, len(data.states) // 5000), :2].T, s=1, color="0.85", rasterized=True)
-    axis.scatter(*futures.T, s=3, alpha=0.5, color="tab:blue", rasterized=True)
+    x, y = data.states[:: max(1, len(data.states) // 5000), :2].T
+    axis.scatter(x, y, s=1, color="0.85", rasterized=True)
+    x, y = futures.T
+    axis.scatter(x, y, s=3, alpha=0.5, color="tab:blue", rasterized=True)
     axis.plot(*data.states[row, :2], marker="*", markersize=12, color="black")
     low, high = data.states[:, :2].amin(0) - 2, data.states[:, :2].amax(0) + 2
     axis.set(aspect="equal", xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axis.set_title(title, fontsize="medium")
 
 
-def main(picture: Path, path: Path, updates: int = 10_000, hidden: tuple[int, ...] = (128, 128, 128)) -> None:
+def main(picture: Path, path: Path, updates: int = 10_000, *, hidden: tuple[int, ...] = (128, 128, 128)) -> None:
     with np.load(path) as file:
         columns = {name: file[name] for name in ("observations", "actions")}
         goes_on = 1 - file["terminals"].astype(np.float32)

@@ -41,7 +41,7 @@ from deflow.one_launch import WARM_UPS
 from deflow.precision import set_product_precision
 from deflow.report import write_json
 from deflow.training import MOST_AT_ONCE
-from deflow.types import Spec
+from deflow.types import Block, Spec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = {"fp32": ("highest", False), "tf32": ("high", False), "bf16": ("high", True)}
@@ -94,7 +94,7 @@ def main(words: Sequence[str]) -> None:
             print(*described, f"FAILED: {error}", flush=True)
             return
         tflops = measured.pop("gflop") * measured["updates_per_second"] / 1e3
-        rows.append(Row(*described, **measured, share=tflops / ceilings[described[2]]))
+        rows.append(Row(*described, **(measured | {"share": tflops / ceilings[described[2]]})))
         print(*described, f"{measured['updates_per_second']:.0f}", flush=True)
 
     spec = Spec(first.observation_dim, first.action_dim)
@@ -170,6 +170,7 @@ def on_device(stream: Stream) -> Iterator[Any]:
         return
     stream.at_once = MOST_AT_ONCE
     for block in stream:
+        assert isinstance(block, Block)
         yield from block._replace(choices=block.choices.pin_memory().to(DEVICE, non_blocking=True)).one_by_one()
 
 
@@ -260,7 +261,9 @@ def subjects_of(
         alone = make_agent(config, name, spec).to(DEVICE)
         return alone, stream, partial(alone.begin_stage, stage, first_step=0, **settings)
 
-    subjects = {stage: partial(of_stage, *of, stage) for stage, of in stages_of(config, agent).items()}
+    subjects: dict[str, Callable[[], Subject]] = {
+        stage: partial(of_stage, *of, stage) for stage, of in stages_of(config, agent).items()
+    }
     if not agent.uses_torchdiffeq:
         subjects["seeds"] = partial(several_seeds, config, name, spec)
     return subjects | {"pixels": partial(pixels, name, overrides)}

@@ -110,7 +110,11 @@ def _under_policy(of_actions: Tensor) -> Tensor:
     return (1 - RIGHT) * of_actions[0] + RIGHT * of_actions[1]
 
 
-SYSTEMS = {"line": System.line, "line, goal": partial(System.line, goal=True), "grid": System.grid}
+SYSTEMS: dict[str, Callable[[], System]] = {
+    "line": System.line,
+    "line, goal": partial(System.line, goal=True),
+    "grid": System.grid,
+}
 
 
 def total_variation(one: Tensor, other: Tensor) -> Tensor:
@@ -129,14 +133,14 @@ def trained(system: System, discount: float, updates: int, lr: float = 1e-3, **s
         "reward_centre": system.pays / 2,
         "reward_scale": 0.5,
     }
-    settings = {
+    usual: dict[str, Any] = {
         "hidden": (64, 64, 64),
         "activation": "silu",
         "tau": 0.02,
         "samples": 1,
         "solver": Solver(steps=10),
-    } | settings
-    critic = OccupancyFlow(Spec(dim, 1), statistics, discount, **settings)
+    }
+    critic = OccupancyFlow(Spec(dim, 1), statistics, discount, **(usual | settings))
     return fitted(critic, partial(system.batch, BATCH), updates, lr)
 
 

@@ -113,7 +113,7 @@ def measured(path: Path, episodes: int = EPISODES) -> str:
 
 def success(agent: SRPO, way: Callable[[Tensor], Tensor], checkpoint: dict, source: object, episodes: int) -> str:
     """Of acting in that way, with its interval."""
-    agent.act = lambda observations, _: way(observations)  # type: ignore[method-assign]
+    agent.act = lambda observations, z: way(observations)  # type: ignore[method-assign]
     found = play(Policy(agent, units=units_of(checkpoint)), source, episodes, 2, 0)["success"]  # type: ignore[arg-type]
     low, high = wilson_interval(found * episodes, episodes)
     return f"{found:.2f} ({low:.2f} to {high:.2f})"

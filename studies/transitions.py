@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deflow.evaluation.open_loop import CENTRAL, LENGTHS, MOVES, UNCHANGED, draw_transitions
-from deflow.report import read_summary
-from deflow.run_folder import SUMMARY_FILE
+from deflow.run_folder import SUMMARY_FILE, read_summary
 
 MEASURED = ("error", "coverage", "error_by_distance", "reward_error", "spread")
 

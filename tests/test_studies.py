@@ -17,10 +17,12 @@ import torch
 from deflow.agents.srpo import SRPO
 from deflow.checkpoints import agent_of, load_checkpoint
 from deflow.errors import UserError
+from deflow.evaluation.open_loop import measure_transitions
 from deflow.flow.schedules import vp_levels
 from deflow.pipeline import train
 from tests.commands import ROOT
 from tests.conftest import tiny_config
+from tests.evaluation.test_open_loop import Walk, walks
 
 
 def test_products_in_float32_are_those_of_bfloat16_hardware() -> None:
@@ -115,6 +117,25 @@ def test_futures_are_drawn(
     data = tiny_data("pointmaze-medium", "navigate") / "pointmaze-medium-navigate-v0.npz"
     main(tmp_path / "futures.png", data, updates=2, hidden=(8,))
     assert (tmp_path / "futures.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("rendered")
+def test_models_of_several_runs_are_shown_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run, noise in (("still", 0.0), ("wild", 0.4)):
+        data = walks([60] * 2, noise=0.2)
+        found = measure_transitions(Walk(noise), data, data, seed=0)
+        (tmp_path / run).mkdir()
+        whole = dict.fromkeys(("agent", "task", "seed", "seeds", "data", "protocol"))
+        (tmp_path / run / "summary.json").write_text(json.dumps(whole | {"dynamics": found}))
+    arguments = ["transitions.py", *map(str, (tmp_path / "models.png", tmp_path / "still", tmp_path / "wild"))]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(ROOT / "studies" / "transitions.py"), run_name="__main__")
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    names = ["nothing changes", *(f"{run}, {kind}" for run in ("still", "wild") for kind in ("sample", "sample, mean"))]
+    assert rows == [f"| {name}" for name in names]
+    assert (tmp_path / "models.png").stat().st_size > 10_000
 
 
 def test_the_study_of_scores_measures_a_policy(

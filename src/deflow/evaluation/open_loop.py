@@ -325,8 +325,9 @@ def draw_transitions(found: dict[str, Any], path: Path) -> None:
         "spread": _draw_spread,
     }
     panels = [key for key in draw_of if key in found]
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axis, key in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
+    rows, columns = -(-len(panels) // 2), min(len(panels), 2)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    for axis, key in zip(np.ravel(figure.subplots(rows, columns, squeeze=False)), panels, strict=True):
         draw_of[key](axis, found[key])
         axis.legend(fontsize="small")
     with replacing(path) as part:
