@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from filelock import FileLock
 from deflow import files
 from deflow.errors import UserError
 from deflow.files import locked, replacing_all
+from deflow.report import write_json
 
 
 def test_files_that_belong_together_appear_when_the_last_is_whole(tmp_path: Path) -> None:
@@ -25,6 +27,12 @@ def test_files_that_belong_together_appear_when_the_last_is_whole(tmp_path: Path
     with pytest.raises(FileNotFoundError), replacing_all(paths) as parts:
         parts[0].write_text("newer")  # and never the second
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"card": "new", "data": "new"}
+
+
+def test_json_holds_to_its_own_rules(tmp_path: Path) -> None:
+    write_json(tmp_path / "summary.json", {"a": [1, float("nan"), {"b": -float("inf")}], "c": (0.5, None, "NaN")})
+    read = json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert read == {"a": [1, None, {"b": None}], "c": [0.5, None, "NaN"]}
 
 
 def test_a_long_wait_for_a_lock_is_said_once(

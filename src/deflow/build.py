@@ -27,7 +27,11 @@ log = logging.getLogger(__name__)
 
 # Transitions of which statistics are taken, evenly spaced: more would not change what standardises.
 MOST_MEASURED = 200_000
-LEAST_DEVIATION = 1e-6  # below which a number is taken to be constant, and is not scaled
+
+# Numbers that vary by no more are taken to be constant: what a simulator's arithmetic leaves, and what single precision
+# leaves, as a share of the largest of them.
+LEAST_DEVIATION = 1e-9
+ROUNDING = 2.0**-23
 
 # Settings that are the data's at first and then belong to the weights.
 UNITS_OF_WEIGHTS = ("path", "critic.value_range", "critic.statistics", "dynamics.statistics")
@@ -123,10 +127,10 @@ def _decide_trust_region(config: DictConfig, transitions: Transitions) -> None:
 
 
 def _decide_value_range(config: DictConfig, transitions: Transitions) -> None:
-    """Set `config.agent.critic.value_range`: the extreme rewards received for ever, 0 included (the task may end)."""
-    rewards = transitions.learned_rewards(transitions.starts)
-    ends = [min(float(rewards.min()), 0.0), max(float(rewards.max()), 0.0)]
-    low, high = (end / (1 - config.data.discount) for end in ends)
+    """Set `config.agent.critic.value_range`: 0, and the extreme rewards, received for ever or, if they end it, once."""
+    rewards, goes_on = transitions.learned_rewards(transitions.starts), transitions.masks[transitions.starts] > 0
+    for_ever = rewards[goes_on] / (1 - config.data.discount)
+    low, high = (end.item() for end in torch.cat([torch.zeros(1), for_ever, rewards[~goes_on]]).aminmax())
     config.agent.critic.value_range = [low, high]
     log.info("value range of the flow critic: %.4g to %.4g", low, high)
 
@@ -150,7 +154,7 @@ def step_statistics(transitions: Transitions) -> StepStatistics:
     return {
         **state_statistics(transitions),
         "change_mean": changes.mean(0).tolist(),
-        "change_std": _deviation(changes).tolist(),
+        "change_std": _size_of(changes, transitions.observations(rows).double()).tolist(),
     }
 
 
@@ -161,7 +165,7 @@ def path_statistics(transitions: Transitions, horizon: int) -> PathStatistics:
     changes = [transitions.observations(rows + step).double() - here for step in range(1, horizon + 1)]
     return {
         "mean": [number for change in changes for number in change.mean(0).tolist()],
-        "std": [number for change in changes for number in _deviation(change).tolist()],
+        "std": [number for change in changes for number in _size_of(change, here).tolist()],
     }
 
 
@@ -173,4 +177,14 @@ def _measured(starts: Tensor) -> Tensor:
 def _deviation(values: Tensor) -> Tensor:
     """Standard deviations along the first axis; 1 for what does not vary."""
     deviation = values.std(0, correction=0)
-    return torch.where(deviation > LEAST_DEVIATION, deviation, 1.0)
+    return torch.where(deviation > _rounding(values), deviation, 1.0)
+
+
+def _size_of(changes: Tensor, states: Tensor) -> Tensor:
+    """Standard deviations of changes of states; of one that is always the same its size, of none that of the state."""
+    deviation, size, least = changes.std(0, correction=0), changes.mean(0).abs(), _rounding(states)
+    return torch.where(deviation > least, deviation, torch.where(size > least, size, _deviation(states)))
+
+
+def _rounding(values: Tensor) -> Tensor:
+    return (ROUNDING * values.abs().amax(0)).clamp(min=LEAST_DEVIATION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Container, Mapping, Sequence
@@ -99,9 +100,17 @@ def _last_of_stages(evaluations: Sequence[Row], key: str, stages: Mapping[str, i
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content`, whole or not at all."""
+    """Write `content`, whole or not at all; numbers that are not finite, which JSON does not have, become null."""
     with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def print_table(summary: dict[str, Any], folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,16 +156,23 @@ def _limit_imagined_steps(run: Run, newest: Mapping[str, Any] | None) -> None:
     allowed = min(steps for steps, _ in measured)
     of_steps = [max(errors) for errors in zip(*(errors for _, errors in measured), strict=True)]
     log.info(
-        "imagined steps: %d of the %d asked for; errors of the model after 1 to %d of them, as shares of those of "
-        "'nothing changes': %s (agent.dynamics.within=%g; the longest validation trajectory has %d steps)",
+        "imagined steps: %d of the %d asked for; %s (agent.dynamics.within=%g; the longest validation trajectory has "
+        "%d steps)",
         allowed,
         asked,
-        len(of_steps),
-        ", ".join(f"{error:.3g}" for error in of_steps[:MOST_SHOWN]) + (", ..." if len(of_steps) > MOST_SHOWN else ""),
+        _in_words(of_steps),
         models[0].within,
         held_out.longest,
     )
     _allow_steps(run, allowed)
+
+
+def _in_words(errors: Sequence[float]) -> str:
+    """What is said of the errors of a model after one step, two, ..."""
+    if not errors:
+        return "no error can be measured, as every task of the validation trajectories ends with its first step"
+    shown = ", ".join([f"{error:.3g}" for error in errors[:MOST_SHOWN]] + ["..."] * (len(errors) > MOST_SHOWN))
+    return f"errors of the model after 1 to {len(errors)} of them, as shares of those of 'nothing changes': {shown}"
 
 
 def _between_updates(run: Run, name: str, stage: DictConfig, checkpoints: Path, clock: StageClock) -> BetweenUpdates:

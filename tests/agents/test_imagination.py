@@ -432,6 +432,16 @@ def test_a_model_first_and_steps_within_its_errors(
 
 
 @pytest.mark.usefixtures("short_episodes")
+def test_a_limit_without_anything_to_measure(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training, "steps_within", lambda *_: (0, []))
+    with caplog.at_level(logging.INFO):
+        train(tiny_config(point_data, *MODEL_FIRST, *UNROLLED[0]), tmp_path)
+    assert "imagined steps: 0 of the 3 asked for; no error can be measured, as every task" in caplog.text
+
+
+@pytest.mark.usefixtures("short_episodes")
 @pytest.mark.parametrize(("moment", "number"), [("update", 7), ("report", 1)])
 def test_a_limit_is_measured_once(
     moment: str, number: int, point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

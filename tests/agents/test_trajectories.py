@@ -108,7 +108,7 @@ def test_the_states_on_the_way() -> None:
     assert data.batch(torch.tensor([0]), Lookahead(0.99, 3, 3))[0].path is None
     statistics = path_statistics(data, 3)
     assert statistics["mean"] == [1, 10, 2, 20, 3, 30]
-    assert statistics["std"] == [1] * 6  # what does not vary is not scaled
+    assert statistics["std"] == [1, 10, 2, 20, 3, 30]  # of what is always the same its size
 
 
 def test_expected_states_are_compared_with_those_that_are_reached() -> None:

@@ -56,8 +56,8 @@ def measure_transitions(
         where there are no such steps), and `ends_of_one_step` from states of the data; `error_by_distance` of one step,
         four pairs `[distance, error]`, one for each quarter of the steps in the order of their distance from the
         training data; `reward_error` of one step, in units of reward; `coverage`, the share of true next states inside
-        the central 50% and 90% of the samples; `spread` of the samples, by how far actions are moved in random
-        directions.
+        the central 50% and 90% of the samples (NaN if nothing varies); `spread` of the samples, by how far actions are
+        moved in random directions.
     """
     generator = torch_generator(model.device, seed, "transitions")
     found: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def _single_steps(
     rows = _choose(held_out.starts, STEPS, generator)
     truth, rewards = _states(model, held_out, rows + 1), held_out.learned_rewards(rows).to(model.device)
     states, actions = _states(model, held_out, rows), held_out.decisions(rows).to(model.device)
-    varies = (_states(model, held_out, rows + 1) - states).std(0) > 0  # a constant has no spread to be checked
+    varies = (truth - states).std(0, correction=0) > 0  # a constant has no spread to be checked
     distances = _distances(model, training, states, actions)
     quarters = distances.argsort().chunk(4)
     by_distance: dict[str, list[list[float]]] = {}

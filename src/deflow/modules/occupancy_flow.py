@@ -144,7 +144,7 @@ class OccupancyFlow(LightningModule):
         self.online = EnsembleMLP(members, of_state, beside_state, hidden, self.point_dim, activation, norm="none")
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.reward = MLP(of_state, 1, hidden, 1, activation)
-        self.distilled = EnsembleMLP(distilled, of_state, spec.action_dim, hidden, 1, activation)
+        self.q = EnsembleMLP(distilled, of_state, spec.action_dim, hidden, 1, activation)
         self.discount, self.solver, self.objective = discount, solver, objective
         self.aggregate: Aggregate = aggregate
         self.tau, self.samples = tau, samples
@@ -189,9 +189,8 @@ class OccupancyFlow(LightningModule):
         rewards = (batch.rewards - self.reward_centre) / self.reward_scale
         reward_loss = (self.reward(there.state, goes_on[:, None]).squeeze(-1) - rewards).square().mean()
 
-        # Distillation, in units of the largest value that the statistics allow.
-        values = self.distilled(*here).squeeze(-1)
-        distillation = (values - target / self._largest_value).square().mean()
+        # Distillation.
+        distillation = (self.q(*here).squeeze(-1) - target / self._largest_reward).square().mean()
 
         loss = matching + reward_loss + distillation
         return loss, {
@@ -206,7 +205,7 @@ class OccupancyFlow(LightningModule):
 
     def values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Distilled action values, shape (distilled, batch); there may be several actions for a state."""
-        return self._in_rewards(self.distilled(self._standard(observations), actions).squeeze(-1))
+        return self._largest_reward * self.q(self._standard(observations), actions).squeeze(-1)
 
     def target_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """The same as `values`: what is distilled are the target field's."""
@@ -214,7 +213,7 @@ class OccupancyFlow(LightningModule):
 
     def frozen_values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """As `values`, with a gradient into states and actions but none into the critic's own parameters."""
-        return self._in_rewards(frozen_call(self.distilled, self._standard(observations), actions).squeeze(-1))
+        return self._largest_reward * frozen_call(self.q, self._standard(observations), actions).squeeze(-1)
 
     @torch.no_grad()
     def sample(self, observations: Tensor, actions: Tensor, z: Tensor) -> Future:
@@ -281,14 +280,12 @@ class OccupancyFlow(LightningModule):
         """What the target takes of the members' values, shape (members, batch) -> (batch,)."""
         return values.amin(0) if self.aggregate == "min" else values.mean(0)
 
-    def _in_rewards(self, distilled: Tensor) -> Tensor:
-        return self._largest_value * distilled
+    # Units.
 
     @property
-    def _largest_value(self) -> Tensor:
-        return (self.reward_centre.abs() + self.reward_scale) / (1 - self.discount)
-
-    # Units.
+    def _largest_reward(self) -> Tensor:
+        """The unit of `q`: not the largest value that it allows, beside which one that the end alone earns is tiny."""
+        return self.reward_centre.abs() + self.reward_scale
 
     def _standard(self, observations: Tensor) -> Tensor:
         return (observations - self.observation_mean) / self.observation_std

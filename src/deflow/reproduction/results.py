@@ -111,8 +111,8 @@ def _result_of(job: Job) -> Result:
         before = offline[-1] if offline else None  # trained from scratch
     else:
         before, value = None, found[job.value]
-    if not math.isfinite(value):
-        raise ValueError(f"its {measure} is {value}")
+    if value is None or not math.isfinite(value):  # null in files that JSON's own rules hold for
+        raise ValueError(f"its {measure} is no number")
     rows = read_metrics(job.folder / METRICS_FILE)
     *_, speed = summary["updates_per_second"].values()
     return Result(
