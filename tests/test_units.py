@@ -124,8 +124,12 @@ def test_an_action_that_never_changes_is_decided_as_0() -> None:
     assert Units(low, high).decided(np.array([1.0, 3.0])).tolist() == [0.5, 0.0]
 
 
-def test_standardised_observations(tmp_path: Path) -> None:
-    data, _ = CustomSource(saved(tmp_path, walks()), ALL_KEYS, standardise=True).load()
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e5])
+def test_standardised_observations(scale: float, tmp_path: Path) -> None:
+    columns = walks()
+    for name in ("observations", "next_observations"):
+        columns[name] = scale * columns[name]
+    data, _ = CustomSource(saved(tmp_path, columns), ALL_KEYS, standardise=True).load()
     batch, next_rows = data.batch(data.starts, Lookahead(0.9))
     assert batch.observations.mean(0).abs().max() < 0.3
     assert (batch.observations.std(0) - 1).abs().max() < 0.3

@@ -16,6 +16,7 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.config import plain
 from deflow.data.measures.iav import intrinsic_action_variance
+from deflow.data.measures.scales import deviations, rounding
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.modules.statistics import PathStatistics, StateStatistics, StepStatistics
@@ -27,11 +28,6 @@ log = logging.getLogger(__name__)
 
 # Transitions of which statistics are taken, evenly spaced: more would not change what standardises.
 MOST_MEASURED = 200_000
-
-# Numbers that vary by no more are taken to be constant: what a simulator's arithmetic leaves, and what single precision
-# leaves, as a share of the largest of them.
-LEAST_DEVIATION = 1e-9
-ROUNDING = 2.0**-23
 
 # Settings that are the data's at first and then belong to the weights.
 UNITS_OF_WEIGHTS = ("path", "critic.value_range", "critic.statistics", "dynamics.statistics")
@@ -176,15 +172,12 @@ def _measured(starts: Tensor) -> Tensor:
 
 def _deviation(values: Tensor) -> Tensor:
     """Standard deviations along the first axis; 1 for what does not vary."""
-    deviation = values.std(0, correction=0)
-    return torch.where(deviation > _rounding(values), deviation, 1.0)
+    found = torch.from_numpy(deviations(values.numpy()))
+    return torch.where(found > 0, found, 1.0)
 
 
 def _size_of(changes: Tensor, states: Tensor) -> Tensor:
     """Standard deviations of changes of states; of one that is always the same its size, of none that of the state."""
-    deviation, size, least = changes.std(0, correction=0), changes.mean(0).abs(), _rounding(states)
+    deviation, size = changes.std(0, correction=0), changes.mean(0).abs()
+    least = torch.from_numpy(rounding(states.numpy()))
     return torch.where(deviation > least, deviation, torch.where(size > least, size, _deviation(states)))
-
-
-def _rounding(values: Tensor) -> Tensor:
-    return (ROUNDING * values.abs().amax(0)).clamp(min=LEAST_DEVIATION)

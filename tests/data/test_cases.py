@@ -168,6 +168,16 @@ def test_what_never_changes_is_the_same_in_another_precision(constant: float, pr
     assert len(train_part.chunk_starts(30)) + len(validation.chunk_starts(30)) == 12
 
 
+@pytest.mark.parametrize("scale", [1e-7, 1e7])
+def test_trajectories_are_found_in_any_units(scale: float, tmp_path: Path) -> None:
+    columns = walks()
+    scaled = {name: scale * columns[name] for name in ("observations", "next_observations")}
+    keys = {**ALL_KEYS, "timeouts": None, "terminals": None}  # by the jumps alone
+    train_part, validation = whole(saved(tmp_path, columns | scaled), keys)
+    assert validation is not None
+    assert len(train_part.chunk_starts(30)) + len(validation.chunk_starts(30)) == 12
+
+
 def test_states_of_whole_numbers_are_numbers(tmp_path: Path) -> None:
     columns = walks()
     pixels = {name: (columns[name] * 30 + 128).astype(np.uint8) for name in ("observations", "next_observations")}

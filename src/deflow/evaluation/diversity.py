@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from deflow.agents.base import Agent
+from deflow.data.measures.scales import standardised
 from deflow.data.memory.transitions import Transitions
 from deflow.files import replacing
 from deflow.policy import Policy, evaluation_mode
@@ -49,8 +50,7 @@ class Neighbourhoods:
         starts = transitions.chunk_starts(horizon)
         rows = starts[torch.from_numpy(rng.permutation(len(starts))[:MAX_ROWS])]
         batch, _ = transitions.batch(rows, Lookahead(discount=1.0, steps=horizon, horizon=horizon))
-        points = batch.observations.numpy()
-        points = points / np.maximum(points.std(0), 1e-6)
+        points = standardised(batch.observations.numpy())
         chosen = slice(min(states, len(rows)))
         from sklearn.neighbors import NearestNeighbors  # a second to import, needed once a run
 

@@ -27,6 +27,17 @@ def test_equals_brute_force(include_self: bool, standardise: bool) -> None:
     assert result.mean == pytest.approx(np.mean(variances))
 
 
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e4])
+@pytest.mark.parametrize("constant", [0.0, 1 / 3, 300.0, 1e4])
+def test_neither_units_nor_what_never_changes_make_a_difference(scale: float, constant: float) -> None:
+    rng = np.random.default_rng(2)
+    states = rng.normal(size=(500, 2))
+    actions = np.sin(3 * states)
+    plain = intrinsic_action_variance(states, actions)
+    shown = np.column_stack([scale * states, np.full(500, constant)])
+    assert intrinsic_action_variance(shown, actions).mean == pytest.approx(plain.mean, rel=1e-3)
+
+
 def test_known_conditional_variance() -> None:
     # a = f(s) + noise with variances 0.04 and 0.25. 20,000 states in the unit square: neighbours are about 0.01 apart,
     # over which f changes by 0.01, so it adds 1e-4. The estimate's relative error is about sqrt(2 / 20000).

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deflow.data.measures.scales import standardised
 from deflow.errors import UserError
 from deflow.seeding import fold_seed
 
@@ -74,7 +75,7 @@ def intrinsic_action_variance(
         raise UserError(f"{neighbours} neighbours need more than {len(states)} states")
     points = np.asarray(states, np.float32)
     if standardise:
-        points = points / np.maximum(points.std(0), 1e-6)
+        points = standardised(points)
     rng = np.random.default_rng(fold_seed(seed, "sample"))
     rows = np.arange(len(points)) if sample is None else rng.permutation(len(points))[:sample]
     from sklearn.neighbors import NearestNeighbors  # a second to import, for few runs

@@ -25,8 +25,9 @@ Reward = TypeVar("Reward", float, np.ndarray)
 # Share of a dimension's standard deviation by which a next observation may be off the row after it: what rounding to
 # another precision does, and no step from one trajectory to another.
 ROUNDING = 1e-2
+ALMOST_0 = 1e-6  # of the standard deviation that is the largest, or of 1
 BEYOND = 1e-3  # by which an action may be outside its range without a word
-SMALLEST_STD = 1e-6  # of an observation's dimension that changes, where its mean is above 1 by so much of it
+SMALLEST_STD = 1e-6  # of an observation's dimension that changes, as a share of its mean, or of the largest up to 1
 ROWS_AT_ONCE = 65_536
 VALIDATION_SHARE = 0.1  # of the trajectories, where a data set has no validation split of its own
 
@@ -198,7 +199,9 @@ def _jumps(next_observations: np.ndarray, rows_after: np.ndarray) -> np.ndarray:
     axes = tuple(range(1, rows_after.ndim))
     after = rows_after.astype(np.float64)
     rounded = max(_precision(next_observations), _precision(rows_after)) * np.abs(after)  # also of what never changes
-    return (np.abs(next_observations - after) > ROUNDING * after.std(0) + rounded + 1e-6).any(axes)
+    std = after.std(0)
+    recomputed = ALMOST_0 * min(1.0, std.max())  # what is 0 but for a simulator's arithmetic
+    return (np.abs(next_observations - after) > ROUNDING * std + rounded + recomputed).any(axes)
 
 
 def _precision(column: np.ndarray) -> float:
@@ -225,7 +228,7 @@ def moments(whole: Transitions) -> tuple[Numbers, Numbers]:
     mean = sum((whole.states[rows].double().sum(0) for rows in parts), torch.zeros(())) / count
     squares = sum(((whole.states[rows].double() - mean).square().sum(0) for rows in parts), torch.zeros(()))
     std = (squares / max(count - 1, 1)).sqrt()
-    std = torch.where(std > SMALLEST_STD * mean.abs().clamp(min=1), std, 1.0)
+    std = torch.where(std > SMALLEST_STD * mean.abs().clamp(min=std.max().clamp(max=1)), std, 1.0)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
