@@ -51,8 +51,8 @@ def test_units_of_paths_are_those_of_the_data() -> None:
 
 def test_what_arithmetic_leaves_is_no_variation() -> None:
     data = wandering()
-    data.states[:, 2] = 1e-12 * torch.randn(len(data.states))
-    assert state_statistics(data)["observation_std"][2] == 1
+    data.states[:, 2] = 1e-8 * torch.randn(len(data.states))
+    assert step_statistics(data)["change_std"][2] == state_statistics(data)["observation_std"][2] == 1
 
 
 @pytest.mark.parametrize(

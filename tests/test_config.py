@@ -89,9 +89,16 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["agent.optimizer.parts.critic.lr=5e-5"], "yet: add it, +agent.optimizer.parts.critic.lr=5e-5"),
         (
             ["agent=rebrac", "agent.optimizer.parts={critic: {lr: 5e-5}}"],
-            "no setting 'agent.optimizer.parts' yet: add it, +agent.optimizer.parts={critic: {lr: 5e-5}}",
+            "no setting 'agent.optimizer.parts' yet: add it, '+agent.optimizer.parts={critic: {lr: 5e-5}}'",
         ),
-        (["agent=idql", "agent.every={behavior: 2}"], "no setting 'agent.every' yet: add it, +agent.every={behavior"),
+        (["agent=idql", "agent.every={behavior: 2}"], "no setting 'agent.every' yet: add it, '+agent.every={behavior"),
+        (
+            ["agent.optimizer.parts.critic.lr=1e-5", "agent.optimizer.parts.refiner.lr=1e-5"],
+            "yet: add it, +agent.optimizer.parts.critic.lr=1e-5",
+        ),
+        (["task=scene", "stages.joint.freeze=[critic]"], "yet: add it, '+stages.joint.freeze=[critic]'"),
+        (["agent.dynamics.within=0.2"], "did you mean 'agent.dynamics'?"),
+        (["task=scene", "stages.jointly.steps=5"], "did you mean"),
         (["~eval.everz"], "no setting 'eval.everz': did you mean 'eval.every'?"),
         (["agent=fql", "agent.actor.alpa=1"], "no setting 'agent.actor.alpa': did you mean 'agent.actor.alpha'?"),
         (["agent=nonsense"], "unknown agent 'nonsense': choose one of bc, cac, cal_ql, cal_ql_original, deflow"),
@@ -254,7 +261,17 @@ def test_a_task_beside_an_experiment_is_meant(tmp_path: Path, monkeypatch: pytes
     assert command("evaluate", ["ckpt=a", "task=scene"], monkeypatch, lambda config, _: config.task.env == "scene") == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["-m", "seed=0,1"], ["hydra.run.dir=run"], ["hydra.run.dir=kept/new/run"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["-m", "seed=0,1"],
+        ["hydra.run.dir=run"],
+        ["hydra.run.dir=kept/new/run"],
+        ["hydra.run.dir=kept/../new/run"],
+        ["paths.logs=kept/../kept/up"],
+    ],
+)
 def test_an_error_of_the_command_leaves_no_folder(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from deflow.evaluating import evaluate
 from deflow.loggers import read_metrics
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.pipeline import train
+from deflow.report import write_json
 from tests.conftest import compose_config, tiny_config
 
 pytestmark = pytest.mark.usefixtures("short_episodes")
@@ -175,6 +176,20 @@ def test_a_finished_run_is_not_repeated(
     again = train(compose_config(f"resume={folder}"), folder)
     assert again["eval/success"] == summary["eval/success"]
     assert again["updates_per_second"] == summary["updates_per_second"]
+
+
+def test_numbers_that_were_not_finite_are_shown_again(
+    finished_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished_run(), tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["eval/return"]["last"] = float("nan")
+    summary["dynamics"] = {"error": {"sample": {"1": 0.5, "5": float("inf")}}}
+    write_json(folder / "summary.json", summary)
+    train(compose_config(f"resume={folder}"), folder)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sample 0.5, -" in shown
+    assert "nan" not in shown
 
 
 def test_nan_stops_with_part_step_and_checkpoint(

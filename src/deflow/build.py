@@ -16,7 +16,7 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.config import plain
 from deflow.data.measures.iav import intrinsic_action_variance
-from deflow.data.measures.scales import deviations, rounding
+from deflow.data.measures.scales import deviations, negligible
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.modules.statistics import PathStatistics, StateStatistics, StepStatistics
@@ -125,8 +125,10 @@ def _decide_trust_region(config: DictConfig, transitions: Transitions) -> None:
 def _decide_value_range(config: DictConfig, transitions: Transitions) -> None:
     """Set `config.agent.critic.value_range`: 0, and the extreme rewards, received for ever or, if they end it, once."""
     rewards, goes_on = transitions.learned_rewards(transitions.starts), transitions.masks[transitions.starts] > 0
-    for_ever = rewards[goes_on] / (1 - config.data.discount)
-    low, high = (end.item() for end in torch.cat([torch.zeros(1), for_ever, rewards[~goes_on]]).aminmax())
+    found = [0.0]
+    for some, times in ((rewards[goes_on], 1 / (1 - config.data.discount)), (rewards[~goes_on], 1.0)):
+        found += [times * end.item() for end in some.aminmax()] if len(some) else []
+    low, high = min(found), max(found)
     config.agent.critic.value_range = [low, high]
     log.info("value range of the flow critic: %.4g to %.4g", low, high)
 
@@ -179,5 +181,5 @@ def _deviation(values: Tensor) -> Tensor:
 def _size_of(changes: Tensor, states: Tensor) -> Tensor:
     """Standard deviations of changes of states; of one that is always the same its size, of none that of the state."""
     deviation, size = changes.std(0, correction=0), changes.mean(0).abs()
-    least = torch.from_numpy(rounding(states.numpy()))
+    least = torch.from_numpy(negligible(states.numpy(), deviation.numpy()))
     return torch.where(deviation > least, deviation, torch.where(size > least, size, _deviation(states)))

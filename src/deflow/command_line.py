@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from deflow.errors import UserError
 from deflow.settings import check_settings, unknown_setting
 from deflow.tables import look_first_in
 
+FILLED_IN = ("agent.optimizer.parts", "agent.every", "stages.")
 OF_THE_USER = (UserError, HydraException, OmegaConfBaseException)
 
 
@@ -151,7 +153,7 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
         if unknown[1].partition(".")[0] == "settings":  # of `reproduce.py`, which has none until they are added
             return f"no setting '{unknown[1]}' yet: add it, +{unknown[1]}=..."
         if (addition := _as_addition(command, arguments, unknown[1])) is not None:
-            return f"no setting '{unknown[1]}' yet: add it, {addition}"
+            return f"no setting '{unknown[1]}' yet: add it, {shlex.quote(addition)}"
         known = _known_settings(command, arguments, without=unknown[1])
         return _beside_other_agents(unknown[1], known, str(unknown_setting(unknown[1], known)))
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -194,19 +196,19 @@ def _unknown_choice(group: str, name: str, options: Sequence[str]) -> str:
 
 
 def _as_addition(command: str, arguments: Sequence[str], key: str) -> str | None:
-    """The override of `key`, which nothing has set yet, as it adds it; None if that would be no setting either."""
-    overrides = overrides_of(arguments)
-    addition = next((f"+{override}" for override in overrides if override.startswith(f"{key}=")), None)
-    if addition is None:
+    """The override of `key` as it adds it to a group of which one fills the names in; None if that would be none."""
+    if not key.startswith(FILLED_IN):
         return None
+    overrides = overrides_of(arguments)
+    added = {override: f"++{override}" for override in overrides if override.startswith(FILLED_IN)}
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(CONFIG_DIR, version_base=None):
-            others = [override for override in overrides if override != addition[1:]]
-            check_settings(compose(command, overrides=[*others, addition]), command)
+            config = compose(command, overrides=[added.get(override, override) for override in overrides])
+        check_settings(config, command)
     except OF_THE_USER:
         return None
-    return addition
+    return next((f"+{override}" for override in added if override.startswith(f"{key}=")), None)
 
 
 def _known_settings(command: str, arguments: Sequence[str], without: str) -> list[str]:

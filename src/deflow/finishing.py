@@ -44,6 +44,7 @@ def finish(run: Run) -> dict[str, Any]:
     if run.config.video.episodes and run.evaluator is not None:
         _record_video(run)
     _hand_to_trackers(run, summary)
+    summary = report.finite(summary)  # as whoever reads the file will have it
     report.print_table(summary, run.folder)
     report.write_json(run.folder / SUMMARY_FILE, summary)  # with it the run is finished
     return summary

@@ -102,14 +102,15 @@ def _last_of_stages(evaluations: Sequence[Row], key: str, stages: Mapping[str, i
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, whole or not at all; numbers that are not finite, which JSON does not have, become null."""
     with replacing(path) as part:
-        part.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+        part.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """The content with None in the place of numbers that are not finite, as a file of JSON will say it."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
@@ -122,9 +123,8 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
         result = summary.get(f"eval/{key}")
         if result:
             low, high = result["last_interval_95"]
-            numbers = (result["last"], result["mean_of_last_three"], result["best"])
-            last, mean, best = (f"{number:.2f}" for number in numbers)
-            table.add_row(key, last, f"{low:.2f} to {high:.2f}", mean, best)
+            last, mean, best = (_number(result[of]) for of in ("last", "mean_of_last_three", "best"))
+            table.add_row(key, last, f"{_number(low)} to {_number(high)}", mean, best)
     console = Console()
     console.print(table if table.rows else table.title)  # nothing was evaluated
     measure = _measure(summary)
@@ -133,10 +133,10 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
         console.print("success: not measured, the environment does not say")
     stages = result.get("last_of_stage", {})
     if len(stages) > 1:
-        console.print(f"{name} {' -> '.join(f'{value:.2f} ({stage})' for stage, value in stages.items())}")
+        console.print(f"{name} {' -> '.join(f'{_number(value)} ({stage})' for stage, value in stages.items())}")
     of_seeds = result.get("last_of_seed", {})
     if of_seeds:
-        console.print(f"{name} of each seed: {', '.join(f'{value:.2f}' for value in of_seeds.values())}")
+        console.print(f"{name} of each seed: {', '.join(map(_number, of_seeds.values()))}")
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in summary["updates_per_second"].items())
     speeds += f" (each of {summary['seeds']} seeds)" if summary["seeds"] > 1 else ""
     data = "GENERATED here, not the published set" if summary["data"]["generated"] else summary["data"]["path"]
@@ -154,6 +154,11 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
             console.print(f"{folder / name}", soft_wrap=True)
 
 
+def _number(value: float | None, form: str = ".2f") -> str:
+    """A number of a summary, or a dash for one that was not finite."""
+    return "-" if value is None else f"{value:{form}}"
+
+
 def _chunking(result: Mapping[str, Any]) -> str:
     horizon = result.get("horizon", 1)
     return "no action chunking" if horizon == 1 else f"chunks of {horizon} actions"
@@ -162,15 +167,16 @@ def _chunking(result: Mapping[str, Any]) -> str:
 def _dynamics_line(errors: dict[str, dict[str, float]]) -> str:
     """`error of the model of steps after 1, 5, 25 steps: sample 0.01, 0.05, 0.3; ... standard deviations`."""
     steps = ", ".join(next(iter(errors.values())))
-    shown = (f"{name} {', '.join(f'{error:.2g}' for error in by_steps.values())}" for name, by_steps in errors.items())
-    return f"error of the model of steps after {steps} steps, in deviations of the state: {'; '.join(shown)}"
+    shown = {name: ", ".join(_number(error, ".2g") for error in by_steps.values()) for name, by_steps in errors.items()}
+    of_each = "; ".join(f"{name} {numbers}" for name, numbers in shown.items())
+    return f"error of the model of steps after {steps} steps, in deviations of the state: {of_each}"
 
 
 def _diversity_line(diversity: dict[str, Any]) -> str:
     """`at 128 states: modes (data 1.40, proposal 1.35, policy 1.10); variance ...`."""
     shown = []
     for key in ("modes", "variance", "distance_to_data"):
-        numbers = ", ".join(f"{name} {value:.3g}" for name, value in diversity[key].items())
+        numbers = ", ".join(f"{name} {_number(value, '.3g')}" for name, value in diversity[key].items())
         shown.append(f"{key.replace('_', ' ')} ({numbers})")
     return f"at {diversity['states']} states: {'; '.join(shown)}"
 

@@ -59,7 +59,7 @@ def new_run_folder(root: str, name: str, resume: str | None) -> str:
             raise UserError(f"{resume} is not a run to resume: it has no {CONFIG_FILE}")
         return resume
     folder = Path(root) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    mine, number = folder, 1
+    mine, number, tries = folder, 1, 3
     while True:
         missing = _missing(mine)
         try:
@@ -72,6 +72,9 @@ def new_run_folder(root: str, name: str, resume: str | None) -> str:
             number += 1  # of a run that began in the same second, perhaps at this very moment
             mine = folder.with_name(f"{folder.name}-{number}")
         except OSError as error:
+            # Another command that is refused at this very moment may have removed the folder above.
+            if isinstance(error, FileNotFoundError) and (tries := tries - 1):
+                continue
             raise _unusable(mine, error) from error
 
 
@@ -87,13 +90,18 @@ def notice_new(folder: Path) -> None:
 
 def is_new(folder: Path) -> bool:
     """Whether this process has made a folder, or one that it lies in."""
-    folder = folder.absolute()
+    folder = _plain(folder)
     return bool(_new & {folder, *folder.parents})
+
+
+def _plain(folder: Path) -> Path:
+    """The absolute path without `..`, as Hydra says it."""
+    return Path(os.path.abspath(folder))
 
 
 def _missing(folder: Path) -> list[Path]:
     """The folder and those that it lies in, as far as they are not there."""
-    folder = folder.absolute()
+    folder = _plain(folder)
     return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
@@ -104,7 +112,7 @@ def _remember(missing: Sequence[Path]) -> None:
 
 def _remove_empty(folder: Path) -> None:
     """Remove a folder, and those that were made for it, as far as they are empty."""
-    folder = folder.absolute()
+    folder = _plain(folder)
     with suppress(OSError):  # there is something in it
         if folder.exists():
             folder.rmdir()

@@ -71,20 +71,25 @@ def test_columns_of_one_number_are_squeezed(columns: tuple[str, ...], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("actions", "is_said"),
+    ("actions", "said"),
     [
-        (lambda c: (c["actions"] > 0).astype(np.float32), True),
-        (lambda c: c["actions"] > 0, True),
-        (lambda c: np.sign(c["actions"]), False),
-        (lambda c: np.trunc(c["actions"] * 1000), False),
+        (lambda c: (c["actions"] > 0).astype(np.float32), "0 to 1"),
+        (lambda c: c["actions"] > 0, "0 to 1"),
+        (lambda c: np.abs(np.trunc(c["actions"][:, :1] * 4)), "0 to 3"),
+        (lambda c: np.sign(c["actions"]), None),
+        (lambda c: np.abs(np.trunc(c["actions"] * 1000)), None),
     ],
 )
-def test_whole_numbers_that_may_be_amounts(
-    actions: Callable[[Columns], Any], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_floats_that_may_be_choices_are_said_to_be_amounts(
+    actions: Callable[[Columns], Any], said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    columns = walks()
-    whole(saved(tmp_path, columns | {"actions": actions(columns)}), KEYS)
-    assert ("all actions are 0 or 1: taken as amounts" in caplog.text) == is_said
+    for number in range(2):  # files of one set
+        columns = walks(seed=number)
+        saved(tmp_path, columns | {"actions": actions(columns)}, f"{number}.npz")
+    whole(str(tmp_path), KEYS)
+    expected = [f"all actions are whole numbers from {said}: taken as amounts"] if said else []
+    lines = [record.getMessage() for record in caplog.records if "all actions are" in record.getMessage()]
+    assert [line.partition(": ")[2].partition(",")[0] for line in lines] == expected
 
 
 def test_columns_of_booleans_are_numbers() -> None:
@@ -116,10 +121,6 @@ def test_columns_of_booleans_are_numbers() -> None:
         ({"actions": lambda c: (c["actions"][:, 0] > 0).astype(int)}, "whole numbers up to 1: discrete actions"),
         ({"actions": lambda c: c["actions"][:, :1] > 0}, "whole numbers up to 1: discrete actions"),
         ({"actions": lambda c: c["actions"][:, 0] > 0}, "whole numbers up to 1: discrete actions"),
-        (
-            {"actions": lambda c: np.trunc(c["actions"][:, :1] * 2.9)},
-            r"up to 2: discrete actions, .* \(amounts, such as steps of a motor: divide them by the largest\)",
-        ),
         ({"observations": lambda c: c["observations"][:, 0]}, "'observations' must have two axes"),
         ({"observations": lambda c: c["observations"][:, None]}, r"two axes .* \(360, 1, 3\); images are not read"),
         (
@@ -168,10 +169,12 @@ def test_what_never_changes_is_the_same_in_another_precision(constant: float, pr
     assert len(train_part.chunk_starts(30)) + len(validation.chunk_starts(30)) == 12
 
 
-@pytest.mark.parametrize("scale", [1e-7, 1e7])
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e7])
 def test_trajectories_are_found_in_any_units(scale: float, tmp_path: Path) -> None:
     columns = walks()
-    scaled = {name: scale * columns[name] for name in ("observations", "next_observations")}
+    # A number that is 0, and is computed twice.
+    computed = {"observations": 0.0, "next_observations": 3e-9 if scale > 1e-7 else 0.0}
+    scaled = {name: np.column_stack([scale * columns[name], np.full(360, zero)]) for name, zero in computed.items()}
     keys = {**ALL_KEYS, "timeouts": None, "terminals": None}  # by the jumps alone
     train_part, validation = whole(saved(tmp_path, columns | scaled), keys)
     assert validation is not None

@@ -327,7 +327,10 @@ def draw_transitions(found: dict[str, Any], path: Path) -> None:
     panels = [key for key in draw_of if key in found]
     rows, columns = -(-len(panels) // 2), min(len(panels), 2)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
-    for axis, key in zip(np.ravel(figure.subplots(rows, columns, squeeze=False)), panels, strict=True):
+    axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, key in zip(axes, panels, strict=False):
         draw_of[key](axis, found[key])
         axis.legend(fontsize="small")
     with replacing(path) as part:

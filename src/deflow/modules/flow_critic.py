@@ -70,8 +70,9 @@ class FlowCritic(LightningModule):
     6. The field works in units of the value range (there of reward, so that its loss is larger by the range's square).
     7. All draws of a state share one next action, but for FQL (each has its own, as there), and the distillation has
        starts of its own (there those of the matching).
-    8. The value range includes 0 if it follows from the data (there the extreme rewards alone), and the margin of the
-       broad encoding is a share of it (there 0.01 of reward for ever: the same where rewards span 1).
+    8. A value range that follows from the data includes 0 and counts rewards that end the task once (there the extreme
+       rewards alone, for ever), and the margin of the broad encoding is a share of it (there 0.01 of reward for ever:
+       the same where rewards of steps that go on span 1).
     9. A point so far outside of the bins that none of them holds anything of it is encoded as zeros (there NaN).
 
     Args:

@@ -106,12 +106,10 @@ def _result_of(job: Job) -> Result:
     if measure is None:
         raise UserError(f"{job.folder} has no evaluation: a table needs runs with an environment")
     found, unit = summary[f"eval/{measure}"], MEASURES[measure]
-    if job.value == "before_and_after":
-        *offline, value = found["last_of_stage"].values()
-        before = offline[-1] if offline else None  # trained from scratch
-    else:
-        before, value = None, found[job.value]
-    if value is None or not math.isfinite(value):  # null in files that JSON's own rules hold for
+    *earlier, value = found["last_of_stage"].values() if job.value == "before_and_after" else [found[job.value]]
+    before = earlier[-1] if earlier else None  # trained from scratch
+    # A summary has null for what is not finite, older ones NaN.
+    if any(number is None or not math.isfinite(number) for number in (*earlier[-1:], value)):
         raise ValueError(f"its {measure} is no number")
     rows = read_metrics(job.folder / METRICS_FILE)
     *_, speed = summary["updates_per_second"].values()

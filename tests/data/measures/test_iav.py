@@ -27,14 +27,15 @@ def test_equals_brute_force(include_self: bool, standardise: bool) -> None:
     assert result.mean == pytest.approx(np.mean(variances))
 
 
-@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-10, 1e-7, 1.0, 1e4])
 @pytest.mark.parametrize("constant", [0.0, 1 / 3, 300.0, 1e4])
 def test_neither_units_nor_what_never_changes_make_a_difference(scale: float, constant: float) -> None:
     rng = np.random.default_rng(2)
     states = rng.normal(size=(500, 2))
     actions = np.sin(3 * states)
     plain = intrinsic_action_variance(states, actions)
-    shown = np.column_stack([scale * states, np.full(500, constant)])
+    left_by_arithmetic = 1e-7 * min(scale, 1.0) * rng.normal(size=500)
+    shown = np.column_stack([scale * states, np.full(500, constant), left_by_arithmetic])
     assert intrinsic_action_variance(shown, actions).mean == pytest.approx(plain.mean, rel=1e-3)
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-# Numbers that vary by no more are taken to be constant: what a simulator's arithmetic leaves, and what single precision
-# leaves, as a share of the largest of them.
-LEAST_DEVIATION = 1e-9
-ROUNDING = 2.0**-23
+ROUNDING = 2.0**-23  # what single precision leaves of a number that is always the same, as a share of it
+ARITHMETIC = 1e-6  # what a simulator leaves of one that is 0, as a share of the largest deviation, or of 1
 
 
 def deviations(values: np.ndarray) -> np.ndarray:
-    """Standard deviations along the first axis, shape (size,); 0 for what does not vary but by rounding."""
+    """Standard deviations along the first axis, shape (size,); 0 for what is constant but for arithmetic."""
     found = centred(values).std(0)
-    return np.where(found > rounding(values), found, 0.0)
+    return np.where(found > negligible(values, found), found, 0.0)
 
 
-def rounding(values: np.ndarray) -> np.ndarray:
-    """What of a deviation of such numbers, or of their differences, may be rounding, shape (size,)."""
-    return np.maximum(ROUNDING * np.abs(values).max(0), LEAST_DEVIATION)
+def negligible(values: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """How much may be arithmetic of a deviation of such numbers, or of their differences, shape (size,)."""
+    return np.maximum(ROUNDING * np.abs(values).max(0), ARITHMETIC * min(1.0, deviation.max()))
 
 
 def standardised(points: np.ndarray) -> np.ndarray:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import numpy as np
 
 from deflow.errors import UserError
 
-log = logging.getLogger(__name__)
-
 Arrays = dict[str, np.ndarray]
 
 TABLES = ("observations", "actions", "next_observations")  # two axes, (rows, size)
 FLAGS = ("terminals", "timeouts")
-CHOICES = 32  # whole numbers in an action, of which more are steps of a motor
 MOSTLY = 0.5  # a share of rows above which a flag that ends the task is taken for its opposite
 HOLDS_OBJECTS = (
     "holds objects, such as episodes of different lengths: put them one after the other, one row a transition, "
@@ -110,26 +106,14 @@ def _check_successors(observations: np.ndarray, successors: np.ndarray | None, o
 
 
 def _check_actions(actions: np.ndarray, origin: str) -> None:
-    """Refuse choices; whole numbers that may be amounts, such as full throttle or none, are said to be taken so."""
-    if not _are_whole(actions):
+    if actions.dtype.kind not in "biu" or actions.size == 0:
         return
-    of_integers = actions.dtype.kind in "biu"
     is_single = actions.ndim == 1 or actions.shape[1] == 1
-    largest = np.abs(actions.astype(np.float64)).max()
-    if (of_integers and (is_single or largest > 1)) or (largest > 1 and len(np.unique(actions)) <= CHOICES):
+    if is_single or np.abs(actions.astype(np.int64)).max() > 1:
         raise UserError(
-            f"{origin}: 'actions' are whole numbers up to {largest:g}: discrete actions, which no agent here takes "
-            "(amounts, such as steps of a motor: divide them by the largest)"
+            f"{origin}: 'actions' are whole numbers up to {actions.max():d}: discrete actions, which no agent here "
+            "takes (amounts, such as steps of a motor: store them as floats)"
         )
-    if largest == 1 and actions.min() == 0:
-        log.warning("%s: all actions are 0 or 1: taken as amounts, as no agent here takes choices", origin)
-
-
-def _are_whole(actions: np.ndarray) -> bool:
-    """Whether all are whole numbers; a look at some rows is nearly always enough to see that they are not."""
-    if actions.dtype.kind in "biu":
-        return True
-    return actions.dtype.kind == "f" and all(np.array_equal(part, np.trunc(part)) for part in (actions[:1000], actions))
 
 
 def _check_terminals(terminals: np.ndarray | None, origin: str) -> None:

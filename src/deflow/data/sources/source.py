@@ -25,7 +25,8 @@ Reward = TypeVar("Reward", float, np.ndarray)
 # Share of a dimension's standard deviation by which a next observation may be off the row after it: what rounding to
 # another precision does, and no step from one trajectory to another.
 ROUNDING = 1e-2
-ALMOST_0 = 1e-6  # of the standard deviation that is the largest, or of 1
+ALMOST_0 = 1e-5  # of the largest number up to 0.1: what is 0 but for a simulator's arithmetic
+CHOICES = 32  # whole numbers in the actions, of which more are steps of a motor
 BEYOND = 1e-3  # by which an action may be outside its range without a word
 SMALLEST_STD = 1e-6  # of an observation's dimension that changes, as a share of its mean, or of the largest up to 1
 ROWS_AT_ONCE = 65_536
@@ -123,6 +124,7 @@ class Source(ABC):
 
     def with_units(self, whole: Transitions) -> Transitions:
         """The whole set in its units, see `Units`; what will be clipped is said."""
+        _say_of_choices(whole.actions.numpy(), self.name)
         if self.standardise:
             mean, std = moments(whole)
             whole = replace(whole, units=whole.units._replace(mean=mean, std=std))
@@ -199,9 +201,8 @@ def _jumps(next_observations: np.ndarray, rows_after: np.ndarray) -> np.ndarray:
     axes = tuple(range(1, rows_after.ndim))
     after = rows_after.astype(np.float64)
     rounded = max(_precision(next_observations), _precision(rows_after)) * np.abs(after)  # also of what never changes
-    std = after.std(0)
-    recomputed = ALMOST_0 * min(1.0, std.max())  # what is 0 but for a simulator's arithmetic
-    return (np.abs(next_observations - after) > ROUNDING * std + rounded + recomputed).any(axes)
+    recomputed = ALMOST_0 * min(0.1, np.abs(after).max())
+    return (np.abs(next_observations - after) > ROUNDING * after.std(0) + rounded + recomputed).any(axes)
 
 
 def _precision(column: np.ndarray) -> float:
@@ -220,6 +221,17 @@ def unless_one(low: np.ndarray, high: np.ndarray) -> tuple[Numbers, Numbers] | t
         return None, None
     log.info("actions from %s to %s are decided as -1 to 1", low.tolist(), high.tolist())
     return tuple(low.tolist()), tuple(high.tolist())
+
+
+def _say_of_choices(actions: np.ndarray, name: str) -> None:
+    """Say what becomes of floats that may be numbers of choices: whole, not negative and few."""
+    # A look at some rows is nearly always enough to see that they are no whole numbers.
+    if not all(np.array_equal(part, np.trunc(part)) for part in (actions[:1000], actions)):
+        return
+    values = np.unique(actions)
+    if values.size and values[0] >= 0 and values[-1] > 0 and len(values) <= CHOICES:
+        shown = f"whole numbers from {values[0]:g} to {values[-1]:g}"
+        log.warning("%s: all actions are %s: taken as amounts, as no agent here takes choices", name, shown)
 
 
 def moments(whole: Transitions) -> tuple[Numbers, Numbers]:
