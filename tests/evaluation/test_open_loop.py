@@ -154,6 +154,7 @@ def test_a_trajectory_that_ends_too_early_stays_where_it_was(ends_above: float, 
     # Where the task has ended there is no state to compare with.
     to_the_end = steps_within(model, walks([3] * 4, noise=0.0, goal=True), most=3, seed=0)
     assert to_the_end == (min(allowed, 2), pytest.approx(errors[:2], abs=1e-5))
+    assert steps_within(model, walks([1] * 4, noise=0.0, goal=True), most=3, seed=0) == (0, [])
 
 
 @pytest.mark.parametrize("goal", [False, True])
