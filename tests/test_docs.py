@@ -78,7 +78,15 @@ def test_a_table_is_that_of_the_records_beside_it() -> None:
 
 def test_a_curve_is_that_of_the_records_beside_it() -> None:
     page = (ROOT / "docs/results/agents.md").read_text()
-    shown = {"cac": "CAC", "ifql": "IFQL", "flow_bc": "flow BC", "srpo": "SRPO", "fawac": "FAWAC", "fbrac": "FBRAC"}
+    shown = {
+        "cac": "CAC",
+        "idql": "IDQL",
+        "ifql": "IFQL",
+        "flow_bc": "flow BC",
+        "srpo": "SRPO",
+        "fawac": "FAWAC",
+        "fbrac": "FBRAC",
+    }
     results = read_results(ROOT / "docs/results/agents.jsonl")
     cells = cells_of("agents", results)
     assert {cell.agent for cell in cells} == set(shown)
