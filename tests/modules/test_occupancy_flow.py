@@ -58,6 +58,16 @@ def steps(size: int = 6) -> Batch:
     return Batch(states, actions, -goes_on, 0.9 * goes_on, after, actions)
 
 
+@pytest.mark.parametrize("discount", [0.9, 0.999])
+def test_values_are_in_units_of_the_largest_reward(discount: float) -> None:
+    # Whatever the discount: where the end alone earns, no value is larger than that.
+    batch = steps()
+    critic = make(discount=discount, statistics=UNIT | {"reward_centre": 1.0, "reward_scale": 2.0})
+    values = critic.values(batch.observations, batch.actions)
+    torch.testing.assert_close(values, 3 * critic.q(batch.observations, batch.actions).squeeze(-1))
+    torch.testing.assert_close(values, critic.frozen_values(batch.observations, batch.actions))
+
+
 @pytest.mark.parametrize("name", ["line", "line, goal", "grid"])
 def test_the_closed_form_is_what_steps_lead_to(study: Any, name: str) -> None:
     system, discount = study.SYSTEMS[name](), 0.8
