@@ -257,7 +257,7 @@ def test_what_is_collected_is_rewarded_as_the_data() -> None:
 def test_seeds_learn_from_scaled_rewards(point_data: Path, tmp_path: Path) -> None:
     overrides = ("experiment=pointmaze", "data.reward_scale=10", "data.reward_shift=-5", "agent/critic=flow", "seeds=2")
     summary = train(tiny_config(point_data, *overrides, "data.discount=0.9"), tmp_path)
-    assert summary["units"]["reward"] == [10.0, -5.0]
+    assert summary["units"]["reward"] == (10.0, -5.0)
     config = OmegaConf.load(tmp_path / "config.yaml")
     assert config.agent.critic.value_range == pytest.approx([-150.0, 0.0])  # a step costs 1, which is 15, for ever
 

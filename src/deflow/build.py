@@ -148,11 +148,12 @@ def state_statistics(transitions: Transitions) -> StateStatistics:
 def step_statistics(transitions: Transitions) -> StepStatistics:
     """What standardises a model of the environment's steps, in the units that the agent learns from."""
     rows = _measured(transitions.starts)
-    changes = transitions.observations(rows + 1).double() - transitions.observations(rows).double()
+    here = transitions.observations(rows).double()
+    changes = transitions.observations(rows + 1).double() - here
     return {
         **state_statistics(transitions),
         "change_mean": changes.mean(0).tolist(),
-        "change_std": _size_of(changes, transitions.observations(rows).double()).tolist(),
+        "change_std": _size_of(changes, here).tolist(),
     }
 
 

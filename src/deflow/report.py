@@ -106,11 +106,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def finite(content: Any) -> Any:
-    """The content with None in the place of numbers that are not finite, as a file of JSON will say it."""
+    """The content with None in the place of numbers that are not finite, as a file of JSON will have it."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
+    if isinstance(content, list):
         return [finite(value) for value in content]
+    if isinstance(content, tuple):
+        return tuple(finite(value) for value in content)
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

@@ -357,8 +357,8 @@ def _draw_coverage(axis: Axes, coverage: dict[str, dict[str, float]]) -> None:
 def _draw_by_distance(axis: Axes, by_distance: dict[str, list[list[float]]]) -> None:
     for name, pairs in by_distance.items():
         axis.plot(*zip(*pairs, strict=True), marker="o", label=name)
-    axis.set(xlabel="distance of state and action from the training data", ylabel="standard deviations of the state")
-    axis.set(xlim=(0, None), ylim=(0, None))
+    axis.set(xlabel="distance of state and action from the training data", xlim=(0, None))
+    axis.set(ylabel="standard deviations of the state", ylim=(0, None))
     axis.set_title("error of one step, off the data")
 
 
