@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deflow.data.measures.iav import intrinsic_action_variance
+from deflow.data.measures.scales import standardised
 from deflow.errors import UserError
 
 
@@ -37,6 +38,12 @@ def test_neither_units_nor_what_never_changes_make_a_difference(scale: float, co
     left_by_arithmetic = 1e-7 * min(scale, 1.0) * rng.normal(size=500)
     shown = np.column_stack([scale * states, np.full(500, constant), left_by_arithmetic])
     assert intrinsic_action_variance(shown, actions).mean == pytest.approx(plain.mean, rel=1e-3)
+
+
+def test_points_are_in_deviations_from_their_mean() -> None:
+    points = standardised(np.random.default_rng(3).normal([0.0, 500.0], [1e-3, 20.0], size=(400, 2)))
+    np.testing.assert_allclose(points.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(points.std(0), 1, atol=1e-4)
 
 
 def test_known_conditional_variance() -> None:
