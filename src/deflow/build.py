@@ -16,7 +16,7 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.config import plain
 from deflow.data.measures.iav import intrinsic_action_variance
-from deflow.data.measures.scales import deviations, negligible
+from deflow.data.scales import deviations, negligible
 from deflow.data.memory.transitions import Transitions
 from deflow.errors import UserError
 from deflow.modules.statistics import PathStatistics, StateStatistics, StepStatistics
@@ -182,5 +182,5 @@ def _deviation(values: Tensor) -> Tensor:
 def _size_of(changes: Tensor, states: Tensor) -> Tensor:
     """Standard deviations of changes of states; of one that is always the same its size, of none that of the state."""
     deviation, size = changes.std(0, correction=0), changes.mean(0).abs()
-    least = torch.from_numpy(negligible(states.numpy(), deviation.numpy()))
+    least = torch.from_numpy(negligible(states.abs().amax(0).numpy(), deviation.numpy()))
     return torch.where(deviation > least, deviation, torch.where(size > least, size, _deviation(states)))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from deflow.agents.base import Agent
-from deflow.data.measures.scales import standardised
+from deflow.data.scales import standardised
 from deflow.data.memory.transitions import Transitions
 from deflow.files import replacing
 from deflow.policy import Policy, evaluation_mode

@@ -22,6 +22,19 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
         case "relu":
             return F.relu(x)
         case "mish":
-            return F.mish(x)
+            return mish(x)
         case "silu":
             return F.silu(x)
+
+
+def mish(x: Tensor) -> Tensor:
+    r"""`x tanh(ln(1 + e^x))`, on a CPU by a single exponential.
+
+    torch's own takes up to ten times as long there, compiled: with :math:`n = e^x (e^x + 2)` the hyperbolic tangent is
+    :math:`n / (n + 2)`, which is 1 long before n overflows.
+    """
+    if x.device.type != "cpu":
+        return F.mish(x)  # one kernel
+    exponential = x.clamp(max=20.0).exp()
+    n = exponential * (exponential + 2)
+    return x * (n / (n + 2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deflow.data.measures.iav import intrinsic_action_variance
-from deflow.data.measures.scales import standardised
+from deflow.data.scales import standardised
 from deflow.errors import UserError
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deflow.data.measures.scales import standardised
+from deflow.data.scales import standardised
 from deflow.errors import UserError
 from deflow.seeding import fold_seed
 

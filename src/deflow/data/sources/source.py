@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from deflow.data.memory.transitions import Transitions
+from deflow.data.scales import negligible
 from deflow.data.sources.columns import Arrays
 from deflow.envs.meeting import meet
 from deflow.envs.success import SuccessRule
@@ -28,7 +29,6 @@ ROUNDING = 1e-2
 ALMOST_0 = 1e-5  # of the largest number up to 0.1: what is 0 but for a simulator's arithmetic
 CHOICES = 32  # whole numbers in the actions, of which more are steps of a motor
 BEYOND = 1e-3  # by which an action may be outside its range without a word
-SMALLEST_STD = 1e-6  # of an observation's dimension that changes, as a share of its mean, or of the largest up to 1
 ROWS_AT_ONCE = 65_536
 VALIDATION_SHARE = 0.1  # of the trajectories, where a data set has no validation split of its own
 
@@ -240,7 +240,8 @@ def moments(whole: Transitions) -> tuple[Numbers, Numbers]:
     mean = sum((whole.states[rows].double().sum(0) for rows in parts), torch.zeros(())) / count
     squares = sum(((whole.states[rows].double() - mean).square().sum(0) for rows in parts), torch.zeros(()))
     std = (squares / max(count - 1, 1)).sqrt()
-    std = torch.where(std > SMALLEST_STD * mean.abs().clamp(min=std.max().clamp(max=1)), std, 1.0)
+    size = torch.stack([whole.states[rows].abs().amax(0) for rows in parts]).amax(0)
+    std = torch.where(std > torch.from_numpy(negligible(size.numpy(), std.numpy())), std, 1.0)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 

@@ -9,14 +9,19 @@ ARITHMETIC = 1e-6  # what a simulator leaves of one that is 0, as a share of the
 
 
 def deviations(values: np.ndarray) -> np.ndarray:
-    """Standard deviations along the first axis, shape (size,); 0 for what is constant but for arithmetic."""
+    """Standard deviations along the first axis, shape (dimensions,); 0 for what is constant but for arithmetic."""
     found = centred(values).std(0)
-    return np.where(found > negligible(values, found), found, 0.0)
+    return np.where(found > negligible(np.abs(values).max(0), found), found, 0.0)
 
 
-def negligible(values: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    """How much may be arithmetic of a deviation of such numbers, or of their differences, shape (size,)."""
-    return np.maximum(ROUNDING * np.abs(values).max(0), ARITHMETIC * min(1.0, deviation.max()))
+def negligible(size: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """How much may be arithmetic of a deviation of numbers up to such a size, or of their differences.
+
+    Args:
+        size: the largest absolute numbers, shape (dimensions,).
+        deviation: standard deviations, shape (dimensions,).
+    """
+    return np.maximum(ROUNDING * size, ARITHMETIC * min(1.0, deviation.max()))
 
 
 def standardised(points: np.ndarray) -> np.ndarray:
@@ -25,7 +30,7 @@ def standardised(points: np.ndarray) -> np.ndarray:
     What does not vary is 0 in all of them: its size would take the distances' precision.
 
     Args:
-        points: shape (rows, size).
+        points: shape (rows, dimensions).
     """
     points = np.asarray(points, np.float32)
     scale = deviations(points)
