@@ -96,6 +96,10 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
             ["agent.optimizer.parts.critic.lr=1e-5", "agent.optimizer.parts.refiner.lr=1e-5"],
             "yet: add it, +agent.optimizer.parts.critic.lr=1e-5",
         ),
+        (
+            ["seed=0,1", "agent.optimizer.parts.critic.lr=1e-5,1e-4", "--multirun"],
+            "yet: add it, +agent.optimizer.parts.critic.lr=1e-5,1e-4",
+        ),
         (["task=scene", "stages.joint.freeze=[critic]"], "yet: add it, '+stages.joint.freeze=[critic]'"),
         (["agent.dynamics.within=0.2"], "did you mean 'agent.dynamics'?"),
         (["task=scene", "stages.jointly.steps=5"], "did you mean"),

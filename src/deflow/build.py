@@ -16,8 +16,8 @@ from torch import Tensor
 from deflow.agents.base import Agent
 from deflow.config import plain
 from deflow.data.measures.iav import intrinsic_action_variance
-from deflow.data.scales import deviations, negligible
 from deflow.data.memory.transitions import Transitions
+from deflow.data.scales import deviations, negligible
 from deflow.errors import UserError
 from deflow.modules.statistics import PathStatistics, StateStatistics, StepStatistics
 from deflow.sections import AUTO, STAND_IN

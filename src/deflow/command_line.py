@@ -204,11 +204,19 @@ def _as_addition(command: str, arguments: Sequence[str], key: str) -> str | None
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(CONFIG_DIR, version_base=None):
-            config = compose(command, overrides=[added.get(override, override) for override in overrides])
+            config = compose(command, overrides=[_first_of(added.get(override, override)) for override in overrides])
         check_settings(config, command)
     except OF_THE_USER:
         return None
     return next((f"+{override}" for override in added if override.startswith(f"{key}=")), None)
+
+
+def _first_of(override: str) -> str:
+    """An override as the first job of a sweep has it."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_discrete_sweep():
+        return override
+    return f"{parsed.get_key_element()}={next(iter(parsed.sweep_string_iterator()))}"
 
 
 def _known_settings(command: str, arguments: Sequence[str], without: str) -> list[str]:

@@ -32,7 +32,7 @@ from deflow.cores import set_threads, spin_briefly
 from deflow.help import help_text
 from deflow.imports import quick_imports
 from deflow.invocation import as_script_and_as_typed
-from deflow.run_folder import leaving_no_empty, notice_new
+from deflow.run_folder import leaving_no_empty, leaving_no_unused_sweep, notice_new
 from deflow.signals import Stopped, end_with_parent, listening
 
 PARENT = "DEFLOW_PARENT"  # variable with the number of the process that starts others
@@ -71,7 +71,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig, Path], Any]
             if "LOCAL_RANK" in os.environ:  # a process of several, started by Lightning or torchrun
                 end_with_parent(int(os.environ.get(PARENT, os.getppid())))
             os.environ[PARENT] = str(os.getpid())  # for the processes that this one may start
-            with _errors_in_one_line(config_name, sweep), listening():
+            with _errors_in_one_line(config_name, sweep), listening(), leaving_no_unused_sweep():
                 # Hydra by itself takes files from there and no tables, and they go last.
                 look_in_own_folder(config_dir_of(sys.argv[1:]))
                 overrides = [readable(argument) for argument in overrides_of(sys.argv[1:])]

@@ -32,6 +32,7 @@ REPLAY = "replay"
 EPISODES_FILE = "episodes.json"  # of the last evaluation
 LOG_FILE = "train.log"
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder"
+SWEEP_FILE = "multirun.yaml"  # that Hydra writes before it looks at a sweep's jobs
 COMMITS_FILE = ".commits"  # of the code of the processes that made the run, a line each
 
 SIGNS_OF_A_RUN = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CHECKPOINTS)
@@ -130,6 +131,19 @@ def leaving_no_empty(folder: Path) -> Iterator[None]:
     except BaseException:
         if is_new(folder):
             _remove_empty(folder)
+        raise
+
+
+@contextmanager
+def leaving_no_unused_sweep() -> Iterator[None]:
+    """Remove the folder that Hydra has made for a sweep if an error comes and there is nothing of a job in it."""
+    try:
+        yield
+    except BaseException:
+        for folder in tuple(_new):
+            if [path.name for path in folder.glob("*")] == [SWEEP_FILE]:
+                (folder / SWEEP_FILE).unlink()
+                _remove_empty(folder)
         raise
 
 

@@ -104,6 +104,21 @@ def test_returns_of_what_earned_rewards_are_what_the_data_hold(caplog: pytest.Lo
     assert "returns of trajectories that were cut count what the data hold" in caplog.text
 
 
+def test_returns_are_computed_once_for_both_splits_of_the_same_columns(
+    transitions: Transitions, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = tuple(replace(transitions, starts=starts) for starts in transitions.starts.split(50))
+    source = type("Source", (), {"load": lambda self: splits})()
+    data = OfflineDataModule(source, batch_size=8, validation_batches=1, seed=0, discount=0.9, reward_shift=2.0)
+    data.setup()
+    data.add_returns()
+    assert data.transitions is not None
+    assert data.validation is not None
+    assert data.transitions.returns is not None
+    assert data.validation.returns is data.transitions.returns
+    assert caplog.text.count("returns of trajectories that were cut") == 1
+
+
 @pytest.mark.parametrize("highest", [0.0, 1.0])
 def test_returns_from_some_rows_are_those_of_all(highest: float, caplog: pytest.LogCaptureFixture) -> None:
     rng = np.random.default_rng(0)

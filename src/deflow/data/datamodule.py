@@ -123,7 +123,11 @@ class OfflineDataModule(LightningDataModule):
         """Let batches hold `returns`."""
         assert self.transitions is not None
         self.transitions = self.transitions.with_returns(self.span.discount)
-        if self.validation is not None:
+        if self.validation is None:
+            return
+        if self.validation.rewards is self.transitions.rewards:  # set apart from the same columns
+            self.validation = replace(self.validation, returns=self.transitions.returns)
+        else:
             self.validation = self.validation.with_returns(self.span.discount)
 
     def add_path(self) -> None:

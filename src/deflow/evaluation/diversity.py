@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from deflow.agents.base import Agent
-from deflow.data.scales import standardised
 from deflow.data.memory.transitions import Transitions
+from deflow.data.scales import standardised
 from deflow.files import replacing
 from deflow.policy import Policy, evaluation_mode
 from deflow.seeding import fold_seed, torch_generator
