@@ -96,6 +96,15 @@ def test_dropout_is_drawn_with_the_noise() -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_validation_is_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, batch = make("bc", "agent.actor.dropout=0.5"), random_batch(make("bc"))
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(agent, "log_dict", lambda values, **settings: logged.update(values))
+    agent.validation_step(batch, 0)
+    _, expected, _ = next(iter(agent.losses(batch, agent.noise(batch, 0)._replace(keep=None))))
+    assert logged["val/actor/loss"] == expected
+
+
 def test_idql_takes_the_sample_with_the_highest_smaller_target_value() -> None:
     agent = make("idql", "agent.best_of_n=6").eval()
     observations, z = torch.randn(4, 5), torch.randn(4, 5, 6, 3)
@@ -293,6 +302,9 @@ def test_a_frozen_part_gives_its_average() -> None:
             "agent.actor.normalise",
             {"humanoidmaze_medium": True, "antsoccer_arena": False, "cube_single": False},
         ),
+        # The policy's rate alone.
+        ("agent=cac", "agent.optimizer.lr", {"pen-human-v1": 3e-4, "scene": 3e-4}),
+        ("agent=cac", "agent.optimizer.parts", {"pen-human-v1": {"actor": {"lr": 3e-5}}, "scene": {}}),
         # FQL's runs of it, not its own.
         ("agent=cac", "agent.normalise_target", {"pen-human-v1": False}),
     ],

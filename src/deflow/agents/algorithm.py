@@ -47,7 +47,8 @@ class Algorithm(ABC):
     def draw_noise(self, batch: Batch, generator: torch.Generator) -> Any:
         """Every random number that one evaluation of the losses uses: those of a flow agent, unless it needs others.
 
-        A named tuple of tensors, which several seeds' are stacked in; `()` for an agent that needs none.
+        A named tuple of tensors, which several seeds' are stacked in; `()` for an agent that needs none. What dropout
+        leaves in is called `keep`, and is None in validation.
         """
         return FlowNoise.draw(batch, generator)
 

@@ -255,6 +255,8 @@ class Agent(Algorithm, LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.begin_update(None)
         noise = self.noise(batch, "validation", rank(), batch_idx)
+        if "keep" in getattr(noise, "_fields", ()):
+            noise = noise._replace(keep=None)  # dropout is of updates alone
         losses = type(self).losses(self, batch, noise)  # never compiled: it is seldom called
         metrics = _named("val", {part: metrics for part, _, metrics in losses})
         self.log_dict(metrics | {"step": float(self.run_step)}, batch_size=len(batch.rewards), sync_dist=True)

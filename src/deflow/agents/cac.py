@@ -49,7 +49,8 @@ class CAC(ActorCritic):
     :math:`\min_k \bar Q_k`.
 
     Differences from the released code: the policy climbs the critic of before its step (there of after it), and targets
-    and teacher move toward the weights of before the step (there after it), as everywhere here. The learning rate
+    and teacher move toward the weights of before the step (there after it), as everywhere here. Kernels are drawn by
+    Xavier's uniform distribution, biases are 0 (there torch's own, of a third of the variance). The learning rate
     stays; there it may fall from epoch to epoch. The number of boundaries grows over 50,000 updates and then begins
     anew, as between two evaluations there, however long the run is.
 

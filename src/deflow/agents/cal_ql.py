@@ -71,8 +71,9 @@ class CalQL(ActorCritic):
 
     Differences from the released code:
     1. The losses of the members are averaged, the gap's as well (there summed).
-    2. Kernels are drawn by Xavier's uniform distribution (there orthogonal), and the logarithm of the deviation is what
-       the network says (there scaled and shifted by two learned numbers, and begins at -1).
+    2. Kernels are drawn by Xavier's uniform distribution (there orthogonal, the critics' last ones 100 times
+       smaller), and the logarithm of the deviation is what the network says (there scaled and shifted by two learned
+       numbers, and begins at -1).
     3. Targets move toward the weights before the step (there after it).
     4. The return of a cut trajectory goes on with its last cost, whatever its costs were (there only if all of them are
        the cost of a step of the task).

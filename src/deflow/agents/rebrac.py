@@ -80,8 +80,13 @@ class ReBRAC(ActorCritic):
 
     The policy trains in every second update, and all targets move with it. Norms are sums over the action's dimensions.
 
-    Differences from the code behind the tables (FQL's, arXiv 2502.02538): the data's next action at a trajectory's end
-    is the last one again (there the next trajectory's first).
+    Differences from the code behind the tables:
+    1. FQL's (arXiv 2502.02538): the data's next action at a trajectory's end is the last one again (there the next
+       trajectory's first).
+    2. CORL's, behind the cells of D4RL: kernels and biases begin as in FQL's (there hidden biases at 0.1 and last
+       layers within 1e-3, the policy's, and 3e-3, the critic's), the losses of the members are averaged (there summed),
+       the policy climbs the critic of before its step (there of after it) and trains in the second update of each two
+       (there in the first).
 
     Args:
         spec: sizes of the task.

@@ -126,6 +126,8 @@ class SRPO(ImplicitQ):
        `agent.actor.baseline=false`.
     2. Targets move toward the weights of before the step (there after it), as everywhere here.
     3. No second policy is trained beside the critic, which there is only looked at.
+    4. Kernels are drawn by Xavier's uniform distribution, biases are 0, as in the code behind most of the tables' cells
+       (FQL's authors wrote it anew on IDQL's); there by torch's own rule, with a third of the variance.
 
     Args:
         spec: sizes of the task.

@@ -21,10 +21,10 @@ from deflow.types import Metrics, Spec
 class GaussianActor(LightningModule):
     r"""Policy :math:`a = \tanh(\mu(s) + \sigma(s) \, z)` that maximises value and entropy.
 
-    .. math:: L(\phi) = E[\alpha \log \pi(a \mid s) - \bar Q(s, a)], \quad
+    .. math:: L(\phi) = E[\alpha \log \pi(a \mid s) - Q(s, a)], \quad
               L(\alpha) = \log\alpha \, (sg[H] - H_0), \quad H = -E \log \pi
 
-    with :math:`\bar Q` the mean over the ensemble. The other form of the second loss is
+    with :math:`Q` what `loss` is given, of the ensemble and not of its targets. The other form of the second loss is
     :math:`\alpha \, (sg[H] - H_0)`, whose gradient is that of the first times :math:`\alpha`. The temperature
     :math:`\alpha` falls while the entropy is above its target :math:`H_0` and rises otherwise. Source: SAC
     (arXiv 1812.05905).
@@ -39,8 +39,9 @@ class GaussianActor(LightningModule):
         target_entropy_multiplier: 0.5 in RLPD's released code, 1 in Cal-QL's; > 0.
         log_std_range: lowest and highest logarithm of the standard deviation, to which what the network says is cut:
             [-5, 2] in FQL's code, [-20, 2] in RLPD's, Cal-QL's and QAM's.
-        output_scale: of the variance from which the last kernel is drawn, > 0; 0.01 in FQL's code, where mean and
-            deviation have a last layer each, which are drawn as this one but for the width of both.
+        output_scale: factor on the variance from which the last kernel is drawn, > 0; 1 draws it as the others. 0.01 in
+            FQL's code, where mean and deviation have a last layer each, which are drawn as this one but for the width
+            of both.
         temperature_loss: what the entropy's error multiplies: `log_alpha` (Cal-QL's code), or `alpha` (RLPD's, FQL's).
 
     Raises:

@@ -34,7 +34,7 @@ class GaussianPolicy(LightningModule):
         std: sigma, > 0, the same in every dimension; None learns one for each, from 1.
         squash: let the mean be a tanh.
         dropout: share of the hidden values that an update leaves out, in [0, 1).
-        output_scale: of the last layer's variance at the start, beside that of the others.
+        output_scale: factor on the variance from which the last kernel is drawn, > 0; 1 draws it as the others.
     """
 
     def __init__(

@@ -20,10 +20,10 @@ from deflow.types import Metrics, Spec
 class OneStepActor(LightningModule):
     r"""One-step policy :math:`\mu_\omega(s, z)`, distilled from a flow while it climbs the value.
 
-    .. math:: L(\omega) = \alpha \, \|\mu_\omega(s, z) - sg[\mu_\psi(s, z)]\|^2 - E[\bar Q(s, clip(\mu_\omega(s, z)))]
+    .. math:: L(\omega) = \alpha \, \|\mu_\omega(s, z) - sg[\mu_\psi(s, z)]\|^2 - E[Q(s, clip(\mu_\omega(s, z)))]
 
-    the first term averaged over the batch and the action dimensions, :math:`\bar Q` the mean over the ensemble.
-    Source: FQL (arXiv 2502.02538).
+    the first term averaged over the batch and the action dimensions, :math:`Q` the mean over the ensemble, not over its
+    targets. Source: FQL (arXiv 2502.02538).
 
     Args:
         spec: sizes of the task.
@@ -35,7 +35,7 @@ class OneStepActor(LightningModule):
         objective: `value` (the paper's), or `unrolled`, which climbs the rewards of steps that the policy takes in a
             model of the environment and the value of where they end, and is distilled in every state on the way in
             which the task goes on (on average over them, and without a gradient into the states):
-            :math:`E[\sum_{h < H} \gamma^h \hat r_h + \gamma^H \bar Q(\hat s_H, a_H)]`, with a gradient through the
+            :math:`E[\sum_{h < H} \gamma^h \hat r_h + \gamma^H Q(\hat s_H, a_H)]`, with a gradient through the
             model and all of the policy's actions (SVG, arXiv 1510.09142).
         steps: `H` of `unrolled`.
     """

@@ -27,9 +27,9 @@ class Refiner(LightningModule):
     r"""Residual :math:`f_\phi(s, a_{base})` with :math:`a_\pi = clip(a_{base} + \Delta a)`, :math:`\Delta a = f_\phi`.
 
     .. math::
-        L(\phi) = -\frac{E[\bar Q(s, a_\pi)]}{sg[E|\bar Q|]} + \sum_i sg[\lambda_i] \, C_i
+        L(\phi) = -\frac{E[Q(s, a_\pi)]}{sg[E|Q|]} + \sum_i sg[\lambda_i] \, C_i
 
-    with :math:`\bar Q` the mean over the ensemble. The first constraint is the trust region
+    with :math:`Q` the mean over the ensemble, not over its targets. The first constraint is the trust region
     :math:`\|\Delta a\|^2 \le \delta`, the mean over batch and dimensions; see `Constraint` for the multipliers.
     Source: DeFlow (arXiv 2601.10471). Difference from the released code: a fixed alpha multiplies the penalty
     once (there it does twice).
@@ -37,11 +37,11 @@ class Refiner(LightningModule):
     Three other objectives may take the first term's place, inside the same constraints:
 
     - `gradient_step`: :math:`E\|\Delta a - \eta g\|^2 / 2\eta`, a regression to one step uphill from the proposal, with
-      :math:`g = \nabla_a \bar Q(s, a_{base}) / sg[E|\bar Q|]`. Its gradient at :math:`\Delta a = 0` is that of `value`.
+      :math:`g = \nabla_a Q(s, a_{base}) / sg[E|Q|]`. Its gradient at :math:`\Delta a = 0` is that of `value`.
     - `demonstration`: :math:`E\,w\,\|a_\pi - a\|^2`, a regression to the data's action where it is better than the
-      proposal, :math:`w = \min(\exp(\beta(\bar Q(s, a) - \bar Q(s, a_{base}))), 100)`.
-    - `unrolled`: as `value`, of :math:`\sum_{h < H} \gamma^h \hat r_h + \gamma^H \bar Q(\hat s_H, a_H)` in the place of
-      :math:`\bar Q(s, a_\pi)`: rewards of steps that the policy takes in a model of the environment, and the value of
+      proposal, :math:`w = \min(\exp(\beta(Q(s, a) - Q(s, a_{base}))), 100)`.
+    - `unrolled`: as `value`, of :math:`\sum_{h < H} \gamma^h \hat r_h + \gamma^H Q(\hat s_H, a_H)` in the place of
+      :math:`Q(s, a_\pi)`: rewards of steps that the policy takes in a model of the environment, and the value of
       where they end, with a gradient through the model and all refined actions (SVG, arXiv 1510.09142). The trust
       region holds in the step, imagined or not, that is farthest from its proposals.
 
