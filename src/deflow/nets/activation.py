@@ -30,8 +30,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 def mish(x: Tensor) -> Tensor:
     r"""`x tanh(ln(1 + e^x))`, on a CPU by a single exponential.
 
-    torch's own takes up to ten times as long there, compiled: with :math:`n = e^x (e^x + 2)` the hyperbolic tangent is
-    :math:`n / (n + 2)`, which is 1 long before n overflows.
+    torch's own takes up to ten times as long there once both are compiled: with :math:`n = e^x (e^x + 2)` the
+    hyperbolic tangent is :math:`n / (n + 2)`, which is 1 long before n overflows.
     """
     if x.device.type != "cpu":
         return F.mish(x)  # one kernel

@@ -237,10 +237,13 @@ def _say_of_choices(actions: np.ndarray, name: str) -> None:
 def moments(whole: Transitions) -> tuple[Numbers, Numbers]:
     """Mean and standard deviation of the states, a number a dimension; 1 for what does not change but by rounding."""
     parts, count = whole.starts.split(ROWS_AT_ONCE), len(whole.starts)  # not all at once: they may be mapped
-    mean = sum((whole.states[rows].double().sum(0) for rows in parts), torch.zeros(())) / count
+    total = size = torch.zeros(())
+    for rows in parts:
+        states = whole.states[rows]
+        total, size = total + states.double().sum(0), torch.maximum(size, states.abs().amax(0))
+    mean = total / count
     squares = sum(((whole.states[rows].double() - mean).square().sum(0) for rows in parts), torch.zeros(()))
     std = (squares / max(count - 1, 1)).sqrt()
-    size = torch.stack([whole.states[rows].abs().amax(0) for rows in parts]).amax(0)
     std = torch.where(std > torch.from_numpy(negligible(size.numpy(), std.numpy())), std, 1.0)
     return tuple(mean.tolist()), tuple(std.tolist())
 
