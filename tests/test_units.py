@@ -149,6 +149,21 @@ def test_what_never_changes_is_not_blown_up(tmp_path: Path, monkeypatch: pytest.
     assert abs(data.units.observed(np.array([5000.3, 0.0, 0.0]))[0]) < 1e-3
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e5])
+def test_what_arithmetic_leaves_has_no_units(scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 7)
+    columns, rng = walks(), np.random.default_rng(0)
+    for name in ("observations", "next_observations"):
+        rows = len(columns[name])
+        rounded = np.float32(5000.3) * (1 + 2.0**-24 * rng.choice([-1, 1], rows))
+        left = 1e-7 * min(scale, 1.0) * rng.normal(size=rows)
+        columns[name] = np.column_stack([rounded, left, scale * columns[name]]).astype(np.float32)
+    data, _ = CustomSource(saved(tmp_path, columns), ALL_KEYS, standardise=True).load()
+    assert data.units.std is not None
+    assert data.units.std[:2] == (1.0, 1.0)
+    assert min(data.units.std[2:]) > 0.1 * scale
+
+
 def test_what_is_collected_is_in_the_units_of_the_data() -> None:
     class Half(Acting):
         def act(self, observations: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
