@@ -89,9 +89,12 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["agent.optimizer.parts.critic.lr=5e-5"], "yet: add it, +agent.optimizer.parts.critic.lr=5e-5"),
         (
             ["agent=rebrac", "agent.optimizer.parts={critic: {lr: 5e-5}}"],
-            "no setting 'agent.optimizer.parts' yet: add it, '+agent.optimizer.parts={critic: {lr: 5e-5}}'",
+            "no setting 'agent.optimizer.parts.critic' yet: add it, '+agent.optimizer.parts={critic: {lr: 5e-5}}'",
         ),
-        (["agent=idql", "agent.every={behavior: 2}"], "no setting 'agent.every' yet: add it, '+agent.every={behavior"),
+        (
+            ["agent=idql", "agent.every={behavior: 2}"],
+            "no setting 'agent.every.behavior' yet: add it, '+agent.every={beh",
+        ),
         (
             ["agent.optimizer.parts.critic.lr=1e-5", "agent.optimizer.parts.refiner.lr=1e-5"],
             "yet: add it, +agent.optimizer.parts.critic.lr=1e-5",
@@ -99,6 +102,36 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (
             ["seed=0,1", "agent.optimizer.parts.critic.lr=1e-5,1e-4", "--multirun"],
             "yet: add it, +agent.optimizer.parts.critic.lr=1e-5,1e-4",
+        ),
+        (
+            ["task=scene", "agent=idql", "agent.optimizer.parts.behavior.lr=0"],
+            "agent.optimizer.parts.behavior.lr must be a number above 0, got 0",
+        ),
+        (
+            ["task=scene", "agent=rebrac", "agent.every={}"],
+            "agent.every={} would leave it as it is: ~agent.every.actor",
+        ),
+        (
+            ["task=antmaze-umaze-v2", "agent=rebrac", "agent.optimizer.parts={}"],
+            "~agent.optimizer.parts.critic takes critic out",
+        ),
+        (
+            ["task=scene", "agent=bc", "agent/actor=gaussian"],
+            "agent/actor=gaussian makes GaussianActor, and BC takes GaussianPolicy: use agent/actor=imitation",
+        ),
+        (["task=scene", "agent=iql", "agent/actor=gaussian"], "and IQL takes IQLActor: use agent/actor=imitation"),
+        (
+            ["task=scene", "agent=rlpd", "agent/actor=imitation"],
+            "and RLPD takes GaussianActor: use agent/actor=gaussian",
+        ),
+        (["task=scene", "agent=idql", "agent/value=mean"], "and IDQL takes Value: use agent/value=expectile"),
+        (
+            ["task=scene", "agent=iql", "agent/critic=floq"],
+            "agent/critic=floq makes FlowCritic, and IQL takes Critic: use agent/critic=ensemble|ensemble_mish|",
+        ),
+        (
+            ["task=custom", "data.source.path=own.npz", "data.source.keys.rewards=null"],
+            "data.source.keys.rewards=null: DeFlow learns from rewards; agent=bc and agent=flow_bc do without",
         ),
         (["task=scene", "stages.joint.freeze=[critic]"], "yet: add it, '+stages.joint.freeze=[critic]'"),
         (["agent.dynamics.within=0.2"], "did you mean 'agent.dynamics'?"),
@@ -166,6 +199,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         (("agent=fql", "agent.critic.aggregate=min", "agent.critic.members=1"), ["agent.critic.aggregate=min"]),
         (("task=antmaze_medium", "agent/critic=occupancy"), ["agent.critic.aggregate=min"]),
         (("agent=rlpd", "stages=online", "agent.actor.target_entropy_multiplier=1"), []),
+        (("agent=bc", "data.reward_scale=2", "task.discount=0.9"), ["data.reward_scale=2", "task.discount=0.9"]),
+        (("agent=fql", "agent.behavior_flow.ema=0.9"), ["agent.behavior_flow.ema=0.9"]),
+        (("agent=fql", "agent.behavior_flow.ema=0.9", "stages=staged"), []),
+        (("agent=fql", "agent.behavior_flow.ema=null"), []),
+        (("agent=deflow", "agent.behavior_flow.ema=0.9"), []),
+        (("agent=srpo", "agent.behavior.ema=0.9"), ["agent.behavior.ema=0.9"]),
+        (("agent=srpo", "agent.behavior.ema=0.9", "stages=srpo"), []),
         (("iav.factor=0.1",), ["iav.factor=0.1"]),
         (("agent=fql", "iav.factor=0.1"), ["iav.factor=0.1"]),
         (("agent.trust_region=auto", "iav.factor=0.1"), []),

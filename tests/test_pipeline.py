@@ -18,6 +18,7 @@ from deflow.errors import NonFiniteLossError, UserError
 from deflow.evaluating import evaluate
 from deflow.loggers import read_metrics
 from deflow.modules.behavior_flow import BehaviorFlow
+from deflow.modules.critic import Critic
 from deflow.pipeline import train
 from deflow.report import write_json
 from tests.conftest import compose_config, tiny_config
@@ -212,6 +213,21 @@ def test_nan_stops_with_part_step_and_checkpoint(
     assert all(tensor.isfinite().all() for tensor in good["state_dict"].values())
 
 
+def test_nan_in_a_later_stage_names_the_checkpoint_of_an_earlier_one(
+    point_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Critic.loss
+
+    def is_nan(self, *arguments):
+        value, metrics = loss(self, *arguments)
+        return value * float("nan"), metrics
+
+    monkeypatch.setattr(Critic, "loss", is_nan)
+    expected = r"'critic' is not finite at update 1 of stage 'extraction'; last good checkpoint: .*0_behavior/final"
+    with pytest.raises(NonFiniteLossError, match=expected):
+        run(tmp_path, point_data, "stages=staged")
+
+
 @pytest.mark.parametrize(
     "override,says",
     [
@@ -318,8 +334,10 @@ def test_weights_of_another_run(finished_run: Callable[..., Path], point_data: P
     run(tmp_path / "second", point_data, f"ckpt={final}")
     with pytest.raises(UserError, match=r"is a checkpoint of pointmaze-medium-navigate-singletask-v0, not of"):
         run(tmp_path / "third", point_data, f"ckpt={final}", "task_id=2")
-    with pytest.raises(UserError, match="differ from the configured ones"):
-        run(tmp_path / "fourth", point_data, f"ckpt={final}", "networks.hidden=[8]")
+    with pytest.raises(UserError, match=r"of DeFlow, differ from the configured ones: size mismatch for behavior_flow"):
+        run(tmp_path / "fourth", point_data, f"ckpt={final}", "networks.hidden=[8,8]")
+    with pytest.raises(UserError, match=r"of DeFlow, differ from the configured ones, as in '[a-z]+\.[\w.]+'$"):
+        run(tmp_path / "of_fql", point_data, f"ckpt={final}", "agent=fql")
     Path(final).write_bytes(Path(final).read_bytes()[:-500])
     with pytest.raises(UserError, match="not a whole checkpoint"):
         run(tmp_path / "fifth", point_data, f"ckpt={final}")

@@ -302,6 +302,8 @@ def test_settings_that_are_none(finished_run: Callable[..., Path]) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="run_seed chooses among the seeds in a run's folder"):
         deflow.load(run / CKPT, run_seed=0)
+    with pytest.raises(UserError, match="best_of_n: FQL, of which the checkpoint is, has none"):
+        deflow.load(finished_run("agent=fql"), best_of_n=4)
 
 
 def test_a_file_names_nobodys_code_unless_it_is_trusted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,18 @@ def newest_checkpoint(path: Path, run_seed: int | None = None) -> Path:
         UserError: if there is none, or the seed remains open.
     """
     if path.is_dir():
-        return _of_seed(_newest(path), run_seed)
+        return _of_seed(newest_in_run(path), run_seed)
     if run_seed is not None:
         raise UserError(f"run_seed chooses among the seeds in a run's folder, and {path} is none")
     return path
 
 
-def _newest(folder: Path) -> Path:
-    """What the newest stage has left, finished or not."""
+def newest_in_run(folder: Path) -> Path:
+    """What the newest stage that has a checkpoint has left, finished or not; of all seeds if there are several.
+
+    Raises:
+        UserError: if there is none.
+    """
     for stage in sorted((folder / CHECKPOINTS).glob("*_*"), key=_number, reverse=True):
         for file in (stage / FINAL, stage / LAST):
             if file.is_file():
@@ -157,8 +162,11 @@ def agent_of(checkpoint: dict[str, Any], **settings: Any) -> Agent:
     """
     about = checkpoint["deflow"]
     _refuse_several(about)
+    trained = about["config"]["agent"]
+    for name in sorted(settings.keys() - trained.keys()):
+        raise UserError(f"{name}: {trained['_target_'].rpartition('.')[2]}, of which the checkpoint is, has none")
     try:
-        agent = build_agent(about["config"]["agent"] | settings, Spec.of_list(about["spec"]))
+        agent = build_agent(trained | settings, Spec.of_list(about["spec"]))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the checkpoint's settings do not make an agent: {error}") from error
     check_weights(agent, checkpoint, "the checkpoint")
@@ -207,7 +215,12 @@ def begin_with(agent: Agent, checkpoint: dict[str, Any], name: str | Path) -> No
         agent.start_from(checkpoint)
     except RuntimeError as error:
         first = next(iter(str(error).splitlines()[1:]), str(error)).strip()  # of many, below a heading
-        raise UserError(f"the networks of {name} differ from the configured ones: {first}") from error
+        key = re.search(r'key\(s\) in state_dict: "([^"]+)"', first)
+        difference = f", as in '{key[1]}'" if key is not None else f": {first}"
+        agent_there = str(checkpoint["deflow"]["config"]["agent"]["_target_"]).rpartition(".")[2]
+        raise UserError(
+            f"the networks of {name}, of {agent_there}, differ from the configured ones{difference}"
+        ) from error
 
 
 def check_weights(agent: Agent, checkpoint: dict[str, Any], name: str | Path) -> None:

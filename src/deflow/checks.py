@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from deflow.command_line import choices
+from deflow.config import CONFIG_DIR
 from deflow.cores import usable_cores
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.settings import as_yaml, check_settings, unread
+from deflow.types import Spec
 
 log = logging.getLogger(__name__)
 
 SOLVER = "solver"  # the group
+OF_REWARDS = {"data.reward_scale", "data.reward_shift", "data.discount", "data.n_step", "task.discount"}
 OCCUPANCY = "deflow.modules.occupancy_flow.OccupancyFlow"
 
 
@@ -37,14 +43,18 @@ def check_command(config: DictConfig, job: Any, command: str) -> None:
         UserError: for the first mistake.
     """
     if command == "train":
+        _check_parts(config.agent, job.runtime.choices)
         check(config)
         given = {name: value for name, _, value in (o.lstrip("+").partition("=") for o in job.overrides.task)}
         _refuse_nothing_to_train_on(given)
+        _refuse_empty_groups(config, given)
+        _refuse_no_rewards(config)
         if config.resume is None:
             _warn_of_unread(config, given)
             _warn_of_aggregate(config, given)
             _warn_of_data_alone(config)
             _warn_of_untrained(config)
+            _warn_of_averages(config, given)
             _warn_of_untuned(job.runtime.choices)
     else:
         check_settings(config, command)
@@ -80,6 +90,71 @@ def _refuse_nothing_to_train_on(given: Mapping[str, str]) -> None:
         )
 
 
+def _refuse_empty_groups(config: DictConfig, given: Mapping[str, str]) -> None:
+    """Hydra adds what a group is given to what it holds: nothing is added by `{}`, and nothing is taken out."""
+    for name, value in given.items():
+        held = OmegaConf.select(config, name) if value == "{}" else None
+        if isinstance(held, DictConfig) and held:
+            first = str(next(iter(held)))
+            raise UserError(f"{name}={{}} would leave it as it is: ~{name}.{first} takes {first} out")
+
+
+def _refuse_no_rewards(config: DictConfig) -> None:
+    """Only who imitates can do without."""
+    keys = config.data.source.get("keys")
+    if keys is not None and keys.get("rewards", "") is None and not get_object(config.agent._target_).traits.imitates:
+        raise UserError(
+            f"data.source.keys.rewards=null: {config.agent._target_.rpartition('.')[2]} learns from rewards; "
+            "agent=bc and agent=flow_bc do without"
+        )
+
+
+def _check_parts(agent: DictConfig, chosen: Mapping[str, str | None]) -> None:
+    """Refuse a choice that makes another kind of part than the agent takes, of which Hydra's groups know nothing."""
+    target = agent.get("_target_")
+    if not str(target).startswith("deflow."):  # no target, or the user's own, which knows best
+        return
+    for part, hint in get_type_hints(get_object(target).__init__).items():
+        group = f"agent/{part}"
+        name, kinds = chosen.get(group), _made_by(hint)
+        made = None if name is None else _class_in_file(group, name)
+        if made is None or not kinds or _fits(made, kinds):
+            continue
+        fitting = [other for other in choices(group) if (one := _class_in_file(group, other)) and _fits(one, kinds)]
+        raise UserError(
+            f"{group}={name} makes {made.__name__}, and {target.rpartition('.')[2]} takes "
+            f"{' or '.join(kind.__name__ for kind in kinds)}: use {group}={'|'.join(fitting)}"
+        )
+
+
+def _made_by(hint: Any) -> tuple[type, ...]:
+    """The classes of which a constructor's argument makes one for the task, as parts are made; none for others."""
+    for one in _alternatives(hint):
+        if get_origin(one) is Callable and get_args(one)[0] in ([Spec], ...):
+            return _alternatives(get_args(one)[1])
+    return ()
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(made: type, kinds: tuple[type, ...]) -> bool:
+    """Whether the settings of a class can be those of one of the kinds, which may build on it as `IQLActor` does."""
+    return any(issubclass(made, kind) or issubclass(kind, made) for kind in kinds)
+
+
+def _class_in_file(group: str, name: str) -> type | None:
+    """The class that a choice's file names, or the file it begins with; None for one of the user's own."""
+    file = Path(CONFIG_DIR) / group / f"{name}.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "_target_" in content:
+        made = get_object(content["_target_"])
+        return made if inspect.isclass(made) else None
+    others = (entry for entry in content.get("defaults", ()) if isinstance(entry, str) and entry != "_self_")
+    return next((made for entry in others if (made := _class_in_file(group, entry)) is not None), None)
+
+
 def _warn_of_unread(config: DictConfig, given: Mapping[str, str]) -> None:
     """Say which settings were given for nothing."""
     for name, condition in unread(config, "train", given):
@@ -90,6 +165,9 @@ def _warn_of_unread(config: DictConfig, given: Mapping[str, str]) -> None:
     of_agents = {"tau", SOLVER, *(f"networks.{name}" for name in config.networks)}
     of_stages = {"updates", "online_updates"}
     agent, stages = (OmegaConf.to_yaml(part, resolve=False) for part in (config.agent, config.stages))
+    if get_object(config.agent._target_).traits.imitates:
+        for name in (name for name in given if name in OF_REWARDS):
+            log.warning("%s=%s changes nothing: %s learns from actions alone", name, given[name], config.agent._target_)
     for names, readers, read in ((of_agents, config.agent._target_, agent), (of_stages, "the stages", stages)):
         for name, value in given.items():
             reference = SOLVER if name.startswith(f"{SOLVER}.") else name
@@ -128,19 +206,32 @@ def _warn_of_untrained(config: DictConfig) -> None:
     if config.ckpt is not None:
         return
     stages = list(config.stages.items())
-
-    def trained(part: str, stage: DictConfig) -> bool:
-        return (stage.train == "all" or part in stage.train) and part not in stage.get("freeze", ())
-
     for number, (name, stage) in enumerate(stages):
         for part in stage.get("freeze", ()):
-            if not any(trained(part, before) for _, before in stages[:number]):
+            if not any(_trains(part, before) for _, before in stages[:number]):
                 log.warning(
                     "stage '%s' freezes '%s', which nothing before it trains: it stays as it was drawn at random "
                     "(a stage before it, or ckpt=, brings a trained one)",
                     name,
                     part,
                 )
+
+
+def _warn_of_averages(config: DictConfig, given: Mapping[str, str]) -> None:
+    """Say which averages of weights nothing would take: of parts that train throughout and that nothing acts by."""
+    for part in get_object(config.agent._target_).traits.never_acts:
+        name = f"agent.{part}.ema"
+        if given.get(name, "null") != "null" and all(_trains(part, stage) for stage in config.stages.values()):
+            log.warning(
+                "%s=%s changes nothing: the average stands in for a part that rests or acts, and %s does neither here",
+                name,
+                given[name],
+                part,
+            )
+
+
+def _trains(part: str, stage: DictConfig) -> bool:
+    return (stage.train == "all" or part in stage.train) and part not in stage.get("freeze", ())
 
 
 def check(config: DictConfig) -> None:

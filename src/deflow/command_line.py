@@ -152,8 +152,9 @@ def one_line(error: BaseException, command: str = "", arguments: Sequence[str] =
     ) is not None and command:
         if unknown[1].partition(".")[0] == "settings":  # of `reproduce.py`, which has none until they are added
             return f"no setting '{unknown[1]}' yet: add it, +{unknown[1]}=..."
-        if (addition := _as_addition(command, arguments, unknown[1])) is not None:
-            return f"no setting '{unknown[1]}' yet: add it, {shlex.quote(addition)}"
+        missing = getattr(error.__cause__, "full_key", None) or unknown[1]  # a name within `{name: value}`
+        if (said := _of_an_addition(command, arguments, unknown[1], missing)) is not None:
+            return said
         known = _known_settings(command, arguments, without=unknown[1])
         return _beside_other_agents(unknown[1], known, str(unknown_setting(unknown[1], known)))
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -195,8 +196,8 @@ def _unknown_choice(group: str, name: str, options: Sequence[str]) -> str:
     return f"unknown {group} '{name}'{meant}: choose one of {', '.join(options)}"
 
 
-def _as_addition(command: str, arguments: Sequence[str], key: str) -> str | None:
-    """The override of `key` as it adds it to a group of which one fills the names in; None if that would be none."""
+def _of_an_addition(command: str, arguments: Sequence[str], key: str, missing: str) -> str | None:
+    """What is said of an override of `key` that adds `missing` to a group of free names; None: to no such group."""
     if not key.startswith(FILLED_IN):
         return None
     overrides = overrides_of(arguments)
@@ -206,9 +207,10 @@ def _as_addition(command: str, arguments: Sequence[str], key: str) -> str | None
         with initialize_config_dir(CONFIG_DIR, version_base=None):
             config = compose(command, overrides=[_first_of(added.get(override, override)) for override in overrides])
         check_settings(config, command)
-    except OF_THE_USER:
-        return None
-    return next((f"+{override}" for override in added if override.startswith(f"{key}=")), None)
+    except OF_THE_USER as error:
+        return str(error) if str(error).startswith(f"{key} must be ") else None
+    addition = next((f"+{override}" for override in added if override.startswith(f"{key}=")), None)
+    return addition and f"no setting '{missing}' yet: add it, {shlex.quote(addition)}"
 
 
 def _first_of(override: str) -> str:

@@ -85,9 +85,9 @@ def export(config: DictConfig) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     check_folder(out.parent, "out")
     chosen = {key: config[key] for key in ACTING if config[key] is not None}
+    agent = agent_of(checkpoint, **chosen)
     trained = checkpoint["deflow"]["config"]
     trained["agent"] |= chosen
-    agent = agent_of(checkpoint)
     agent.freeze()
     policy = Policy(agent, units=units_of(checkpoint))
     source: Source = instantiate(trained["data"]["source"])
@@ -99,6 +99,7 @@ def export(config: DictConfig) -> dict[str, Any]:
     with replacing_all(files) as (file, report):
         file.write_bytes(content)
         exported = load(file, trust=config.trust)
+        print("comparing it with the checkpoint")
         result["parity"] = _checked(parity(policy, exported, random_states(policy, COMPARED)), AT_RANDOM)
         num_envs = trained["eval"]["num_envs"] if config.num_envs is None else config.num_envs
         for name, one in (("checkpoint", policy), ("exported", exported)):

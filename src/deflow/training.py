@@ -25,7 +25,7 @@ from deflow.callbacks import (
     UpdatesAsOneLaunch,
     asked_to_stop,
 )
-from deflow.checkpoints import ALLOWED_STEPS, OF_A_STAGE, TO_RESUME, check_weights, load_checkpoint
+from deflow.checkpoints import ALLOWED_STEPS, OF_A_STAGE, TO_RESUME, check_weights, load_checkpoint, newest_in_run
 from deflow.config import plain
 from deflow.data.memory.proposals import ProposalCache
 from deflow.distributed import is_main_process
@@ -251,8 +251,15 @@ def _fit(run: Run, trainer: Trainer, last: Path) -> None:
             raise
         raise UserError(f"another process of the run has ended: go on by resume={run.folder}") from error
     except NonFiniteLossError as error:
-        kept = f"last good checkpoint: {last}" if last.exists() else "no checkpoint had been written yet"
-        raise NonFiniteLossError(f"{error}; {kept}") from error
+        raise NonFiniteLossError(f"{error}; {_last_good(run.folder)}") from error
+
+
+def _last_good(folder: Path) -> str:
+    """Where a run whose losses are broken can be taken up, maybe in an earlier stage."""
+    try:
+        return f"last good checkpoint: {newest_in_run(folder)}"
+    except UserError:
+        return "no checkpoint had been written yet"
 
 
 def _is_evaluated(run: Run, stage: DictConfig) -> bool:

@@ -86,6 +86,14 @@ def test_gaussians_act_with_the_mean_and_explore_around_it() -> None:
         torch.testing.assert_close(agent.explore(observations, z), (acted + 0.1 * z).clamp(-1, 1))
 
 
+def test_a_deviation_that_is_given_is_taken_as_it_is_and_a_learned_one_is_kept_in_bounds() -> None:
+    for std in (1e-4, 20.0):
+        torch.testing.assert_close(make("bc", f"agent.actor.std={std}").actor.std, torch.full((3,), std))
+    learned = make("bc", "agent.actor.std=null").actor
+    learned.log_std.data.fill_(-20.0)
+    torch.testing.assert_close(learned.std, torch.full((3,), math.exp(-5.0)))
+
+
 def test_dropout_is_drawn_with_the_noise() -> None:
     agent, batch = make("bc", "agent.actor.dropout=0.5"), random_batch(make("bc"))
     one, same, other = (agent.noise(batch, number) for number in (0, 0, 1))

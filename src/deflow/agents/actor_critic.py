@@ -16,11 +16,13 @@ from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
 from deflow.errors import UserError
 from deflow.modules.critic import Critic
+from deflow.modules.flow_critic import FlowCritic
 from deflow.modules.imagination import Decision, Imagination
 from deflow.modules.occupancy_flow import OccupancyFlow
 from deflow.modules.transition_flow import TransitionModel
 from deflow.types import Batch, Spec
 
+MakeCritic = Callable[[Spec], Critic | FlowCritic | OccupancyFlow]
 MakeDynamics = Callable[[Spec], TransitionModel]
 ActionsOf = Callable[[Tensor, Tensor], Tensor]  # states and noise
 

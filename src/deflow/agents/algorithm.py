@@ -28,6 +28,9 @@ class Traits(NamedTuple):
     takes_lowest: bool = False  # whether an ensemble's lowest value is taken, whatever the critic says
     learns_by_playing: bool = False  # whether it makes little of data alone
     differentiates_flow: bool = False  # whether the losses have a gradient through the flow's solution
+    imitates: bool = False  # whether it learns from actions alone, whatever they earned
+    never_acts: tuple[str, ...] = ()  # parts of which an action takes nothing
+    own_stages: str | None = None  # the choice of `stages=` that is made for it
 
 
 class Algorithm(ABC):

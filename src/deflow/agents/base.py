@@ -27,7 +27,7 @@ ALMOST_0 = 1e-6  # added to a gradient's norm before something is divided by it,
 UNNAMED = "unnamed"  # stage of an agent that is in none yet
 LATEST = "latest_metrics"  # of a checkpoint, see `on_save_checkpoint`
 MODEL = "dynamics"  # the part that is a model of the environment's steps, of the agents that have one
-WHOLE_STAGES = "use stages=joint, stages=offline_to_online or stages=from_scratch"  # in which all of an agent trains
+WHOLE_STAGES = "stages=joint, stages=offline_to_online or stages=from_scratch"  # in which all of an agent trains
 
 
 class Agent(Algorithm, LightningModule):
@@ -109,8 +109,10 @@ class Agent(Algorithm, LightningModule):
         if unknown:
             known = ", ".join(self._trainable)
             model = " (a model is added by agent/dynamics=flow)" if MODEL in unknown else ""
+            own = self.traits.own_stages
+            whole = f"use stages={own}, which is made for it, or {WHOLE_STAGES}" if own else f"use {WHOLE_STAGES}"
             raise UserError(
-                f"stage '{name}' names {unknown}: choose among the agent's parts {known}{model}, or {WHOLE_STAGES}"
+                f"stage '{name}' names {unknown}: choose among the agent's parts {known}{model}, or {whole}"
             )
         if not train:
             raise UserError(f"stage '{name}' leaves nothing of {type(self).__name__} to train: use stages=joint")

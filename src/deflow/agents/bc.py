@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.algorithm import Loss
+from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.base import Agent
 from deflow.agents.panels import Panel, loss_panel
 from deflow.modules.gaussian_policy import GaussianPolicy
@@ -38,6 +38,7 @@ class BC(Agent):
     """
 
     actor: GaussianPolicy
+    traits = Traits(imitates=True)
 
     def __init__(
         self,

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic, MakeDynamics, take_best
+from deflow.agents.actor_critic import ActorCritic, MakeCritic, MakeDynamics, take_best
 from deflow.agents.algorithm import Loss
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow
 from deflow.modules.constraints import ConstraintSettings
-from deflow.modules.critic import Critic
 from deflow.modules.refiner import Refiner
 from deflow.ranges import Count, Limit, Seed
 from deflow.types import Batch, Spec
@@ -69,7 +68,7 @@ class DeFlow(ActorCritic):
         self,
         spec: Spec,
         behavior_flow: Callable[[Spec], BehaviorFlow],
-        critic: Callable[[Spec], Critic],
+        critic: MakeCritic,
         refiner: Callable[..., Refiner],
         optimizer: Callable[[Any], Optimizer],
         trust_region: Limit = 0.001,

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic, MakeDynamics
+from deflow.agents.actor_critic import ActorCritic, MakeCritic, MakeDynamics
 from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.modules.critic import Critic, advantage_weights
+from deflow.modules.critic import advantage_weights
 from deflow.modules.value import StateValue
 from deflow.ranges import Positive, Seed
 from deflow.types import Batch, Spec
@@ -50,7 +50,7 @@ class FAWAC(ActorCritic):
         self,
         spec: Spec,
         behavior_flow: Callable[[Spec], BehaviorFlow],
-        critic: Callable[[Spec], Critic],
+        critic: MakeCritic,
         value: Callable[[Spec], StateValue],
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,

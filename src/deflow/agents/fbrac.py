@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic, MakeDynamics
+from deflow.agents.actor_critic import ActorCritic, MakeCritic, MakeDynamics
 from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.flow.ode import Gradient
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.modules.critic import Critic, value_scale
+from deflow.modules.critic import value_scale
 from deflow.ranges import Positive, Seed
 from deflow.types import Batch, Spec
 
@@ -47,7 +47,7 @@ class FBRAC(ActorCritic):
         self,
         spec: Spec,
         behavior_flow: Callable[[Spec], BehaviorFlow],
-        critic: Callable[[Spec], Critic],
+        critic: MakeCritic,
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,
         alpha: Positive = 10.0,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.algorithm import Loss
+from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.base import Agent
 from deflow.agents.noise import FlowNoise
 from deflow.modules.behavior_flow import BehaviorFlow
@@ -29,6 +29,7 @@ class FlowBC(Agent):
     """
 
     behavior_flow: BehaviorFlow
+    traits = Traits(imitates=True)
 
     def __init__(
         self,

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import ActorCritic, MakeDynamics
-from deflow.agents.algorithm import Loss
+from deflow.agents.actor_critic import ActorCritic, MakeCritic, MakeDynamics
+from deflow.agents.algorithm import Loss, Traits
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel, value_panel
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.modules.critic import Critic
 from deflow.modules.one_step import OneStepActor
 from deflow.modules.statistics import PathStatistics
 from deflow.ranges import Seed
@@ -57,13 +56,14 @@ class FQL(ActorCritic):
     path_mean: Tensor  # (horizon, observation_dim)
     path_std: Tensor
     climber = "actor"
+    traits = Traits(never_acts=("behavior_flow",))
     headline = MappingProxyType({"flow_loss": "behavior_flow/loss", "q": "actor/q", "distill": "actor/distillation"})
 
     def __init__(
         self,
         spec: Spec,
         behavior_flow: Callable[[Spec], BehaviorFlow],
-        critic: Callable[[Spec], Critic],
+        critic: MakeCritic,
         actor: Callable[[Spec], OneStepActor],
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,

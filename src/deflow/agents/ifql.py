@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deflow.agents.actor_critic import MakeDynamics, take_best
+from deflow.agents.actor_critic import MakeCritic, MakeDynamics, take_best
 from deflow.agents.algorithm import Loss
 from deflow.agents.implicit import ImplicitQ
 from deflow.agents.noise import FlowNoise
 from deflow.agents.panels import Panel, loss_panel
 from deflow.errors import UserError
 from deflow.modules.behavior_flow import BehaviorFlow
-from deflow.modules.critic import Critic
 from deflow.modules.occupancy_flow import OccupancyFlow
 from deflow.modules.value import Value
 from deflow.ranges import Count, Seed
@@ -52,7 +51,7 @@ class IFQL(ImplicitQ):
         self,
         spec: Spec,
         behavior_flow: Callable[[Spec], BehaviorFlow],
-        critic: Callable[[Spec], Critic],
+        critic: MakeCritic,
         value: Callable[[Spec], Value],
         optimizer: Callable[[Any], Optimizer],
         seed: Seed = 0,

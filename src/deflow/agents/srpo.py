@@ -141,6 +141,7 @@ class SRPO(ImplicitQ):
 
     behavior: ScoreModel
     actor: ScoreActor
+    traits = ImplicitQ.traits._replace(never_acts=("behavior",), own_stages="srpo")
     headline = MappingProxyType({"behavior": "behavior/loss", "critic": "critic/loss", "q": "actor/q"})
 
     def __init__(

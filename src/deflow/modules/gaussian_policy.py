@@ -31,7 +31,7 @@ class GaussianPolicy(LightningModule):
         hidden: widths of the hidden layers.
         activation: see `activate`.
         encoder: settings of the image encoder, see `Impala`; not read for states.
-        std: sigma, > 0, the same in every dimension; None learns one for each, from 1.
+        std: sigma, > 0, the same in every dimension; None learns one for each, from 1, between exp(-5) and exp(2).
         squash: let the mean be a tanh.
         dropout: share of the hidden values that an update leaves out, in [0, 1).
         output_scale: factor on the variance from which the last kernel is drawn, > 0; 1 draws it as the others.
@@ -95,4 +95,5 @@ class GaussianPolicy(LightningModule):
     @property
     def std(self) -> Tensor:
         """sigma, shape (action_dim,)."""
-        return self.log_std.clamp(*LOG_STD_RANGE).exp()
+        learned = isinstance(self.log_std, nn.Parameter)
+        return (self.log_std.clamp(*LOG_STD_RANGE) if learned else self.log_std).exp()

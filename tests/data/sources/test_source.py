@@ -134,6 +134,18 @@ def test_own_data_that_do_not_fit(change: dict, message: str, tmp_path: Path) ->
         CustomSource(str(tmp_path / "mine.npz"), KEYS).load()
 
 
+def test_own_data_without_rewards_are_for_imitation(tmp_path: Path) -> None:
+    columns = own_columns()
+    del columns["rewards"]
+    np.savez(tmp_path / "mine.npz", **columns)
+    with pytest.raises(UserError, match=r"lacks rewards; .* to imitate without rewards: data.source.keys.rewards=null"):
+        CustomSource(str(tmp_path / "mine.npz"), KEYS).load()
+    train_set, _ = CustomSource(str(tmp_path / "mine.npz"), KEYS | {"rewards": None}).load()
+    assert not train_set.rewards.any()
+    with pytest.raises(UserError, match=r"data.source.keys must name actions"):
+        CustomSource(str(tmp_path / "mine.npz"), KEYS | {"actions": None}).load()
+
+
 def test_own_data_without_ends_are_refused(tmp_path: Path) -> None:
     columns = own_columns() | {"terminals": np.zeros(15, bool)}
     np.savez(tmp_path / "mine.npz", **columns)

@@ -24,7 +24,7 @@ from deflow.types import Spec
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 SUFFIXES = (".npz", *HDF5_SUFFIXES)
-REQUIRED = ("observations", "actions", "rewards")
+REQUIRED = ("observations", "actions")
 OPTIONAL = ("terminals", "timeouts", "next_observations")
 
 
@@ -37,9 +37,10 @@ class CustomSource(OwnDataSource):
 
     Args:
         path: `.npz`, `.hdf5` or `.h5` file, or a folder of them, which are unpacked there once and mapped into memory.
-        keys: name of each column in the file. `observations`, `actions` and `rewards` must be there; `terminals` (the
-            task truly ended: do not bootstrap), `timeouts` (the trajectory was cut there) and `next_observations`
-            may be null. Without `next_observations` a trajectory's last state has no successor and is dropped.
+        keys: name of each column in the file. `observations` and `actions` must be there; `rewards` (if null, each
+            is 0, for agents that imitate), `terminals` (the task truly ended: do not bootstrap), `timeouts` (the
+            trajectory was cut there) and `next_observations` may be null. Without `next_observations` a trajectory's
+            last state has no successor and is dropped.
         env, max_episode_steps, success_key, success_ever, action_range, standardise, seed: see `OwnDataSource`.
     """
 
@@ -90,7 +91,8 @@ class CustomSource(OwnDataSource):
         """One file in compact layout."""
         columns, unread = read_columns(path, self.keys)
         self._say(path, unread)
-        nowhere = np.zeros(len(columns["rewards"]), bool)
+        rows = len(columns["actions"])
+        nowhere = np.zeros(rows, bool)
         terminals, timeouts = columns.get("terminals", nowhere), columns.get("timeouts", nowhere)
         # A file of a folder ends a trajectory; one that is all there is may hold many, and something must say which.
         if self._path.is_file() and not (terminals | timeouts).any() and "next_observations" not in columns:
@@ -101,7 +103,7 @@ class CustomSource(OwnDataSource):
         return compact(
             columns["observations"],
             columns["actions"],
-            columns["rewards"],
+            columns.get("rewards", np.zeros(rows, np.float32)),
             1.0 - terminals.astype(np.float32),
             terminals | timeouts,
             columns.get("next_observations"),
@@ -168,4 +170,7 @@ def _read_hdf5(path: Path, wanted: Mapping[str, str]) -> tuple[Arrays, list[str]
 def _check_present(path: Path, wanted: Mapping[str, str], present: list[str]) -> None:
     missing = [theirs for theirs in wanted.values() if theirs not in present]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
+        imitate = (
+            "; to imitate without rewards: data.source.keys.rewards=null" if wanted.get("rewards") in missing else ""
+        )
+        raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present))}{imitate}")
