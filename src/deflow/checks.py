@@ -17,11 +17,11 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from deflow.command_line import choices
-from deflow.config import CONFIG_DIR
 from deflow.cores import usable_cores
 from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.settings import as_yaml, check_settings, unread
+from deflow.tables import config_file
 from deflow.types import Spec
 
 log = logging.getLogger(__name__)
@@ -145,11 +145,11 @@ def _fits(made: type, kinds: tuple[type, ...]) -> bool:
 
 
 def _class_in_file(group: str, name: str) -> type | None:
-    """The class that a choice's file names, or the file it begins with; None for one of the user's own."""
-    file = Path(CONFIG_DIR) / group / f"{name}.yaml"
+    """The class of ours that a choice's file names, or the file it begins with; None if that is the user's own."""
+    file = config_file(f"{group}/{name}")
     content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     if "_target_" in content:
-        made = get_object(content["_target_"])
+        made = get_object(content["_target_"]) if str(content["_target_"]).startswith("deflow.") else None
         return made if inspect.isclass(made) else None
     others = (entry for entry in content.get("defaults", ()) if isinstance(entry, str) and entry != "_self_")
     return next((made for entry in others if (made := _class_in_file(group, entry)) is not None), None)
