@@ -143,7 +143,9 @@ def unknown_setting(key: str, known: Iterable[str]) -> UserError:
     beside = _children(parent, known)
     near = [_dotted(parent, other) for other in difflib.get_close_matches(name, beside)]
     near += [other for other in known if other.rpartition(".")[2] == name]
-    near += difflib.get_close_matches(key, known, cutoff=0.8)
+    # A group that is there is not what was meant, one that is null may be.
+    others = [other for other in known if not (key.startswith(f"{other}.") and _children(other, known))]
+    near += difflib.get_close_matches(key, others, cutoff=0.8)
     meant = f"did you mean '{near[0]}'?" if near else f"choose among {', '.join(_dotted(parent, b) for b in beside)}"
     return UserError(f"no setting '{key}': {meant}")
 
