@@ -138,7 +138,7 @@ def command(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, ma
         (["task=scene", "stages.jointly.steps=5"], "did you mean"),
         (["~eval.everz"], "no setting 'eval.everz': did you mean 'eval.every'?"),
         (["agent=fql", "agent.actor.alpa=1"], "no setting 'agent.actor.alpa': did you mean 'agent.actor.alpha'?"),
-        (["task=scene", "agent=cac", "agent.n=50"], "no setting 'agent.n': choose among agent.critic, agent.optimizer, "),
+        (["task=scene", "agent=cac", "agent.n=50"], "no setting 'agent.n': choose among agent.critic, "),
         (["agent=nonsense"], "unknown agent 'nonsense': choose one of bc, cac, cal_ql, cal_ql_original, deflow"),
         (["+nonsense=5"], "no setting 'nonsense': choose among name, seed"),
         (["seed=abc"], "seed must be a whole number from 0 to 4294967295, got 'abc'"),
