@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deflow.command_line import choices
-from deflow.reproduction.results import read_results
+from deflow.reproduction.results import Result, read_results
 from deflow.reproduction.table import cells_of, markdown, summary, texts
 from tests.commands import HANGS, ROOT
 
@@ -95,3 +95,18 @@ def test_a_curve_is_that_of_the_records_beside_it() -> None:
         quarters = [", ".join(f"{value:.0f}" for value in quarter) for quarter in zip(*curves, strict=True)]
         task, _, _, mean, interval, *_ = texts(cell)
         assert f"| {task} | {shown[cell.agent]} | {' | '.join(quarters)} | {mean} | {interval} |" in page
+
+
+def test_a_maze_is_that_of_the_records_beside_it() -> None:
+    lines = (ROOT / "docs/transitions.md").read_text().splitlines()
+    results = read_results(ROOT / "docs/results/models.jsonl")
+    shown = [line.split(" | ", 2)[2] for line in lines if line.startswith("| ") and line.count(" | ") == 8]
+    for agent in {result.agent for result in results}:
+        runs = [result for result in results if result.agent == agent]
+        quarters = [", ".join(f"{value:.0f}" for value in quarter) for quarter in zip(*map(curve, runs), strict=True)]
+        correlation = ", ".join(f"{run.correlation:.2f}" for run in runs)
+        assert any(line.startswith(f"{' | '.join(quarters)} | {correlation} | ") for line in shown), agent
+
+
+def curve(result: Result) -> list[float]:
+    return list(result.curve.values())

@@ -119,6 +119,13 @@ def test_futures_are_drawn(
     assert (tmp_path / "futures.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("rendered", "short_episodes")
+def test_values_and_ways_through_a_maze_are_drawn(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "studies" / "maze_values.py"))["main"]
+    main(tmp_path / "maze.png", [finished_run()])
+    assert (tmp_path / "maze.png").stat().st_size > 10_000
+
+
 @pytest.mark.usefixtures("rendered")
 def test_models_of_several_runs_are_shown_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,8 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -680,6 +682,27 @@ def test_a_run_of_older_code_with_the_same_settings_is_taken(tmp_path: Path) -> 
     saved["agent"]["trust_region"] = {"delta": 0.1}
     saved["iav"]["result"] = {"delta": 0.1}
     refuse_other_configuration(job, saved, planned)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (("agent=fql", "agent.horizon=5", "agent.path=auto"), "path"),
+        (("agent=fql", "agent/dynamics=flow", "agent.dynamics.statistics=auto"), "dynamics.statistics"),
+    ],
+)
+def test_what_the_data_decided_of_a_run_is_what_the_plan_left_to_them(
+    settings: tuple[str, ...], part: str, tmp_path: Path
+) -> None:
+    (job, *_) = jobs_of(tmp_path, "quick", seeds=1)
+    job = replace(job, settings=settings)
+    saved, planned = configurations(settings=settings)
+    *groups, last = ["agent", *part.split(".")]
+    reduce(getitem, groups, saved)[last] = {"mean": [0.1, 0.2], "std": [1.0, 2.0]}
+    refuse_other_configuration(job, saved, planned)
+    del reduce(getitem, groups, saved)[last]
+    with pytest.raises(UserError, match=rf"no agent.{part}"):
+        refuse_other_configuration(job, saved, planned)
 
 
 def test_a_relative_path_is_the_one_that_the_run_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

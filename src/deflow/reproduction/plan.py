@@ -204,10 +204,14 @@ def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapp
     before, now = _leaves(saved), _leaves(planned)
     asked = {name_of(setting) for setting in job.settings}
     differing = [f"{name}={value}" for name, value in before.items() if not _is_planned(name, value, now)]
+    groups = {name[:place] for name in before for place, letter in enumerate(name) if letter == "."}
     differing += [
         f"no {name}"
-        for name in now
-        if name not in before and not is_technical(name) and (name in asked or name.startswith("stages."))
+        for name, value in now.items()
+        if name not in before
+        and not is_technical(name)
+        and (name in asked or name.startswith("stages."))
+        and not (value == AUTO and name in groups)  # the data have decided more than one number
     ]
     named = job.dataset is not None and job.made_by.exists()  # and compared by that, wherever the data lay
     found = [setting for setting in _deciding(differing, job.dataset) if setting not in job.settings]
