@@ -22,7 +22,6 @@ from deflow.errors import UserError
 from deflow.files import check_file, check_folder
 from deflow.settings import as_yaml, check_settings, unread
 from deflow.tables import config_file
-from deflow.types import Spec
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +128,8 @@ def _check_parts(agent: DictConfig, chosen: Mapping[str, str | None]) -> None:
 
 def _made_by(hint: Any) -> tuple[type, ...]:
     """The classes of which a constructor's argument makes one for the task, as parts are made; none for others."""
+    from deflow.types import Spec  # and with it torch, which an agent's class has brought by now
+
     for one in _alternatives(hint):
         if get_origin(one) is Callable and get_args(one)[0] in ([Spec], ...):
             return _alternatives(get_args(one)[1])

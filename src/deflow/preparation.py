@@ -156,7 +156,7 @@ def _try_stages(config: DictConfig, source: Source) -> None:
         learner.begin_stage(name, first_step=0, **of_learning(stage))
         together = {learner.trains(part) for part in learner.parts if part != MODEL}
         if learner.traits.trains_jointly and len(together) > 1:
-            raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: {WHOLE_STAGES}")
+            raise UserError(f"{type(agents[0]).__name__} trains its policy and its critic together: use {WHOLE_STAGES}")
         if agents[0].limits_steps and agents[0].trains(MODEL):
             raise UserError(
                 f"agent.dynamics.within is measured before a stage, and in '{name}' the model trains with the rest: "
