@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deflow.checks import check_command
 from deflow.command_line import readable
+from deflow.config import CONFIG_DIR
 from deflow.entry import SettingsCheck, entry_point
 from deflow.errors import UserError
 from tests.conftest import compose_config
@@ -201,6 +203,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         (("task=antmaze_medium", "agent/critic=occupancy"), ["agent.critic.aggregate=min"]),
         (("agent=rlpd", "stages=online", "agent.actor.target_entropy_multiplier=1"), []),
         (("agent=bc", "data.reward_scale=2", "task.discount=0.9"), ["data.reward_scale=2", "task.discount=0.9"]),
+        (("agent=flow_bc", "data.n_step=3"), ["data.n_step=3"]),
         (("agent=fql", "agent.behavior_flow.ema=0.9"), ["agent.behavior_flow.ema=0.9"]),
         (("agent=fql", "agent.behavior_flow.ema=0.9", "stages=staged"), []),
         (("agent=fql", "agent.behavior_flow.ema=null"), []),
@@ -224,6 +227,17 @@ def test_what_nothing_reads_is_said(
 ) -> None:
     assert command("train", ["task=scene", *overrides, f"hydra.run.dir={tmp_path / 'run'}"], monkeypatch) == 0
     assert [message.split()[0] for message in caplog.messages if "changes nothing" in message] == unread
+
+
+def test_a_choice_of_ones_own_is_not_taken_for_the_packages_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own" / "agent" / "actor" / "gaussian.yaml"
+    own.parent.mkdir(parents=True)
+    shutil.copy(Path(CONFIG_DIR) / "agent" / "actor" / "imitation.yaml", own)
+    given = ["task=scene", "agent=bc", "agent/actor=gaussian", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert command("train", [*given, "--config-dir", str(tmp_path / "own")], monkeypatch) == 0
+    assert command("train", given, monkeypatch) == 2
 
 
 def test_an_agent_that_learns_by_playing_is_told_that_no_stage_plays(

@@ -183,6 +183,13 @@ def test_stages_that_do_not_fit_name_those_that_do() -> None:
         make().begin_stage("behavior", ("behavior_flow",), first_step=0)
 
 
+def test_stages_that_are_made_for_an_agent_are_named_first() -> None:
+    settings = ("experiment=cube_single", "agent=srpo", "networks.hidden=[8]", "agent.behavior.width=8")
+    agent = build_agent(compose_config(*settings).agent, Spec(5, 3))
+    with pytest.raises(UserError, match=r"use stages=srpo, which is made for it, or stages=joint, "):
+        agent.begin_stage("behavior", ("behavior_flow",), first_step=0)
+
+
 @pytest.mark.usefixtures("short_episodes")
 def test_a_run_from_scratch(point_data: Path, tmp_path: Path) -> None:
     overrides = ("experiment=pointmaze", "agent=rlpd", "stages=from_scratch", "online_updates=6")

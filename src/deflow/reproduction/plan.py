@@ -204,7 +204,7 @@ def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapp
     before, now = _leaves(saved), _leaves(planned)
     asked = {name_of(setting) for setting in job.settings}
     differing = [f"{name}={value}" for name, value in before.items() if not _is_planned(name, value, now)]
-    groups = {name[:place] for name in before for place, letter in enumerate(name) if letter == "."}
+    groups = {group for name in before for group in _groups_of(name)}
     differing += [
         f"no {name}"
         for name, value in now.items()
@@ -220,7 +220,7 @@ def refuse_other_configuration(job: Job, saved: Mapping[str, Any], planned: Mapp
 
 def _is_planned(name: str, value: Any, now: Mapping[str, Any]) -> bool:
     """Whether a leaf of a run's configuration says what the plan does, or what the data had to say."""
-    along = [name, *(name[:place] for place, letter in enumerate(name) if letter == ".")]
+    along = [name, *_groups_of(name)]
     if DECIDED in along or any(now.get(branch) == AUTO for branch in along):
         return True
     if name not in now:
@@ -229,6 +229,11 @@ def _is_planned(name: str, value: Any, now: Mapping[str, Any]) -> bool:
     if name in PATHS and planned is not None:
         return value in (planned, str(Path(planned).absolute()))
     return bool(value == planned or SAME_AS.get(str(value)) == planned)
+
+
+def _groups_of(name: str) -> list[str]:
+    """Dotted names of the groups that a setting is in."""
+    return [name[:place] for place, letter in enumerate(name) if letter == "."]
 
 
 def _leaves(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
